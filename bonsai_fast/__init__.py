@@ -1,0 +1,23 @@
+"""Forward-only structured pruning of LLMs: masked sub-models scored many per batch."""
+
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.hub import register
+from bonsai_fast.pipeline import PruneResult, prune
+from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.surgery import remove_units, save_pretrained
+from bonsai_fast.units import Layout, Unit
+
+__version__ = "0.1.0"
+__all__ = [
+    "Layout",
+    "MaskScorer",
+    "PruneConfig",
+    "PruneResult",
+    "Unit",
+    "prune",
+    "remove_units",
+    "save_pretrained",
+]
+
+# so that AutoModelForCausalLM.from_pretrained finds pruned models
+register()

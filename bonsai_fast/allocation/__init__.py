@@ -1,0 +1,25 @@
+"""Which units go: from relevance and a target to the final keep mask."""
+
+from bonsai_fast.allocation.costs import RemovedCount, group_costs
+from bonsai_fast.allocation.finish import Achieved, finish
+from bonsai_fast.allocation.head_layout import HeadLayout, make_rectangular
+from bonsai_fast.allocation.rounding import auto_multiple, round_widths
+from bonsai_fast.allocation.select import Order, plan_mask, select_units
+from bonsai_fast.allocation.target import Target
+from bonsai_fast.allocation.uniform import make_uniform
+
+__all__ = [
+    "Achieved",
+    "HeadLayout",
+    "Order",
+    "RemovedCount",
+    "Target",
+    "auto_multiple",
+    "finish",
+    "group_costs",
+    "make_rectangular",
+    "make_uniform",
+    "plan_mask",
+    "round_widths",
+    "select_units",
+]

@@ -1,0 +1,151 @@
+"""What a run is asked to do; the command line is generated from it, so that both agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+Method = Literal["bonsai"]
+Preset = Literal["default", "paper"]
+AttentionGranularity = Literal["head", "kv-group"]
+HeadLayout = Literal["rectangular", "free"]
+RegressionName = Literal["groups", "ridge", "paper"]
+PriorChoice = Literal["wanda", "activation", "uniform"]
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How a model is pruned; fields that are None take the preset's value (see `resolved`)."""
+
+    sparsity: float | None = _option(
+        None, "Fraction of the decoder's parameters to remove, in (0, 1). Default 0.2."
+    )
+    target: str | None = _option(
+        None, "The same as sparsity=0.3 or, in parameters of the whole model, params=1.1B."
+    )
+    method: Method = _option("bonsai", "Pruning method.")
+    preset: Preset = _option(
+        "default", "'default' is the best that we know; 'paper' is Bonsai's setting to the letter."
+    )
+    calibration: str = _option(
+        "builtin",
+        "Calibration text: wikitext2, c4, hf:NAME[:CONFIG], FILE.txt, FILE.jsonl, self or builtin.",
+    )
+    evaluation: str | None = _option(
+        None,
+        "Text for perplexity, same names. "
+        "Default: the held-out last quarter of the calibration text.",
+    )
+    evaluation_tokens: int = _option(8192, "How many tokens of it are read.")
+    rounds: int | None = _option(None, "Rounds of sampling, scoring, regression and removal.")
+    submodels_per_round: int | None = _option(None, "Sub-models scored in each round.")
+    num_sequences: int | None = _option(None, "Calibration sequences.")
+    sequence_length: int | None = _option(None, "Tokens in each of them.")
+    attention: AttentionGranularity | None = _option(
+        None, "Remove query heads one by one, or KV groups with all their query heads."
+    )
+    sublayers: bool = _option(
+        False, "Let whole attention and MLP sub-layers compete as units of their own."
+    )
+    regression: RegressionName | None = _option(
+        None, "How relevance is estimated: one unknown a layer and kind, or one a unit."
+    )
+    prior: PriorChoice | None = _option(None, "Importance of a unit before anything is scored.")
+    head_layout: HeadLayout | None = _option(
+        None,
+        "'rectangular': the KV groups of a layer keep equally many query heads, "
+        "which every engine can run.",
+    )
+    round_to: str | None = _option(
+        None, "MLP widths become multiples of this: 'auto' (32 to 256 by size), or a number."
+    )
+    uniform: bool = _option(
+        False, "Same widths in all layers, so that the parent's own class can hold the result."
+    )
+    seed: int = _option(0, "Seed of everything that is drawn.")
+    memory_budget: str | None = _option(
+        None,
+        "Memory for scoring beside the weights, e.g. 800MB. "
+        "Default 2GiB on a CPU, half of a GPU's memory.",
+    )
+    tasks: str | None = _option(
+        None, "Zero-shot tasks for lm-evaluation-harness, separated by commas."
+    )
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and self.target is not None:
+            raise ValueError("give sparsity or target, not both")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity: expected a fraction in (0, 1), got {self.sparsity}")
+        for name, hint in get_type_hints(type(self)).items():
+            _check_choice(name, hint, getattr(self, name))
+        for name in ("rounds", "submodels_per_round", "num_sequences", "evaluation_tokens"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("sequence_length", self.sequence_length, 2)
+        _check_at_least("seed", self.seed, 0)
+        if self.round_to not in (None, "auto") and not (
+            str(self.round_to).isdigit() and int(self.round_to) >= 1
+        ):
+            raise ValueError(
+                f"round_to: expected 'auto' or a positive number, got {self.round_to!r}"
+            )
+
+    @property
+    def target_text(self) -> str:
+        """The target in the form `Target.parse` reads."""
+        if self.target is not None:
+            return self.target
+        return f"sparsity={0.2 if self.sparsity is None else self.sparsity}"
+
+    def resolved(self) -> PruneConfig:
+        """The same with every value that was left to the preset filled in."""
+        values = PRESETS[self.preset]
+        return replace(
+            self, **{name: value for name, value in values.items() if getattr(self, name) is None}
+        )
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    # paper: tables 8 and 9; one round removes p_iter = 0.05, so `rounds` follows from the target
+    "paper": {
+        "attention": "head",
+        "submodels_per_round": 200,
+        "num_sequences": 32,
+        "regression": "paper",
+        "prior": "wanda",
+        "head_layout": "free",
+        "round_to": "1",
+    },
+    "default": {
+        "attention": "kv-group",
+        "num_sequences": 64,
+        "sequence_length": 256,
+        "regression": "groups",
+        "prior": "wanda",
+        "head_layout": "rectangular",
+        "round_to": "auto",
+    },
+}
+
+
+def _check_choice(name: str, hint: Any, value: Any) -> None:
+    choices = get_args(hint)
+    literal = next((get_args(choice) for choice in choices if get_args(choice)), ()) or (
+        choices if choices and all(isinstance(choice, str) for choice in choices) else ()
+    )
+    if literal and value is not None and value not in literal:
+        raise ValueError(f"{name}: expected one of {', '.join(literal)}, got {value!r}")
+
+
+def _check_at_least(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def as_dict(config: PruneConfig) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return {item.name: getattr(config, item.name) for item in fields(config)}

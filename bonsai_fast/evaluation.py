@@ -1,0 +1,111 @@
+"""How good a model is: perplexity with its protocol, zero-shot tasks by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bonsai_fast.data import Sequences
+from bonsai_fast.scoring import SequenceNLL
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and the protocol behind it.
+
+    Attributes:
+        value: exp of the mean loss over all predicted tokens; inf where it overflows, nan where the
+            model gives nan.
+        standard_error: of the mean loss, over sequences, in nats; nan for a single sequence.
+        dataset, tokens, window, stride, sha256: what was read: the source, tokens predicted, window
+            and stride in tokens, hash of the tokens.
+    """
+
+    value: float
+    standard_error: float
+    dataset: str
+    tokens: int
+    window: int
+    stride: int
+    sha256: str
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Everything but the result."""
+        return {
+            "dataset": self.dataset,
+            "tokens": self.tokens,
+            "window": self.window,
+            "stride": self.stride,
+            "sha256": self.sha256,
+        }
+
+
+def perplexity(model: PreTrainedModel, sequences: Sequences) -> Perplexity:
+    """Perplexity on windows that each start afresh and predict all but their first token."""
+    input_ids = sequences.input_ids
+    windows, length = input_ids.shape
+    nll = SequenceNLL(model)
+    losses = torch.cat(
+        [
+            nll(batch.to(nll.head.weight.device)).cpu()
+            for batch in input_ids.split(max(1, TOKENS_PER_BATCH // length))
+        ]
+    ).double()
+    mean = float(losses.mean())
+    return Perplexity(
+        value=math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf,
+        standard_error=float(losses.std() / math.sqrt(windows)) if windows > 1 else math.nan,
+        dataset=sequences.source,
+        tokens=windows * (length - 1),
+        window=length,
+        stride=length,
+        sha256=sequences.sha256,
+    )
+
+
+def check_tasks_available() -> None:
+    """Raise ValueError with the command to run unless lm-evaluation-harness is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("tasks need lm-evaluation-harness: pip install lm-eval")
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    *,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness on a model in memory.
+
+    Args:
+        model, tokenizer: what is evaluated.
+        tasks: task names as the harness knows them.
+        limit: only that many examples of each task.
+    Returns:
+        metric values by task and metric name.
+    Raises:
+        ValueError: the harness is not installed or does not know a task.
+    """
+    check_tasks_available()
+    harness: Any = importlib.import_module("lm_eval")
+    wrapper: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
+    try:
+        found = harness.simple_evaluate(
+            model=wrapper(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit
+        )
+    except KeyError as error:
+        raise ValueError(f"lm-evaluation-harness does not know the task {error}") from error
+    return {
+        task: {name: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in found["results"].items()
+    }

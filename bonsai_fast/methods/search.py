@@ -1,0 +1,232 @@
+"""What every pruning method works with: parent, scorer, text, target, and the ledger between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save
+from transformers import PreTrainedModel
+
+from bonsai_fast.allocation import Target, finish
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.data import Sequences
+from bonsai_fast.ledger import text_hash, write_atomically
+from bonsai_fast.prior import unit_prior
+from bonsai_fast.progress import Reporter
+from bonsai_fast.run_directory import RunDirectory
+from bonsai_fast.scoring import MaskScorer, ParentReference
+from bonsai_fast.statistics import collect_statistics
+from bonsai_fast.units import Layout
+
+
+class NotRecordedError(ValueError):
+    """A re-targeted run asked for an evaluation that its ledger does not hold."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be pruned, on which text, how far and how; everything in it has been checked.
+
+    Attributes:
+        model, scorer: the parent and its scorer.
+        calibration: its text.
+        config: resolved configuration.
+        target: what is asked for.
+    """
+
+    model: PreTrainedModel
+    scorer: MaskScorer
+    calibration: Sequences
+    config: PruneConfig
+    target: Target
+
+    @property
+    def layout(self) -> Layout:
+        return self.scorer.layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Work that a method is going to do: rounds, sub-models scored, forward tokens."""
+
+    rounds: int
+    submodels: int
+    tokens: int
+
+
+@dataclass
+class Search:
+    """One start of one run.
+
+    Attributes:
+        task: what is to be done.
+        run: where evaluations are recorded.
+        reporter: what the user sees.
+        submodels_scored, tokens_scored: work of this start; what the ledger held is not counted.
+    """
+
+    task: Task
+    run: RunDirectory
+    reporter: Reporter
+    submodels_scored: int = field(default=0, init=False)
+    tokens_scored: int = field(default=0, init=False)
+    _reference: tuple[torch.Tensor, ParentReference] | None = field(default=None, init=False)
+
+    @property
+    def recorded_only(self) -> bool:
+        """Whether the ledger must answer everything."""
+        return self.run.start == "retarget"
+
+    def losses(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Losses of sub-models, from the ledger where it holds them, scored and recorded otherwise.
+
+        Args:
+            stage: what the evaluations are for; recorded and shown.
+            keep: bool [S, P].
+            input_ids: int64 [B, T].
+        Returns:
+            float32 [S, B], nats per predicted token.
+        Raises:
+            NotRecordedError: the run is only re-targeted and its ledger lacks these.
+        """
+        return self._recorded_or(self.task.scorer.score, "", stage, keep, input_ids)
+
+    def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
+
+        For a model that cannot tell, its loss, which ranks sub-models too.
+        """
+        scorer = self.task.scorer
+        if not scorer.measures_divergence:
+            return self.losses(stage, keep, input_ids)
+
+        def divergence(chunk: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+            if self._reference is None or self._reference[0] is not input_ids:
+                self._reference = input_ids, scorer.parent_reference(input_ids)
+            return scorer.divergence(chunk, input_ids, self._reference[1])
+
+        return self._recorded_or(divergence, "divergence ", stage, keep, input_ids)
+
+    def _recorded_or(
+        self,
+        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        measure: str,
+        stage: str,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Evaluate sub-models, or find them in the ledger.
+
+        They are taken in fixed chunks, one scorer batch each, and a chunk is recorded as a whole:
+        an interrupted run goes on with the same batches, and so with the same bits, as one that was
+        not.
+        """
+        text = measure + text_hash(input_ids)
+        sequences, length = input_ids.shape
+        step = max(1, self.task.scorer.rows_per_batch(length) // sequences)
+        found: list[torch.Tensor] = []
+        with self.reporter.bar(stage, total=len(keep)) as advance:
+            for chunk in keep.split(step):
+                losses = self.run.ledger.find(text, chunk)
+                if losses is None:
+                    if self.recorded_only:
+                        raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
+                    losses = evaluate(chunk, input_ids)
+                    self.run.ledger.append(stage, text, chunk, losses)
+                    self.submodels_scored += len(chunk)
+                    self.tokens_scored += losses.numel() * length
+                found.append(losses)
+                advance(len(chunk))
+        return torch.cat(found)
+
+    def prior(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Prior of every unit from one pass over the text under `keep`: float64 [P]; recorded too.
+
+        Raises:
+            NotRecordedError: the run is only re-targeted and has no such prior.
+        """
+        path = self.run.prior_path(stage)
+        if path.is_file():
+            return load_file(path)["prior"]
+        if self.recorded_only:
+            raise NotRecordedError(f"{stage}: prior not recorded; this request needs a new run")
+        self.reporter.note(f"{stage}: statistics over {input_ids.numel():,} tokens")
+        task = self.task
+        assert task.config.prior is not None
+        statistics = collect_statistics(task.scorer, keep, input_ids)
+        prior = unit_prior(task.config.prior, task.model, task.layout, statistics)
+        write_atomically(path, save({"prior": prior}))
+        self.tokens_scored += input_ids.numel()
+        return prior
+
+    def record_relevance(self, relevance: torch.Tensor) -> None:
+        """Keep what the result was selected by, float64 [P], for other targets."""
+        path = self.run.path / "relevance.safetensors"
+        write_atomically(path, save({"relevance": relevance.contiguous()}))
+
+    def recorded_relevance(self) -> torch.Tensor:
+        """What `record_relevance` kept, float64 [P].
+
+        Raises:
+            NotRecordedError: nothing was.
+        """
+        path = self.run.path / "relevance.safetensors"
+        if not path.is_file():
+            raise NotRecordedError(f"{path} is missing; this request needs a new run")
+        return load_file(path)["relevance"]
+
+    def has_recorded(self, stage: str) -> bool:
+        """Whether the ledger holds evaluations of a stage."""
+        return any(entry.stage == stage for entry in self.run.ledger.entries)
+
+    def recorded(self, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything the ledger holds of a stage: masks bool [S, P] and losses float32 [S, B].
+
+        Raises:
+            NotRecordedError: nothing.
+        """
+        entries = [entry for entry in self.run.ledger.entries if entry.stage == stage]
+        if not entries:
+            raise NotRecordedError(f"{stage}: not in the ledger; this request needs a new run")
+        return torch.cat([entry.keep for entry in entries]), torch.cat(
+            [entry.losses for entry in entries]
+        )
+
+
+def finished(
+    search: Search, keep: torch.Tensor, relevance: torch.Tensor, target: Target
+) -> torch.Tensor:
+    """The last step of every method: see `allocation.finish`."""
+    task = search.task
+    config = task.config
+    assert config.head_layout is not None and config.round_to is not None
+    round_to: int | Literal["auto"] = "auto" if config.round_to == "auto" else int(config.round_to)
+    return finish(
+        task.layout,
+        keep,
+        relevance,
+        target,
+        head_layout=config.head_layout,
+        round_to=round_to,
+        uniform=config.uniform,
+    )[0]
+
+
+def group_of_unit(layout: Layout) -> torch.Tensor:
+    """Number of each unit's group in `layout.groups`, int64 [P]."""
+    return torch.arange(len(layout.groups)).repeat_interleave(
+        torch.tensor([len(group) for group in layout.groups])
+    )
+
+
+class Method(Protocol):
+    """A pruning method."""
+
+    def plan(self, task: Task) -> Plan:
+        """Work that `find` is going to do."""
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]; target, head layout and width rounding are met."""

@@ -1,0 +1,127 @@
+"""What a decoder is made of, for pruning: sub-layers, their parts, and where a part's weights lie.
+
+A *part* is the smallest thing that owns rows or columns of a weight: a query head, a KV head, an
+MLP channel. A *cut* says, for one dimension of one parameter, which part owns each index. Slicing,
+counting and saving need nothing else, so fused and interleaved layouts are only another `owner`
+table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+SubLayer = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One dimension of one parameter whose indices belong to parts.
+
+    Attributes:
+        parameter: name in `model.named_parameters()`.
+        dim: 0 for the rows of an input projection (and its bias), 1 for the columns of an output
+            projection.
+        owner: int64 [size of that dimension], the part that owns each index.
+    """
+
+    parameter: str
+    dim: int
+    owner: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBlock:
+    """One attention sub-layer. Its parts are the query heads 0..H-1, then the KV heads H..H+Hkv-1.
+
+    Attributes:
+        layer: index of the decoder layer.
+        module: path of the attention module.
+        output: path of the output projection; head masks act on its input.
+        head_dim: width of one head at that input.
+        kv_of_head: KV head that each query head reads, [H].
+        cuts: where the parts' weights lie.
+        norm: path of the norm that only this sub-layer reads and that goes with it, or None.
+    """
+
+    layer: int
+    module: str
+    output: str
+    head_dim: int
+    kv_of_head: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    norm: str | None
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.kv_of_head)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return max(self.kv_of_head) + 1
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.module,)
+
+    def kept_parts(self, keep_heads: torch.Tensor) -> torch.Tensor:
+        """Kept heads, bool [H] -> kept parts, bool [H + Hkv]: a KV head stays while a head does."""
+        keep_kv = torch.zeros(self.num_kv_heads, dtype=torch.bool)
+        keep_kv[torch.tensor(self.kv_of_head)[keep_heads]] = True
+        return torch.cat([keep_heads, keep_kv])
+
+
+@dataclass(frozen=True, eq=False)
+class MLPBlock:
+    """One MLP sub-layer. Its parts are the channels 0..I-1.
+
+    Attributes:
+        layer: index of the decoder layer.
+        modules: paths of the modules that hold its parameters (OPT keeps them beside the attention
+            module).
+        output: path of the output projection; channel masks act on its input.
+        num_channels: intermediate size I.
+        cuts: where the channels' weights lie.
+        norm: path of the norm that only this sub-layer reads and that goes with it, or None.
+    """
+
+    layer: int
+    modules: tuple[str, ...]
+    output: str
+    num_channels: int
+    cuts: tuple[Cut, ...]
+    norm: str | None
+
+    def kept_parts(self, keep_channels: torch.Tensor) -> torch.Tensor:
+        """bool [I] -> bool [I]; a channel is its own part."""
+        return keep_channels
+
+
+Block = AttentionBlock | MLPBlock
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """The prunable decoder of one loaded model.
+
+    Attributes:
+        model_type: `config.model_type` of the model.
+        path: path of the `ModuleList` of decoder layers.
+        num_layers: its length.
+        attention, mlp: the sub-layers that exist, by layer; one that was removed before is absent.
+    """
+
+    model_type: str
+    path: str
+    num_layers: int
+    attention: dict[int, AttentionBlock]
+    mlp: dict[int, MLPBlock]
+
+    def blocks(self) -> list[Block]:
+        """All sub-layers, in the order in which their units stand in a layout."""
+        found: list[Block] = []
+        for layer in range(self.num_layers):
+            found += [b for b in (self.attention.get(layer), self.mlp.get(layer)) if b is not None]
+        return found

@@ -1,0 +1,171 @@
+"""Tensors in, tensors out: the C++ extension on the CPU, PyTorch to the same effect elsewhere."""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+try:
+    import bonsai_fast._C as _C
+except ModuleNotFoundError as error:
+    # A checkout shadows an installed copy when Python starts in it.
+    raise ImportError(
+        f"the C++ extension bonsai_fast._C is not built in {__file__.rpartition('native.py')[0]}: "
+        "run `pip install -e .` in the source tree, or start Python outside it to use an "
+        "installed copy"
+    ) from error
+
+# Slicing moves bytes: any dtype of this size will do, and NumPy knows these.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FLOATS: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+# Rows that a CUDA reduction widens to float64 at a time.
+_BLOCK_ROWS = 1024
+
+
+class ChannelMoments(NamedTuple):
+    """Statistics of C channels over all tokens; `sum_of_squares / tokens` is the mean square."""
+
+    sum_of_squares: Tensor  # (C,) float64
+    sum_abs: Tensor  # (C,) float64
+    sum: Tensor  # (C,) float64
+    max_abs: Tensor  # (C,) float32
+
+
+def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Copy the kept rows (dim 0) or columns (dim 1) into a new contiguous tensor.
+
+    Args:
+        tensor: (N,) or (N, M), any strides; on the CPU a dtype of 1, 2, 4 or 8 bytes.
+        index: (K,) int64 on any device, strictly increasing positions along `dim`.
+        dim: 0, or 1 where `tensor` has two dimensions.
+    Returns:
+        (K,), (K, M) or (N, K) on `tensor`'s device with its dtype, detached from autograd.
+    Raises:
+        TypeError: `index` is not int64, or an element of `tensor` has another size.
+        ValueError: wrong number of dimensions, or `index` is not strictly increasing.
+        IndexError: a position is negative or too large.
+    """
+    if tensor.ndim not in (1, 2) or dim not in range(tensor.ndim):
+        raise ValueError(
+            f"expected a 1-D or 2-D tensor and one of its dims, got shape {tuple(tensor.shape)} "
+            f"and dim {dim}"
+        )
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        _check_index(index, tensor.shape[dim])
+        return torch.index_select(tensor, dim, index.to(tensor.device))
+    carrier = _CARRIERS.get(tensor.element_size())
+    if carrier is None:
+        raise TypeError(f"expected elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
+    copy = _C.take_columns if dim else _C.take_rows
+    kept = copy(
+        tensor.view(carrier).numpy(),
+        index.detach().cpu().numpy(),
+        num_threads=torch.get_num_threads(),
+    )
+    return torch.from_numpy(kept).view(tensor.dtype)
+
+
+def channel_moments(x: Tensor) -> ChannelMoments:
+    """Sum squares, magnitudes and values, and find the largest magnitude, of every channel.
+
+    Sums run in float64 in token order, so on the CPU they do not depend on the number of threads.
+    NaN and Inf stay in their channel.
+
+    Args:
+        x: (..., C) float16 | bfloat16 | float32; all leading dims count as tokens.
+    Returns:
+        ChannelMoments on `x`'s device if that is the CPU or CUDA, else on the CPU; all zero without
+        tokens.
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: `x` has fewer than two dimensions.
+    """
+    rows = _rows_of(x)
+    if rows.device.type == "cuda":
+        return _channel_moments_torch(rows)
+    # Other devices may lack float64: their activations visit the CPU.
+    array = _storage_of(rows)
+    moments = _C.channel_moments(
+        array, dtype=_FLOATS[rows.dtype], num_threads=torch.get_num_threads()
+    )
+    return ChannelMoments(*map(torch.from_numpy, moments))
+
+
+def column_mean_abs(weight: Tensor) -> Tensor:
+    """Average the magnitude of every input column over the outputs.
+
+    Args:
+        weight: (out, in) float16 | bfloat16 | float32, out >= 1.
+    Returns:
+        (in,) float64 on `weight`'s device if that is the CPU or CUDA, else on the CPU.
+    Raises:
+        TypeError: `weight` has another dtype.
+        ValueError: `weight` is not 2-D, or has no rows.
+    """
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(
+            f"expected (out, in) with at least one row, got shape {tuple(weight.shape)}"
+        )
+    rows = _rows_of(weight)
+    if rows.device.type == "cuda":
+        return rows.abs().mean(0, dtype=torch.float64)
+    array = _storage_of(rows)
+    means = _C.column_mean_abs(
+        array, dtype=_FLOATS[rows.dtype], num_threads=torch.get_num_threads()
+    )
+    return torch.from_numpy(means)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """`x` as (rows, C), with the elements of a row next to each other."""
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"expected float16, bfloat16 or float32, got {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"expected at least two dimensions, got shape {tuple(x.shape)}")
+    rows = x.detach().flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _storage_of(rows: Tensor) -> NDArray[Any]:
+    """NumPy has no bfloat16: 16-bit floats go to C++ as their bits."""
+    rows = rows.cpu()
+    return np.asarray(rows if rows.dtype == torch.float32 else rows.view(torch.uint16))
+
+
+def _channel_moments_torch(rows: Tensor) -> ChannelMoments:
+    """What CUDA runs: blocks of rows, so that the float64 copy stays small."""
+    squares, magnitudes, values = rows.new_zeros((3, rows.shape[1]), dtype=torch.float64)
+    largest = rows.new_zeros(rows.shape[1], dtype=torch.float32)
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        wide = rows[first : first + _BLOCK_ROWS].double()
+        values += wide.sum(0)
+        squares += wide.square().sum(0)
+        magnitude = wide.abs_()
+        magnitudes += magnitude.sum(0)
+        largest = torch.maximum(largest, magnitude.amax(0).float())
+    return ChannelMoments(squares, magnitudes, values, largest)
+
+
+def _check_index(index: Tensor, size: int) -> None:
+    """The contract that the C++ extension enforces on the CPU."""
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"index must be 1-D, got shape {tuple(index.shape)}")
+    outside = index[(index < 0) | (index >= size)]
+    if len(outside):
+        raise IndexError(f"index holds {outside[0].item()}, but the dim has {size} positions")
+    falls = (index[1:] <= index[:-1]).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        raise ValueError(
+            f"index must be strictly increasing, but index[{at}] is {index[at].item()} "
+            f"and index[{at + 1}] is {index[at + 1].item()}"
+        )

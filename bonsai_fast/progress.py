@@ -1,0 +1,55 @@
+"""What a person sees while a run goes on: progress bars, notes and tables on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+Advance = Callable[[int], None]
+
+
+class Reporter:
+    """Writes to stderr with rich; `Reporter(quiet=True)` writes nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that should not be missed."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+
+    def busy(self, text: str) -> AbstractContextManager[object]:
+        """While inside, a terminal shows that something goes on; nothing of it stays."""
+        return self.console.status(text)
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Advance]:
+        """A progress bar; yields the function that advances it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda count: progress.advance(task, count)

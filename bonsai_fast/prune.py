@@ -1,0 +1,196 @@
+"""`python -m bonsai_fast.prune MODEL --sparsity 0.5 --output DIR`: prune with forward passes only.
+
+Progress and tables go to stderr; the last line of stdout is JSON. A request that cannot be met ends
+with one line and exit code 2. The same command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.embedded import NAME, embedded_model
+from bonsai_fast.ledger import LedgerError
+from bonsai_fast.methods import METHODS, NotRecordedError, Search, Task
+from bonsai_fast.pipeline import (
+    PruneResult,
+    estimate_seconds,
+    execute,
+    plan_table,
+    prepare,
+    prune,
+    result_table,
+)
+from bonsai_fast.progress import Reporter
+from bonsai_fast.run_directory import open_run
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What only the command line needs: where the model comes from and where the result goes."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Directory of the run; the model is saved in its folder 'model'."},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto (cuda if there is one), cpu, cuda or cuda:N."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
+    )
+    plan: bool = field(default=False, metadata={"help": "Print what would be done, and stop."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that a checkpoint carries."}
+    )
+
+
+class _Parser(HfArgumentParser):
+    """Argument errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+
+def parse(arguments: list[str]) -> tuple[str | None, PruneConfig, CommandOptions]:
+    """Command line -> model, configuration, options; a bad one exits with code 2 and one line."""
+    parser = _Parser(
+        cast(Any, (PruneConfig, CommandOptions)),
+        prog="python -m bonsai_fast.prune",
+        description=__doc__,
+    )
+    parser.add_argument(
+        "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
+    )
+    try:
+        config, options, rest = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return rest.model, config, options
+
+
+def load_parent(
+    name: str | None, options: CommandOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent and its tokenizer.
+
+    Raises:
+        ValueError, OSError: no such model, unknown model type, or no such device.
+    """
+    device = _device(options.device)
+    path = str(embedded_model()) if name is None else name
+    trust = options.trust_remote_code
+    dtype = DTYPES.get(options.dtype, "auto")
+    try:
+        # first, because it has the clearest errors
+        AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name or path} cannot be loaded: {error}") from error
+    if name is None:
+        model.config.name_or_path = NAME  # the same wherever the cache lies
+    return cast(Any, model).to(device).eval(), tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
+    reporter = Reporter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with reporter.busy(f"loading {name or NAME} and its text"):
+            model, tokenizer = load_parent(name, options)
+            task, evaluation = prepare(model, tokenizer, config)
+        if options.plan:
+            return _print_plan(task, reporter)
+        output = Path(
+            options.output
+            or f"runs/{Path(name or NAME).name}-{config.target_text.replace('=', '-')}"
+        )
+        run = open_run(output, task.config, task.layout, model, task.calibration.sha256)
+    except (ValueError, OSError) as error:
+        return _fail(error)
+    try:
+        result = execute(Search(task, run, reporter), tokenizer, evaluation)
+    except (OSError, LedgerError, NotRecordedError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {run.path}", file=sys.stderr)
+        return INTERRUPTED
+    _print_result(result, reporter)
+    return 0
+
+
+def _print_plan(task: Task, reporter: Reporter) -> int:
+    plan = METHODS[task.config.method].plan(task)
+    with reporter.busy("timing one batch"):
+        seconds = estimate_seconds(task, plan)
+    reporter.table(plan_table(task, plan, seconds))
+    print(json.dumps({**asdict(plan), "seconds": seconds, "units": len(task.layout)}))
+    return 0
+
+
+def _print_result(result: PruneResult, reporter: Reporter) -> None:
+    reporter.table(result_table(result))
+    reporter.note(
+        f"saved to {result.output}: AutoModelForCausalLM.from_pretrained({result.output!r})"
+    )
+    print(json.dumps(asdict(result)))
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(
+            f"device: {name} was asked for, "
+            f"but PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+class _CallableModule(ModuleType):
+    """`bonsai_fast.prune` is a function and this module: importing one must not hide the other."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> PruneResult:
+        return prune(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Naive PyTorch truth of every op: short, obviously right, what tests hold the fast paths to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_nll_reference(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of one token per row.
+
+        nll[n] = log sum_v exp(logits[n, v]) - logits[n, labels[n]]
+
+    Args:
+        logits: [N, V] float16, bfloat16 or float32; or float64, which is computed as such, so that
+            the reference can be held to a truth of its own.
+        labels: [N] int64 in 0..V-1.
+
+    Returns:
+        [N] float32 (float64 for float64 logits), in nats.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -logits.log_softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)

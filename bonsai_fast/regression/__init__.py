@@ -1,0 +1,12 @@
+"""From scored sub-models to the relevance of every unit.
+
+`fit_paper` is the Bonsai paper's estimator; `fit_ridge` is a Bayesian one in closed form, with
+error bars.
+"""
+
+from bonsai_fast.regression.kendall import kendall_tau
+from bonsai_fast.regression.paper import TABLE_8, Grid, fit_paper
+from bonsai_fast.regression.result import Regression
+from bonsai_fast.regression.ridge import fit_ridge
+
+__all__ = ["TABLE_8", "Grid", "Regression", "fit_paper", "fit_ridge", "kendall_tau"]

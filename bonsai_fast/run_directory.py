@@ -1,0 +1,221 @@
+"""The directory of one run: what was asked, what was found, and how a second start goes on.
+
+    run.json                  identity (config, parent, text, versions), target, status
+    ledger/                   every evaluation
+    priors/STAGE.safetensors  what one forward pass said about each unit
+    masks/round-XX.safetensors   the units kept after each round
+    relevance.safetensors     what the result was selected by
+    model/                    the saved result
+
+A run is identified by everything that its sub-models' losses depend on. The same identity resumes;
+the same identity with another target, once finished, is re-targeted from the ledger alone; another
+identity is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import PreTrainedModel
+
+from bonsai_fast.config import PruneConfig, as_dict
+from bonsai_fast.ledger import Ledger, write_atomically, write_json
+from bonsai_fast.masks import pack, unpack
+from bonsai_fast.units import Layout
+
+FORMAT = 1
+# what a finished run may be asked again, differently, without scoring anything
+LAST_STEP = ("head_layout", "round_to", "uniform")
+MEASURED = ("evaluation", "evaluation_tokens", "tasks")
+NOT_IDENTITY = ("sparsity", "target", *LAST_STEP, *MEASURED)
+# a parameter is told from another by this many of its values
+FINGERPRINT_VALUES = 4096
+
+Start = Literal["new", "resume", "retarget", "finished"]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An open run directory.
+
+    Attributes:
+        path: the directory.
+        identity: what the run's losses depend on.
+        request: what was asked of them: target, last step, measurements.
+        start: "new", "resume" (the same command was interrupted), "finished" (it was not) or
+            "retarget" (finished before, now toward another target or with another last step).
+        ledger: its evaluations.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    request: dict[str, Any]
+    start: Start
+    ledger: Ledger
+
+    @property
+    def model_directory(self) -> Path:
+        return self.path / "model"
+
+    def prior_path(self, stage: str) -> Path:
+        """Where the prior of a stage, such as "round-01", is kept."""
+        folder = self.path / "priors"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{stage}.safetensors"
+
+    def save_mask(self, name: str, keep: torch.Tensor) -> None:
+        """Record the units kept after a round, bool [P], as masks/NAME.safetensors."""
+        folder = self.path / "masks"
+        folder.mkdir(exist_ok=True)
+        content = save({"keep": pack(keep[None])}, {"num_units": str(len(keep))})
+        write_atomically(folder / f"{name}.safetensors", content)
+
+    def record(self, status: Literal["running", "finished"], **content: Any) -> None:
+        """Write run.json."""
+        state = {
+            "format": FORMAT,
+            "status": status,
+            "request": self.request,
+            "versions": versions(),
+        }
+        write_json(self.path / "run.json", {**state, **self.identity, **content})
+
+
+def load_mask(path: Path) -> torch.Tensor:
+    """Read masks/NAME.safetensors: bool [P].
+
+    Raises:
+        ValueError: not a mask of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return unpack(file.get_tensor("keep"), int(file.metadata()["num_units"]))[0]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error
+
+
+def open_run(
+    path: Path, config: PruneConfig, layout: Layout, model: PreTrainedModel, calibration_sha256: str
+) -> RunDirectory:
+    """Start, resume or re-target a run.
+
+    Raises:
+        ValueError: the directory holds something else, another run, or an unfinished run toward
+            another target.
+    """
+    identity = run_identity(config, layout, model, calibration_sha256)
+    options = as_dict(config)
+    request = {
+        "target": config.target_text,
+        **{name: options[name] for name in (*LAST_STEP, *MEASURED)},
+    }
+    manifest = path / "run.json"
+    start: Start = "new"
+    if manifest.is_file():
+        start = _compare(path, json.loads(manifest.read_text()), identity, request)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"output {path}: expected a new or empty directory or a run of ours, "
+            f"found something else there"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    for unfinished in path.glob(".model.*"):  # a save that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    run = RunDirectory(path, identity, request, start, Ledger(path / "ledger", len(layout)))
+    if start in ("new", "resume"):
+        run.record("running")
+    return run
+
+
+def run_identity(
+    config: PruneConfig, layout: Layout, model: PreTrainedModel, calibration_sha256: str
+) -> dict[str, Any]:
+    """What the losses of a run depend on."""
+    return {
+        "config": {
+            name: value for name, value in as_dict(config).items() if name not in NOT_IDENTITY
+        },
+        "parent": {
+            "name": model.config.name_or_path,
+            "fingerprint": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "num_units": len(layout),
+        },
+        "calibration_sha256": calibration_sha256,
+    }
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model's parameter names, shapes, dtypes and a spread of their values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, len(flat) // FINGERPRINT_VALUES)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _compare(
+    path: Path, found: dict[str, Any], identity: dict[str, Any], request: dict[str, Any]
+) -> Start:
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"output {path}: its run.json has format {found.get('format')}, expected {FORMAT}"
+        )
+    differences = [
+        f"{name}: {before!r} there, {now!r} here"
+        for name, before, now in _differences(found, identity)
+        if before != now
+    ]
+    if differences:
+        raise ValueError(
+            f"output {path} holds another run ({'; '.join(differences)}); choose another directory"
+        )
+    before = found["request"]
+    if found["status"] == "finished":
+        return (
+            "finished"
+            if before == request and (path / "model" / "config.json").is_file()
+            else "retarget"
+        )
+    if any(before[name] != request[name] for name in ("target", *LAST_STEP)):
+        raise ValueError(
+            f"output {path} holds an unfinished run toward {before['target']}; "
+            f"finish it with the same command first"
+        )
+    return "resume"
+
+
+def _differences(found: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    rows = [("calibration tokens", found.get("calibration_sha256"), identity["calibration_sha256"])]
+    for section in ("config", "parent"):
+        before, now = found.get(section, {}), identity[section]
+        rows += [
+            (name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())
+        ]
+    return rows

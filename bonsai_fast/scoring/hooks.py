@@ -1,0 +1,63 @@
+"""The universal engine: the model as it is, masked by hooks at its output projections' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from bonsai_fast.models import AttentionBlock, Block
+from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
+from bonsai_fast.units import Layout
+
+
+class HooksEngine:
+    """Rows of (sub-model, sequence) pairs ride in one batch; every row has its own mask."""
+
+    name = "hooks"
+
+    def __init__(self, layout: Layout, nll: SequenceNLL) -> None:
+        self.layout = layout
+        self.nll = nll
+
+    def score_rows(
+        self, keep: torch.Tensor, input_ids: torch.Tensor, parent: ParentReference | None = None
+    ) -> torch.Tensor:
+        """Loss of row r's sequence under row r's sub-model.
+
+        Args:
+            keep: bool [R, P] on the model's device.
+            input_ids: int64 [R, T] on the model's device.
+            parent: what the parent predicts for these sequences; None: the loss itself is wanted.
+        Returns:
+            float32 [R], nats per predicted token: loss, or divergence from the parent.
+        """
+        with ExitStack() as stack:
+            for block, kept in self.layout.keep_by_block(keep):
+                if not bool(kept.all()):
+                    stack.enter_context(self._masked(block, kept))
+            if parent is not None:
+                return self.nll.divergence(input_ids, parent)
+            return self.nll(input_ids)
+
+    @contextmanager
+    def _masked(self, block: Block, keep: torch.Tensor) -> Iterator[None]:
+        width = block.head_dim if isinstance(block, AttentionBlock) else 1
+        removed = ~keep.repeat_interleave(width, dim=1).unsqueeze(1)  # (R, 1, in_features)
+
+        def zero_removed(
+            module: nn.Module, inputs: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, ...]:
+            states = inputs[0]
+            # OPT flattens rows and tokens
+            rows = states.reshape(len(removed), -1, states.shape[-1])
+            # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
+            return (rows.masked_fill(removed, 0).view(states.shape), *inputs[1:])
+
+        handle = self.nll.model.get_submodule(block.output).register_forward_pre_hook(zero_removed)
+        try:
+            yield
+        finally:
+            handle.remove()

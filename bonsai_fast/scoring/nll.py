@@ -1,0 +1,197 @@
+"""Sequences in, mean negative log-likelihood out, without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bonsai_fast import ops
+
+# rows of logits held at once; 2048 reads of a large LM head cost nothing against computing it
+MAX_LOGIT_ROWS = 2048
+LOGIT_CHUNK_BYTES = 256 * 2**20
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off inside, the model's own mode back outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True, eq=False)
+class ParentReference:
+    """What the parent predicts, as far as a divergence from it needs to know.
+
+    Attributes:
+        mean_weight: float32 [R, T - 1, D], the LM head's rows averaged by the parent's predictions.
+        constant: float32 [R, T - 1], sum p log p less the head's averaged bias.
+    """
+
+    mean_weight: torch.Tensor
+    constant: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> ParentReference:
+        """The sequences at these positions, int64 [R']."""
+        return ParentReference(self.mean_weight[index], self.constant[index])
+
+    def to(self, device: torch.device) -> ParentReference:
+        """The same on another device."""
+        return ParentReference(self.mean_weight.to(device), self.constant.to(device))
+
+
+class SequenceNLL:
+    """Next-token loss of a causal language model, computed from its last hidden states in chunks.
+
+    The model is used as it is: hooks that stand on its modules act. Its LM head is applied to a few
+    thousand tokens at a time and the loss is taken in float32, so that the memory for logits does
+    not depend on how many tokens come.
+
+    Raises:
+        ValueError: the model's logits are not its LM head (with a known scale or softcap) on its
+            last hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.backbone = model.base_model
+        head = model.get_output_embeddings()
+        if head is None or self.backbone is model:
+            raise ValueError(
+                f"{type(model).__name__}: expected a causal language model with a backbone and an "
+                f"LM head, e.g. from AutoModelForCausalLM"
+            )
+        self.head = cast(nn.Linear, head)
+        config = model.config
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.vocab_size = self.head.weight.shape[0]
+        with evaluation_mode(model):
+            self._check_head()
+
+    @property
+    def logit_rows(self) -> int:
+        """Tokens whose logits are held at once."""
+        bytes_per_row = self.vocab_size * self.head.weight.element_size()
+        return max(16, min(MAX_LOGIT_ROWS, LOGIT_CHUNK_BYTES // bytes_per_row))
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of every sequence.
+
+        Args:
+            input_ids: int64 [R, T] on the model's device, T >= 2.
+        Returns:
+            float32 [R] on the model's device, nats per predicted token (T - 1 of them).
+        """
+        rows, length = input_ids.shape
+        hidden = self._hidden(input_ids)
+        labels = input_ids[:, 1:].reshape(-1)
+        losses = [
+            ops.token_nll(self.logits(states), targets)
+            for states, targets in zip(
+                hidden.split(self.logit_rows), labels.split(self.logit_rows), strict=True
+            )
+        ]
+        return torch.cat(losses).view(rows, length - 1).mean(dim=1, dtype=torch.float64).float()
+
+    @torch.inference_mode()
+    def parent(self, input_ids: torch.Tensor) -> ParentReference:
+        """What `divergence` compares with: the model as it is, on the same sequences.
+
+        Args:
+            input_ids: int64 [R, T] on the model's device.
+        Raises:
+            ValueError: the model caps its logits, so that they are not linear in its hidden states.
+        """
+        if not self.is_linear:
+            raise ValueError(f"{type(self.model).__name__} caps its logits: no divergence")
+        weight, bias = self.head.weight.float(), getattr(self.head, "bias", None)
+        means, constants = [], []
+        for states in self._hidden(input_ids).split(max(16, self.logit_rows // 4)):
+            log_p = self.logits(states).float().log_softmax(dim=-1)
+            p = log_p.exp()
+            means.append(self._scale * (p @ weight))
+            constant = (p * log_p).nan_to_num(0.0).sum(dim=-1)
+            if bias is not None:
+                constant = constant - self._scale * (p @ bias.float())
+            constants.append(constant)
+        shape = (len(input_ids), input_ids.shape[1] - 1)
+        return ParentReference(torch.cat(means).view(*shape, -1), torch.cat(constants).view(shape))
+
+    @torch.inference_mode()
+    def divergence(self, input_ids: torch.Tensor, parent: ParentReference) -> torch.Tensor:
+        """Mean KL divergence of every sequence from the parent's predictions.
+
+            KL(p || q) = sum p log p - sum p z_q + log sum exp z_q
+
+        The middle sum needs no second set of logits: z_q is linear in the hidden state.
+
+        Args:
+            input_ids: int64 [R, T] on the model's device.
+            parent: of the same R sequences.
+        Returns:
+            float32 [R], nats per predicted token.
+        """
+        rows, length = input_ids.shape
+        hidden = self._hidden(input_ids)
+        labels = input_ids[:, 1:].reshape(-1)
+        log_sums = []
+        for states, targets in zip(
+            hidden.split(self.logit_rows), labels.split(self.logit_rows), strict=True
+        ):
+            logits = self.logits(states)
+            log_sums.append(
+                ops.token_nll(logits, targets) + logits.gather(1, targets[:, None])[:, 0].float()
+            )
+        expected = torch.einsum("nd,nd->n", hidden.float(), parent.mean_weight.flatten(0, 1))
+        tokens = parent.constant.flatten() - expected + torch.cat(log_sums)
+        return tokens.view(rows, length - 1).mean(dim=1, dtype=torch.float64).float()
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are linear in the hidden states, as `divergence` needs."""
+        return self._softcap is None
+
+    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states that predict a token, [R * (T - 1), D]."""
+        states: torch.Tensor = self.backbone(
+            input_ids=input_ids, use_cache=False
+        ).last_hidden_state[:, :-1]
+        return states.reshape(-1, states.shape[-1])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of last hidden states [N, D], as the model itself computes them."""
+        logits: torch.Tensor = self.head(hidden)
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        tokens = torch.arange(4, device=self.head.weight.device).view(1, 4) % self.vocab_size
+        expected = self.model(input_ids=tokens, use_cache=False).logits.float()
+        actual = self.logits(
+            self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        ).float()
+        scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * scale, equal_nan=True):
+            raise ValueError(
+                f"{type(self.model).__name__}: its logits are not its LM head applied to its last "
+                f"hidden states (largest difference "
+                f"{float((actual - expected).abs().max()):.3g}); this model cannot be scored"
+            )

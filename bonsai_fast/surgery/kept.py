@@ -1,0 +1,108 @@
+"""From a keep mask over units to what every layer and every parameter keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bonsai_fast.hub import LayerShape
+from bonsai_fast.models import AttentionBlock, family_of
+from bonsai_fast.units import Layout
+
+# Their position information hangs on the number of a head.
+ALIBI_FAMILIES = frozenset({"bloom"})
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a parent.
+
+    Attributes:
+        shapes: what each decoder layer keeps.
+        slices: (dim, int64 index of what stays) of every parameter that loses a part.
+        removed: prefixes of the parameters that go as a whole.
+        spared: parameters below those prefixes that stay all the same.
+    """
+
+    shapes: tuple[LayerShape, ...]
+    slices: dict[str, tuple[int, torch.Tensor]]
+    removed: tuple[str, ...]
+    spared: frozenset[str]
+
+    def keeps(self, name: str) -> bool:
+        """Whether anything of a parameter stays."""
+        return name in self.spared or not name.startswith(self.removed)
+
+    def shape_of(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Shape of what stays of a parameter."""
+        shape = list(parameter.shape)
+        if name in self.slices:
+            dim, index = self.slices[name]
+            shape[dim] = len(index)
+        return tuple(shape)
+
+
+def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
+    """Find out what stays of `model`, which `layout` was made from; `keep_mask` is on the CPU."""
+    shapes = [LayerShape((), 0) for _ in range(layout.decoder.num_layers)]
+    slices: dict[str, tuple[int, torch.Tensor]] = {}
+    removed: list[str] = []
+    spared: list[str] = []
+    for block, keep_parts in layout.keep_by_block(keep_mask):
+        if not bool(keep_parts.any()):
+            paths = (*block.modules, *((block.norm,) if block.norm else ()))
+            removed += [f"{path}." for path in paths]
+            spared.append(f"{block.output}.bias")
+            continue
+        if isinstance(block, AttentionBlock):
+            change = _kept_heads(model, block, keep_parts)
+        else:
+            change = {"channels": int(keep_parts.sum())}
+        shapes[block.layer] = replace(shapes[block.layer], **change)
+        if not bool(keep_parts.all()):
+            kept_parts = block.kept_parts(keep_parts)
+            for cut in block.cuts:
+                slices[cut.parameter] = (cut.dim, kept_parts[cut.owner].nonzero().flatten())
+    return Kept(tuple(shapes), slices, tuple(removed), frozenset(spared))
+
+
+def _kept_heads(
+    model: PreTrainedModel, block: AttentionBlock, keep_heads: torch.Tensor
+) -> dict[str, Any]:
+    """What a `LayerShape` says about an attention that keeps some of its query heads."""
+    heads = keep_heads.nonzero().flatten().tolist()
+    readers = torch.tensor(block.kv_of_head)[keep_heads].bincount(minlength=block.num_kv_heads)
+    change: dict[str, Any] = {"q_heads_per_kv": tuple(readers[readers > 0].tolist())}
+    if family_of(model.config.model_type) in ALIBI_FAMILIES:
+        numbers = getattr(model.get_submodule(block.module), "alibi_heads", None)
+        if numbers is not None or len(heads) < block.num_heads:
+            numbers = numbers or range(block.num_heads)
+            change["alibi_heads"] = tuple(numbers[head] for head in heads)
+    return change
+
+
+def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, list[int]]]:
+    """List every layer's kept query heads and channels, for a report.
+
+    Numbers are the parent's.
+
+    Args:
+        layout: units of the parent.
+        keep_mask: bool [P].
+    Returns:
+        one `{"heads": [...], "channels": [...]}` a layer, ready for JSON; empty lists where the
+        sub-layer is gone.
+    Raises:
+        TypeError, ValueError: the mask is not bool, or not [P].
+    """
+    layout.check_mask(keep_mask, dims=1)
+    layers: list[dict[str, list[int]]] = [
+        {"heads": [], "channels": []} for _ in range(layout.decoder.num_layers)
+    ]
+    for block, keep_parts in layout.keep_by_block(keep_mask.cpu()):
+        kind = "heads" if isinstance(block, AttentionBlock) else "channels"
+        layers[block.layer][kind] = keep_parts.nonzero().flatten().tolist()
+    return layers

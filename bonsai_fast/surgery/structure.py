@@ -1,0 +1,141 @@
+"""The smaller model without its weights: its class, configuration and modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from bonsai_fast.hub import FAMILIES, hub_classes
+from bonsai_fast.models import family_of
+from bonsai_fast.surgery.kept import Kept
+
+# What configurations call the width of an MLP; the first that a configuration has is the one.
+CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+# Fields of a bonsai_* configuration that its stock class does not know.
+BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "alibi_heads")
+
+
+def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
+    """Build the smaller model on the meta device.
+
+    It is of the parent's stock class if that can express the result, else of the family's bonsai_*
+    class.
+
+    Raises:
+        ValueError: neither of them can.
+    """
+    if (stock := _stock_structure(parent, kept)) is not None:
+        return stock
+    family = family_of(parent.config.model_type)
+    if family not in FAMILIES or type(parent).__name__.removeprefix("Bonsai") != (
+        f"{FAMILIES[family]}ForCausalLM"
+    ):
+        raise ValueError(
+            f"{type(parent).__name__} (model type {parent.config.model_type!r}) can only be pruned "
+            "to what its own configuration expresses: all layers alike, all KV groups alike, no "
+            "sub-layer gone; causal language models of these types take any mask: "
+            f"{', '.join(FAMILIES)}"
+        )
+    classes = hub_classes(family)
+    entries = {
+        str(index): entry
+        for index, shape in enumerate(kept.shapes)
+        if (entry := classes.config.layer_overrides(shape))
+    }
+    values = _values(parent.config, drop=("auto_map",))
+    values |= {"head_dim": _head_dim(parent.config), "per_layer_config": entries}
+    child = _on_meta(classes.causal_lm, classes.config(**values))
+    if not _expresses(child, parent, kept):
+        raise ValueError(f"the model's parameters are not those of a {classes.causal_lm.__name__}")
+    return child
+
+
+def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
+    """A model of the parent's stock class, if that can have exactly the kept shapes."""
+    first = kept.shapes[0]
+    alike = {(shape.q_heads_per_kv, shape.channels) for shape in kept.shapes}
+    if len(alike) > 1 or first.is_irregular or not first.num_heads or not first.channels:
+        return None
+    try:
+        config = _stock_config(parent.config, kept)
+        child = _on_meta(_stock_class(parent), config)
+    except (ValueError, StrictDataclassError):  # such widths do not pass the class's own checks
+        return None
+    return child if _expresses(child, parent, kept) else None
+
+
+def _stock_class(parent: PreTrainedModel) -> type[PreTrainedModel]:
+    if not _is_bonsai(parent.config):
+        return type(parent)
+    name = type(parent).__name__.removeprefix("Bonsai")
+    return next(base for base in type(parent).__mro__ if base.__name__ == name)
+
+
+def _stock_config(config: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
+    """The stock configuration with the widths of the first layer for all layers."""
+    shape, head_dim = kept.shapes[0], _head_dim(config)
+    if _is_bonsai(config):
+        stock_class = CONFIG_MAPPING[family_of(config.model_type)]
+        unknown = [name for name in BONSAI_FIELDS if name not in stock_class.__dataclass_fields__]
+        dense = stock_class(**_values(config, drop=unknown))
+    else:
+        dense = copy.deepcopy(config)
+    widths: dict[str, Any] = {"num_attention_heads": shape.num_heads}
+    if getattr(dense, "num_key_value_heads", None) is not None:
+        widths["num_key_value_heads"] = shape.num_kv_heads
+    for name in CHANNELS_ATTRIBUTES:
+        if getattr(dense, name, None) is not None:
+            widths[name] = shape.channels
+            break
+    for name, width in widths.items():
+        setattr(dense, name, width)
+    if _head_dim(dense) != head_dim:
+        dense.head_dim = head_dim
+    if hasattr(dense, "validate"):
+        dense.validate()
+    return dense
+
+
+def _is_bonsai(config: PreTrainedConfig) -> bool:
+    return family_of(config.model_type) != config.model_type
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    if getattr(config, "head_dim", None) is not None:
+        return int(config.head_dim)
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def _values(config: PreTrainedConfig, drop: Iterable[str] = ()) -> dict[str, Any]:
+    """What a configuration says, ready to make another one of it."""
+    values = config.to_dict()
+    for name in (
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        *drop,
+    ):
+        values.pop(name, None)
+    return values | {"attn_implementation": config._attn_implementation}
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _expresses(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> bool:
+    """Whether the child's parameters and buffers are just what stays of the parent's."""
+    wanted = {
+        name: kept.shape_of(name, parameter)
+        for name, parameter in parent.named_parameters(remove_duplicate=False)
+        if kept.keeps(name)
+    } | {name: tuple(buffer.shape) for name, buffer in parent.named_buffers()}
+    found = [*child.named_parameters(remove_duplicate=False), *child.named_buffers()]
+    return wanted == {name: tuple(tensor.shape) for name, tensor in found}

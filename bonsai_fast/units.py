@@ -1,0 +1,232 @@
+"""What can be removed from a model: its units, in a fixed order, each with its parameter count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
+
+Kind = Literal["head", "kv_group", "channel", "attention", "mlp"]
+AttentionUnit = Literal["head", "kv_group"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One removable unit.
+
+    Attributes:
+        layer: index of its decoder layer.
+        kind: "head", "kv_group", "channel", "attention" or "mlp".
+        index: its number among the units of that kind in that layer; for a head its query head, for
+            a KV group its KV head.
+        num_parameters: parameters that go with it when the rest of its sub-layer stays.
+    """
+
+    layer: int
+    kind: Kind
+    index: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The units of one kind in one layer: positions start..stop-1 of the layout.
+
+    `part_of_unit` gives, for each part of the block (query head or channel), the unit of this group
+    that it belongs to.
+    """
+
+    layer: int
+    kind: Kind
+    start: int
+    stop: int
+    num_parameters: int  # of each unit
+    block: Block
+    part_of_unit: torch.Tensor  # int64 [query heads or channels]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Layout(Sequence[Unit]):
+    """The P units of a model, ordered by (layer, kind, index).
+
+    Build one with `Layout.of(model)`. `len(layout) == P`; `layout.units[i]` is a `Unit`;
+    `layout.groups` holds the same units as contiguous ranges, one a (layer, kind).
+    """
+
+    def __init__(
+        self, decoder: Decoder, sizes: dict[str, int], *, attention: AttentionUnit, sublayers: bool
+    ) -> None:
+        self.decoder = decoder
+        self.attention = attention
+        self.sublayers = sublayers
+        self._sizes = sizes  # parameters of the model by name
+        self.groups = tuple(self._groups())
+        self.num_units = self.groups[-1].stop if self.groups else 0
+        self.num_parameters_per_unit = torch.cat(
+            [torch.full((len(group),), group.num_parameters) for group in self.groups]
+            or [torch.zeros(0, dtype=torch.int64)]
+        )
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, *, attention: AttentionUnit = "head", sublayers: bool = False
+    ) -> Layout:
+        """Find the units of a loaded model.
+
+        Args:
+            model: a causal language model, dense or pruned before.
+            attention: "head" removes query heads one by one (a KV head goes with its last query
+                head); "kv_group" removes a KV head with all its query heads. The same thing where
+                every query head has its own KV head.
+            sublayers: also list whole attention and MLP sub-layers as units.
+        Raises:
+            ValueError: the model is not supported, or an argument is not one of the above.
+        """
+        if attention not in get_args(AttentionUnit):
+            raise ValueError(
+                f"attention: expected one of {get_args(AttentionUnit)}, got {attention!r}"
+            )
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return cls(find_decoder(model), sizes, attention=attention, sublayers=sublayers)
+
+    # Sequence -------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.num_units
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"unit {position} of a layout with {len(self)} units")
+        position %= len(self)
+        group = next(group for group in self.groups if position < group.stop)
+        return Unit(group.layer, group.kind, position - group.start, group.num_parameters)
+
+    def __iter__(self) -> Iterator[Unit]:
+        for group in self.groups:
+            for index in range(len(group)):
+                yield Unit(group.layer, group.kind, index, group.num_parameters)
+
+    @property
+    def units(self) -> Layout:
+        """The units themselves; a layout is the sequence of its units."""
+        return self
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of units that occur, in the order in which they stand in a layer."""
+        present = {group.kind for group in self.groups}
+        return tuple(kind for kind in get_args(Kind) if kind in present)
+
+    # Masks ----------------------------------------------------------------------------------------
+
+    def check_mask(self, keep: torch.Tensor, *, dims: int) -> None:
+        """Raise ValueError or TypeError unless `keep` is a bool mask with `dims` dimensions."""
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep mask: expected dtype bool (True = kept), got {keep.dtype}")
+        if keep.dim() != dims or keep.shape[-1] != len(self):
+            shape = "[P]" if dims == 1 else "[S, P]"
+            raise ValueError(
+                f"keep mask: expected shape {shape} with P = {len(self)} units, "
+                f"got {tuple(keep.shape)}"
+            )
+
+    def keep_by_block(self, keep: torch.Tensor) -> list[tuple[Block, torch.Tensor]]:
+        """Masks over units -> masks over the query heads or channels of each sub-layer.
+
+        Args:
+            keep: bool [..., P].
+        Returns:
+            for each sub-layer, in order, bool [..., H] or [..., I].
+        """
+        found: dict[int, tuple[Block, torch.Tensor]] = {}
+        for group in self.groups:
+            mask = keep[..., group.start : group.stop][..., group.part_of_unit]
+            block, before = found.get(id(group.block), (group.block, None))
+            found[id(group.block)] = (block, mask if before is None else before & mask)
+        return list(found.values())
+
+    # Parameters -----------------------------------------------------------------------------------
+
+    @property
+    def num_decoder_parameters(self) -> int:
+        """Parameters of the decoder layers; embeddings, final norm and LM head are left out."""
+        return sum(
+            size for name, size in self._sizes.items() if name.startswith(self.decoder.path + ".")
+        )
+
+    @property
+    def num_model_parameters(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return sum(self._sizes.values())
+
+    def num_removed_parameters(self, keep: torch.Tensor) -> int:
+        """Parameters that go with the removed units, shared KV heads and norms included.
+
+        Args:
+            keep: bool [P].
+        """
+        self.check_mask(keep, dims=1)
+        return sum(self.removed_from_block(block, kept) for block, kept in self.keep_by_block(keep))
+
+    def removed_from_block(self, block: Block, keep_parts: torch.Tensor) -> int:
+        """Parameters that go when a sub-layer keeps only these parts (bool [H] or [I])."""
+        if bool(keep_parts.all()):
+            return 0
+        if not bool(keep_parts.any()):
+            return self._block_size(block)
+        kept = block.kept_parts(keep_parts)
+        return sum(
+            int((~kept[cut.owner]).sum()) * (self._sizes[cut.parameter] // len(cut.owner))
+            for cut in block.cuts
+        )
+
+    def _block_size(self, block: Block) -> int:
+        """Parameters that go with a whole sub-layer: all but the bias of its output projection."""
+        prefixes = tuple(
+            f"{path}." for path in (*block.modules, *((block.norm,) if block.norm else ()))
+        )
+        total = sum(size for name, size in self._sizes.items() if name.startswith(prefixes))
+        return total - self._sizes.get(f"{block.output}.bias", 0)
+
+    def _groups(self) -> Iterator[Group]:
+        start = 0
+        for layer in range(self.decoder.num_layers):
+            attention, mlp = self.decoder.attention.get(layer), self.decoder.mlp.get(layer)
+            wanted: list[tuple[Kind, Block, torch.Tensor]] = []
+            if attention is not None:
+                wanted.append((self.attention, attention, self._attention_units(attention)))
+            if mlp is not None:
+                wanted.append(("channel", mlp, torch.arange(mlp.num_channels)))
+            if self.sublayers and attention is not None:
+                wanted.append(
+                    ("attention", attention, torch.zeros(attention.num_heads, dtype=torch.int64))
+                )
+            if self.sublayers and mlp is not None:
+                wanted.append(("mlp", mlp, torch.zeros(mlp.num_channels, dtype=torch.int64)))
+            for kind, block, part_of_unit in wanted:
+                count = int(part_of_unit.max()) + 1
+                size = self._unit_size(kind, block, part_of_unit)
+                yield Group(layer, kind, start, start + count, size, block, part_of_unit)
+                start += count
+
+    def _attention_units(self, block: AttentionBlock) -> torch.Tensor:
+        if self.attention == "head":
+            return torch.arange(block.num_heads)
+        return torch.tensor(block.kv_of_head)
+
+    def _unit_size(self, kind: Kind, block: Block, part_of_unit: torch.Tensor) -> int:
+        if kind in ("attention", "mlp"):
+            return self._block_size(block)
+        keep = part_of_unit != 0
+        if not bool(keep.any()):  # the only unit of its sub-layer
+            return self._block_size(block)
+        return self.removed_from_block(block, keep)

@@ -1,0 +1,67 @@
+"""What README.md tells people to type works: all of it is run, with a tiny model for MODEL."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_parent
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
+PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
+# a tiny model needs no more
+SMALL = "--num-sequences 2 --sequence-length 32 --evaluation-tokens 256"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands are typed; a model lies there under the name MODEL."""
+    where = tmp_path_factory.mktemp("reader")
+    save_tiny_parent(where / "MODEL")
+    return where
+
+
+def run(arguments: list[str], where: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    return subprocess.run(arguments, cwd=where, env=environment, capture_output=True, text=True)
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(COMMANDS) >= 4 and len(PROGRAMS) >= 2
+
+
+def test_commands_and_programs_in_the_order_of_the_page(folder: Path) -> None:
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            # the demo and this very run are what the targets would start
+            done = run(["make", "--dry-run", *words[1:]], ROOT)
+        elif words[:2] == ["pip", "install"]:
+            # the build itself is in test_packaging.py
+            flags = ["--dry-run", "--no-deps", "--no-build-isolation"]
+            done = run([sys.executable, "-m", "pip", "install", *flags, *words[2:]], ROOT)
+        else:
+            assert words[0] == "python"
+            done = run([sys.executable, *words[1:], *SMALL.split()], folder)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    small = "bf.PruneConfig(num_sequences=2, sequence_length=32, evaluation_tokens=256, "
+    for program in PROGRAMS:
+        text = program.replace("bf.PruneConfig(", small)
+        done = run([sys.executable, "-c", text], folder)
+        assert done.returncode == 0, f"{program}\n{done.stderr}"
+    for model in ("mine/model", "by-hand", "from-python/model"):
+        assert (folder / "runs" / model / "config.json").is_file()
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    named = {word for match in re.findall(r"`make ([a-z -]+)`", text) for word in match.split()}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"test", "lint", "bench-smoke"} <= named <= targets
