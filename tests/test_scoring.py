@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring import MaskScorer, SequenceNLL, parse_bytes
-from bonsai_fast.scoring.memory import working_set
+from bonsai_fast.scoring.memory import WorkingSet
 from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
@@ -117,9 +117,9 @@ def test_batching_does_not_change_the_answer(llama3: PreTrainedModel) -> None:
     layout = Layout.of(llama3)
     masks, input_ids = random_masks(layout, count=7), tokens(batch=5)
     whole = MaskScorer(llama3, layout=layout).score(masks, input_ids)
-    fixed, per_row = working_set(layout, SequenceNLL(llama3), 12)
+    needs = WorkingSet.of(layout, SequenceNLL(llama3), 12)
     for rows in (1, 3, 4):
-        scorer = MaskScorer(llama3, layout=layout, memory_budget=fixed + rows * per_row)
+        scorer = MaskScorer(llama3, layout=layout, memory_budget=needs.mask + rows * needs.layer)
         assert scorer.rows_per_batch(12) == rows
         done: list[int] = []
         cut = scorer.score(masks, input_ids, progress=done.append)

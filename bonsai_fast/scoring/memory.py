@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +15,8 @@ from bonsai_fast.units import Layout
 MAX_TOKENS = {"cpu": 4096, "cuda": 16384}
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 CUDA_FRACTION = 0.5
+# of the budget, for logits; they come in chunks of any size
+LOGIT_SHARE = 0.25
 # allocator slack and small temporaries that the estimate leaves out
 SAFETY = 1.3
 
@@ -38,46 +42,89 @@ def default_budget(device: torch.device) -> int:
     return DEFAULT_BUDGET_BYTES
 
 
+def logit_bytes_within(budget: int) -> int:
+    """Bytes of logits that may be held at once."""
+    return int(LOGIT_SHARE * budget / SAFETY)
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """Estimated peak of a forward pass beside the weights, in bytes.
+
+    Layers and LM head are never at work at once: the peak is that of the larger.
+
+    Attributes:
+        mask: the attention mask, while layers run.
+        layer: what the widest layer holds for each sequence.
+        logits: one chunk of logits.
+        hidden: last hidden states of each sequence, while logits are made of them.
+    """
+
+    mask: int
+    layer: int
+    logits: int
+    hidden: int
+
+    @classmethod
+    def of(cls, layout: Layout, nll: SequenceNLL, length: int) -> WorkingSet:
+        """Estimate it for sequences of `length` tokens."""
+        element = nll.head.weight.element_size()
+        hidden = nll.head.weight.shape[1]
+        attention = layout.decoder.attention.values()
+        width = (
+            max(
+                (2 * block.num_heads + 2 * block.num_kv_heads) * block.head_dim
+                for block in attention
+            )
+            if attention
+            else 0
+        )
+        channels = max((block.num_channels for block in layout.decoder.mlp.values()), default=0)
+        # residual, norm in and out, its two float32 temporaries; wider sub-layer with its masked
+        # copy
+        per_token = element * (4 * hidden + max(2 * width, 4 * channels)) + 2 * 4 * hidden
+        scores = 0
+        if getattr(
+            nll.model.config, "_attn_implementation", None
+        ) == "eager" or layout.decoder.model_type.endswith("bloom"):
+            # attention weights in the model's dtype, their float32 softmax and its copy
+            heads = max((block.num_heads for block in attention), default=0)
+            scores = heads * length**2 * (2 * element + 2 * 4)
+        return cls(
+            mask=int(SAFETY * length**2 * element),
+            layer=int(SAFETY * (length * per_token + scores)),
+            logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
+            hidden=int(SAFETY * 3 * length * hidden * element),
+        )
+
+    def rows_within(self, budget: int) -> int:
+        """Sequences that fit; 0 if none does."""
+        return min((budget - self.mask) // self.layer, (budget - self.logits) // self.hidden)
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget in which a sequence fits, chunks of logits being what they are."""
+        return math.ceil(
+            max(
+                self.mask + self.layer,
+                self.hidden / (1 - LOGIT_SHARE),
+                self.logits / LOGIT_SHARE,
+            )
+        )
+
+
 def rows_within(budget: int, layout: Layout, nll: SequenceNLL, length: int) -> int:
     """Sequences of `length` tokens that fit into `budget` bytes, at least 1.
 
     Raises:
         ValueError: not even one sequence fits.
     """
-    fixed, per_row = working_set(layout, nll, length)
-    if fixed + per_row > budget:
+    needs = WorkingSet.of(layout, nll, length)
+    if needs.least_budget > budget:
         raise ValueError(
             f"memory budget: one sequence of {length} tokens needs about "
-            f"{(fixed + per_row) / 2**20:.0f} MiB beside the weights, "
+            f"{math.ceil(needs.least_budget / 2**20)} MiB beside the weights, "
             f"got a budget of {budget / 2**20:.0f} MiB"
         )
     limit = MAX_TOKENS.get(nll.head.weight.device.type, MAX_TOKENS["cpu"])
-    return max(1, min((budget - fixed) // per_row, limit // length))
-
-
-def working_set(layout: Layout, nll: SequenceNLL, length: int) -> tuple[int, int]:
-    """Estimated peak of a forward pass beside the weights: (fixed bytes, bytes a sequence)."""
-    element = nll.head.weight.element_size()
-    hidden = nll.head.weight.shape[1]
-    attention = layout.decoder.attention.values()
-    width = (
-        max((2 * block.num_heads + 2 * block.num_kv_heads) * block.head_dim for block in attention)
-        if attention
-        else 0
-    )
-    channels = max((block.num_channels for block in layout.decoder.mlp.values()), default=0)
-    # residual, norm in and out, its two float32 temporaries; wider sub-layer with its masked copy
-    per_token = element * (4 * hidden + max(2 * width, 4 * channels)) + 2 * 4 * hidden
-    scores = 0
-    if getattr(
-        nll.model.config, "_attn_implementation", None
-    ) == "eager" or layout.decoder.model_type.endswith("bloom"):
-        # attention weights in the model's dtype, their float32 softmax and its copy
-        scores = (
-            max((block.num_heads for block in attention), default=0)
-            * length**2
-            * (2 * element + 2 * 4)
-        )
-    logits = nll.logit_rows * nll.vocab_size * (element + 1)
-    mask = length**2 * element
-    return int(SAFETY * (logits + mask)), int(SAFETY * (length * per_token + scores))
+    return max(1, min(needs.rows_within(budget), limit // length))

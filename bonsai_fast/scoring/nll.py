@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from bonsai_fast import ops
 
-# rows of logits held at once; 2048 reads of a large LM head cost nothing against computing it
+# rows of logits held at once: so many amortise reading the LM head, fewer would not
 MAX_LOGIT_ROWS = 2048
+MIN_LOGIT_ROWS = 16
 LOGIT_CHUNK_BYTES = 256 * 2**20
 
 
@@ -57,13 +58,17 @@ class SequenceNLL:
     thousand tokens at a time and the loss is taken in float32, so that the memory for logits does
     not depend on how many tokens come.
 
+    Args:
+        model: the model.
+        logit_bytes: bytes of logits that are held at once, if that is less than the default.
     Raises:
         ValueError: the model's logits are not its LM head (with a known scale or softcap) on its
             last hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, logit_bytes: int = LOGIT_CHUNK_BYTES) -> None:
         self.model = model
+        self._logit_bytes = min(logit_bytes, LOGIT_CHUNK_BYTES)
         self.backbone = model.base_model
         head = model.get_output_embeddings()
         if head is None or self.backbone is model:
@@ -82,10 +87,15 @@ class SequenceNLL:
             self._check_head()
 
     @property
+    def bytes_per_logit_row(self) -> int:
+        """Bytes of one token's logits and of what the loss makes of them."""
+        return self.vocab_size * (self.head.weight.element_size() + 1)
+
+    @property
     def logit_rows(self) -> int:
         """Tokens whose logits are held at once."""
-        bytes_per_row = self.vocab_size * self.head.weight.element_size()
-        return max(16, min(MAX_LOGIT_ROWS, LOGIT_CHUNK_BYTES // bytes_per_row))
+        rows = self._logit_bytes // self.bytes_per_logit_row
+        return max(MIN_LOGIT_ROWS, min(MAX_LOGIT_ROWS, rows))
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +130,7 @@ class SequenceNLL:
             raise ValueError(f"{type(self.model).__name__} caps its logits: no divergence")
         weight, bias = self.head.weight.float(), getattr(self.head, "bias", None)
         means, constants = [], []
-        for states in self._hidden(input_ids).split(max(16, self.logit_rows // 4)):
+        for states in self._hidden(input_ids).split(max(MIN_LOGIT_ROWS, self.logit_rows // 4)):
             log_p = self.logits(states).float().log_softmax(dim=-1)
             p = log_p.exp()
             means.append(self._scale * (p @ weight))

@@ -10,7 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.scoring.hooks import HooksEngine
-from bonsai_fast.scoring.memory import default_budget, parse_bytes, rows_within
+from bonsai_fast.scoring.memory import (
+    default_budget,
+    logit_bytes_within,
+    parse_bytes,
+    rows_within,
+)
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
 from bonsai_fast.units import Layout
 
@@ -48,11 +53,11 @@ class MaskScorer:
             raise ValueError(f"engine: expected one of {get_args(EngineName)}, got {engine!r}")
         self.model = model
         self.layout = layout if layout is not None else Layout.of(model)
-        self._nll = SequenceNLL(model)
-        self.engine = HooksEngine(self.layout, self._nll)
         self.memory_budget = (
-            default_budget(self.device) if memory_budget is None else parse_bytes(memory_budget)
+            default_budget(model.device) if memory_budget is None else parse_bytes(memory_budget)
         )
+        self._nll = SequenceNLL(model, logit_bytes=logit_bytes_within(self.memory_budget))
+        self.engine = HooksEngine(self.layout, self._nll)
 
     @property
     def device(self) -> torch.device:
