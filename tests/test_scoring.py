@@ -115,12 +115,12 @@ def test_removed_nan_does_not_count_and_a_kept_one_stays_in_its_row(poison: floa
 def test_batching_does_not_change_the_answer(llama3: PreTrainedModel) -> None:
     """Pairs are cut anywhere, also inside a sub-model's sequences."""
     layout = Layout.of(llama3)
-    masks, input_ids = random_masks(layout, count=7), tokens(batch=5)
+    masks, input_ids = random_masks(layout, count=7), tokens(batch=5, length=24)
     whole = MaskScorer(llama3, layout=layout).score(masks, input_ids)
-    needs = WorkingSet.of(layout, SequenceNLL(llama3), 12)
+    needs = WorkingSet.of(layout, SequenceNLL(llama3), 24)
     for rows in (1, 3, 4):
         scorer = MaskScorer(llama3, layout=layout, memory_budget=needs.mask + rows * needs.layer)
-        assert scorer.rows_per_batch(12) == rows
+        assert scorer.rows_per_batch(24) == rows
         done: list[int] = []
         cut = scorer.score(masks, input_ids, progress=done.append)
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
