@@ -1,8 +1,7 @@
 """Model classes that a pruned model needs, and the files that travel with it.
 
 Nothing here may import the rest of bonsai_fast: the files are copied beside the weights, and run
-    there with
-`trust_remote_code=True` on a machine without this package.
+there with `trust_remote_code=True` on a machine without this package.
 """
 
 from __future__ import annotations
