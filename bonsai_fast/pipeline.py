@@ -16,10 +16,11 @@ from bonsai_fast.allocation import Achieved, Target
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
 from bonsai_fast.evaluation import check_tasks_available, evaluate_tasks, perplexity
+from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Plan, Search, Task
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import load_mask, open_run
+from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import remove_units, save_pretrained, verify_saved
 from bonsai_fast.timing import measure_latency
@@ -71,7 +72,7 @@ class PruneResult:
     @property
     def keep_mask(self) -> torch.Tensor:
         """bool [P], the units of the run's layout (its attention and sublayers) that were kept."""
-        return load_mask(Path(self.run) / "masks" / "final.safetensors")
+        return load_mask(Path(self.run) / "masks" / "final.safetensors").keep
 
 
 def prune(

@@ -25,13 +25,11 @@ from typing import Any, Literal
 import numpy
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from bonsai_fast.config import PruneConfig, as_dict
-from bonsai_fast.ledger import Ledger, write_atomically, write_json
-from bonsai_fast.masks import pack, unpack
+from bonsai_fast.ledger import Ledger, write_json
+from bonsai_fast.mask_files import save_mask
 from bonsai_fast.units import Layout
 
 FORMAT = 1
@@ -56,6 +54,7 @@ class RunDirectory:
         start: "new", "resume" (the same command was interrupted), "finished" (it was not) or
             "retarget" (finished before, now toward another target or with another last step).
         ledger: its evaluations.
+        layout: the parent's units.
     """
 
     path: Path
@@ -63,6 +62,7 @@ class RunDirectory:
     request: dict[str, Any]
     start: Start
     ledger: Ledger
+    layout: Layout
 
     @property
     def model_directory(self) -> Path:
@@ -78,8 +78,7 @@ class RunDirectory:
         """Record the units kept after a round, bool [P], as masks/NAME.safetensors."""
         folder = self.path / "masks"
         folder.mkdir(exist_ok=True)
-        content = save({"keep": pack(keep[None])}, {"num_units": str(len(keep))})
-        write_atomically(folder / f"{name}.safetensors", content)
+        save_mask(folder / f"{name}.safetensors", self.layout, keep)
 
     def record(self, status: Literal["running", "finished"], **content: Any) -> None:
         """Write run.json."""
@@ -90,19 +89,6 @@ class RunDirectory:
             "versions": versions(),
         }
         write_json(self.path / "run.json", {**state, **self.identity, **content})
-
-
-def load_mask(path: Path) -> torch.Tensor:
-    """Read masks/NAME.safetensors: bool [P].
-
-    Raises:
-        ValueError: not a mask of this project.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return unpack(file.get_tensor("keep"), int(file.metadata()["num_units"]))[0]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error
 
 
 def open_run(
@@ -132,7 +118,7 @@ def open_run(
     path.mkdir(parents=True, exist_ok=True)
     for unfinished in path.glob(".model.*"):  # a save that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
-    run = RunDirectory(path, identity, request, start, Ledger(path / "ledger", len(layout)))
+    run = RunDirectory(path, identity, request, start, Ledger(path / "ledger", len(layout)), layout)
     if start in ("new", "resume"):
         run.record("running")
     return run

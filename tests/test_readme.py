@@ -49,14 +49,15 @@ def test_commands_and_programs_in_the_order_of_the_page(folder: Path) -> None:
             done = run([sys.executable, "-m", "pip", "install", *flags, *words[2:]], ROOT)
         else:
             assert words[0] == "python"
-            done = run([sys.executable, *words[1:], *SMALL.split()], folder)
+            flags = SMALL.split() if "bonsai_fast.prune" in words else []
+            done = run([sys.executable, *words[1:], *flags], folder)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     small = "bf.PruneConfig(num_sequences=2, sequence_length=32, evaluation_tokens=256, "
     for program in PROGRAMS:
         text = program.replace("bf.PruneConfig(", small)
         done = run([sys.executable, "-c", text], folder)
         assert done.returncode == 0, f"{program}\n{done.stderr}"
-    for model in ("mine/model", "by-hand", "from-python/model"):
+    for model in ("mine/model", "sliced", "by-hand", "from-python/model"):
         assert (folder / "runs" / model / "config.json").is_file()
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import bonsai_fast as bf
 from bonsai_fast.allocation import Target
 from bonsai_fast.ledger import Ledger
+from bonsai_fast.mask_files import load_mask
 from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import load_mask
 
 QUIET = Reporter(quiet=True)
 SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 512}

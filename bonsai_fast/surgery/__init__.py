@@ -1,5 +1,9 @@
-"""Units go for real: a smaller model in memory, and its directory on disk."""
+"""Units go for real: a smaller model in memory, and its directory on disk.
 
+`python -m bonsai_fast.surgery` cuts a directory without loading it.
+"""
+
+from bonsai_fast.surgery.checkpoint import SliceResult, slice_checkpoint
 from bonsai_fast.surgery.kept import kept_positions
 from bonsai_fast.surgery.live import remove_units
 from bonsai_fast.surgery.save import save_pretrained
@@ -7,8 +11,10 @@ from bonsai_fast.surgery.verify import SavedModelError, verify_saved
 
 __all__ = [
     "SavedModelError",
+    "SliceResult",
     "kept_positions",
     "remove_units",
     "save_pretrained",
+    "slice_checkpoint",
     "verify_saved",
 ]

@@ -20,11 +20,10 @@ def remove_units(
 ) -> PreTrainedModel:
     """Build the smaller model that a keep mask describes.
 
-    It computes what the parent computes with the removed units' contribution zeroed at the input
-    of the output
-    projection: a sub-layer that goes leaves the bias of that projection, if there is one. The
-        parent stays as it
-    is and shares no memory with the result; parent and result together are the peak.
+    It computes what the parent computes with the removed units' contribution zeroed at the input of
+    the output projection: a sub-layer that goes leaves the bias of that projection, if there is
+    one. The parent stays as it is and shares no memory with the result; parent and result together
+    are the peak.
 
     The result has the parent's dtype, devices, mode, attention implementation and generation
     configuration. Where the parent's own class can express it (every layer alike, nothing gone,
@@ -46,7 +45,7 @@ def remove_units(
     _check_model(model, layout)
     kept = kept_by(model, layout, keep_mask.cpu())
     child = build_structure(model, kept)
-    _move_in(child, model, kept)
+    move_in(child, model, kept)
     child.train(model.training)
     if model.can_generate():
         child.generation_config = copy.deepcopy(model.generation_config)
@@ -74,8 +73,11 @@ def _check_model(model: PreTrainedModel, layout: Layout) -> None:
         raise ValueError("the layout was made from another model: expected Layout.of(model)")
 
 
-def _move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None:
-    """Copy what stays of the parent's tensors into the child; tied ones stay tied."""
+def move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None:
+    """Copy what stays of the parent's tensors into the child; tied ones stay tied.
+
+    A parent on the meta device lends the child its shapes, dtypes and ties alone.
+    """
     copies: dict[int, nn.Parameter] = {}
     for name, _ in list(child.named_parameters(remove_duplicate=False)):
         source = parent.get_parameter(name)

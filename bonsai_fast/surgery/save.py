@@ -48,14 +48,27 @@ def save_pretrained(
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized: save it with its own save_pretrained")
+    with model_directory(directory, report=report, overwrite=overwrite) as scratch:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+
+
+@contextmanager
+def model_directory(
+    directory: str | os.PathLike[str], *, report: dict[str, Any] | None, overwrite: bool = False
+) -> Iterator[Path]:
+    """A scratch directory to save a model in; it becomes `directory` at the end, or vanishes.
+
+    Raises:
+        FileExistsError, OSError: as `save_pretrained`.
+    """
     target = Path(directory)
     _check_target(target, overwrite)
     register()  # lets transformers copy the Python files of a bonsai_* model
     try:
         with _written_beside(target) as scratch:
-            model.save_pretrained(scratch)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
+            yield scratch
             _drop_quantization(scratch / "config.json")
             text = json.dumps({"written_by": "bonsai_fast", **(report or {})}, indent=2)
             (scratch / REPORT_NAME).write_text(text + "\n")

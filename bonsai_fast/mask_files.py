@@ -1,0 +1,69 @@
+"""Keep masks on disk: one safetensors file that also says which layout its units stand in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from bonsai_fast.ledger import write_atomically
+from bonsai_fast.masks import pack, unpack
+from bonsai_fast.units import AttentionUnit, Layout
+
+SUBLAYERS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, eq=False)
+class SavedMask:
+    """What a mask file holds.
+
+    Attributes:
+        keep: bool [P], True = kept.
+        attention, sublayers: the arguments of `Layout.of` that give the layout of these P units.
+    """
+
+    keep: torch.Tensor
+    attention: AttentionUnit
+    sublayers: bool
+
+
+def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) -> None:
+    """Write a keep mask, whole or not at all.
+
+    Args:
+        path: of the file.
+        layout: where the units stand.
+        keep: bool [P].
+    Raises:
+        TypeError, ValueError: the mask is not bool, or not [P].
+        OSError: the file cannot be written.
+    """
+    layout.check_mask(keep, dims=1)
+    about = {
+        "num_units": str(len(layout)),
+        "attention": layout.attention,
+        "sublayers": str(layout.sublayers).lower(),
+    }
+    write_atomically(Path(path), save({"keep": pack(keep[None])}, about))
+
+
+def load_mask(path: str | os.PathLike[str]) -> SavedMask:
+    """Read a keep mask.
+
+    Raises:
+        ValueError: not a mask of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
+            attention = about["attention"]
+            if attention not in ("head", "kv_group"):
+                raise ValueError(f"attention is {attention!r}")
+            return SavedMask(keep, attention, SUBLAYERS[about["sublayers"]])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error

@@ -1,0 +1,148 @@
+"""The tensors of a checkpoint where they lie: memory-mapped safetensors, read a block at a time."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+# safetensors' names, in the order in which its writer sorts tensors, last ones first
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        file: the mapped bytes of the file.
+        dtype: of its elements.
+        shape: its sizes.
+        start: where its bytes begin in the file.
+    """
+
+    file: mmap.mmap
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self, max_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its rows, in order: (number of the first row, views of as many as fit in `max_bytes`).
+
+        At least one row at a time. A view is valid until the next one is asked for; its pages are
+        then given back, so that a file larger than memory can be read.
+        """
+        if self.num_bytes == 0:
+            yield 0, torch.empty(self.shape, dtype=self.dtype)
+            return
+        rows = self.shape[0] if self.shape else 1
+        row_bytes = self.num_bytes // rows
+        step = max(1, max_bytes // row_bytes)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            start = self.start + first * row_bytes
+            flat = torch.frombuffer(
+                self.file,
+                dtype=self.dtype,
+                count=count * (row_bytes // self.dtype.itemsize),
+                offset=start,
+            )
+            yield first, flat.view(count, *self.shape[1:]) if self.shape else flat.view(())
+            _give_back(self.file, start, start + count * row_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All tensors of a directory, by name, in the order of its files.
+
+    Attributes:
+        tensors: by the name in the files.
+        metadata: what the files say of themselves, put together.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Map the safetensors files of a model's directory.
+
+    Raises:
+        ValueError: there are none, one is missing, or holds a dtype that PyTorch does not know.
+        SafetensorError: a file is damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for path in _weight_files(directory):
+        with safe_open(path, framework="pt") as checked:  # refuses what is damaged
+            names = list(checked.keys())
+            for key, value in (checked.metadata() or {}).items():
+                metadata.setdefault(key, value)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            # private pages, so that PyTorch may take them for writable; nothing writes there
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name in names:
+            entry = header[name]
+            if (dtype := DTYPES.get(entry["dtype"])) is None:
+                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; expected a plain one")
+            start = 8 + length + entry["data_offsets"][0]
+            tensors[name] = StoredTensor(mapped, dtype, tuple(entry["shape"]), start)
+    return Checkpoint(tensors, metadata)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers would load from."""
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        return [directory / SAFE_WEIGHTS_NAME]
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise ValueError(
+            f"{directory}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; weights in "
+            "another format must be loaded and saved as safetensors first"
+        )
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory}: {index.name} names {missing[0]}, which is not there")
+    return [directory / name for name in names]
+
+
+def _give_back(file: mmap.mmap, start: int, stop: int) -> None:
+    """Let go of the pages that lie in [start, stop) as a whole."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            file.madvise(mmap.MADV_DONTNEED, first, last - first)
