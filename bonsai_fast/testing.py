@@ -89,6 +89,28 @@ def random_logits(
     return logits, labels
 
 
+def random_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Normal numbers times `scale`, equal on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)
+
+
+def random_keep(num_groups: int, num_units: int, *, seed: int = 0) -> Tensor:
+    """A keep mask, bool [K, N]: 70 % kept, none, all, a single one, and so on in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(num_groups, num_units, generator=generator) < 0.7
+    keep[1::4] = False
+    keep[2::4] = True
+    keep[3::4] = torch.arange(num_units) == num_units // 2
+    return keep
+
+
 def assert_within_baseline(
     actual: Tensor, reference: Callable[..., Tensor], *inputs: Tensor
 ) -> None:

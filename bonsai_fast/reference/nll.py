@@ -1,4 +1,4 @@
-"""Naive PyTorch truth of every op: short, obviously right, what tests hold the fast paths to."""
+"""Negative log-likelihood, naively."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops, registered with PyTorch: CUDA tensors get Triton, all others the path below."""
+"""Negative log-likelihoods: of logits, and of hidden states without their logits."""
 
 from __future__ import annotations
 
