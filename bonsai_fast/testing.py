@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+
+from bonsai_fast.ops import KeptLists, RowPlan
 
 # Triton's interpreter does not support bfloat16: it holds such numbers as raw uint16.
 KERNEL_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -109,6 +111,51 @@ def random_keep(num_groups: int, num_units: int, *, seed: int = 0) -> Tensor:
     keep[2::4] = True
     keep[3::4] = torch.arange(num_units) == num_units // 2
     return keep
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Rows grouped by sub-model, and what those keep of one layer's units.
+
+    Attributes:
+        keep: bool [K, N].
+        rows: the rows' plan.
+        kept: `keep` as lists.
+    """
+
+    keep: Tensor
+    rows: RowPlan
+    kept: KeptLists
+
+    @classmethod
+    def of(
+        cls,
+        keep: Tensor,
+        sizes: Sequence[int],
+        *,
+        multiple: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Wave:
+        """The wave of sub-models with so many rows each."""
+        kept = KeptLists.of(keep, multiple=multiple, device=device)
+        return cls(keep.to(device), RowPlan.of(sizes, device=device), kept)
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """index, count and tiles, as ops take them one after another."""
+        return self.kept.index, self.kept.count, self.rows.tiles
+
+
+def random_wave(
+    sizes: Sequence[int],
+    num_units: int,
+    *,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> Wave:
+    """Sub-models with so many rows each, whose masks are those of `random_keep`."""
+    keep = random_keep(len(sizes), num_units)
+    return Wave.of(keep, sizes, multiple=multiple, device=device)
 
 
 def assert_within_baseline(

@@ -47,6 +47,47 @@ def check_glu_mask(
     _check("row_group", row_group, torch.int32, gate_up, len(gate_up))
 
 
+def check_kept_up_proj(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> None:
+    """Raise ValueError unless the arguments are what `kept_up_proj` takes."""
+    _check_activation(activation)
+    _check_floats("x", x, "T", "H")
+    _check_weight("weight", weight, x, None, x.shape[1])
+    if gated and len(weight) % 2:
+        raise ValueError(f"weight must be [2I, H], gate then up, got {list(weight.shape)}")
+    _check_plan(x, index, count, tiles, multiple=INDEX_PADDING)
+    if bias is not None:
+        _check("bias", bias, x.dtype, x, len(weight))
+
+
+def check_kept_down_proj(
+    a: Tensor,
+    weight_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments are what `kept_down_proj` takes."""
+    _check_floats("a", a, "T", "width")
+    _check_weight("weight_t", weight_t, a, None, None)
+    _check_plan(a, index, count, tiles, multiple=INDEX_PADDING)
+    if index.shape[1] - INDEX_PADDING != a.shape[1]:
+        raise ValueError(
+            f"a must have the index's {index.shape[1] - INDEX_PADDING} slots, got {a.shape[1]}"
+        )
+    _check_outputs(a, weight_t.shape[1], bias, residual)
+
+
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -81,3 +122,38 @@ def _check_last_dim(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must be contiguous along its last dim, got strides {tensor.stride()}"
         )
+
+
+def _check_weight(name: str, weight: Tensor, x: Tensor, *shape: int | None) -> None:
+    """Kernels address weights by 32-bit offsets."""
+    _check(name, weight, x.dtype, x, *shape)
+    if weight.shape[0] * weight.stride(0) >= 1 << 31:
+        raise ValueError(f"{name} must span fewer than 2^31 elements, got {list(weight.shape)}")
+
+
+def _check_plan(x: Tensor, index: Tensor, count: Tensor, tiles: Tensor, *, multiple: int) -> None:
+    """Tables as `KeptLists` and `RowPlan` make them; what they hold is trusted."""
+    _check("index", index, torch.int32, x, None, None)
+    width = index.shape[1] - INDEX_PADDING
+    if width < 0 or width % multiple:
+        raise ValueError(
+            f"index must be [K, width + {INDEX_PADDING}], width a multiple of {multiple}, "
+            f"got {list(index.shape)}"
+        )
+    _check("count", count, torch.int32, x, len(index))
+    _check_tiles(tiles, x, 3)
+
+
+def _check_tiles(tiles: Tensor, x: Tensor, num_columns: int) -> None:
+    _check("tiles", tiles, torch.int32, x, None, num_columns)
+    if not tiles.is_contiguous():
+        raise ValueError(f"tiles must be contiguous, got strides {tiles.stride()}")
+
+
+def _check_outputs(
+    x: Tensor, num_outputs: int, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    if bias is not None:
+        _check("bias", bias, x.dtype, x, num_outputs)
+    if residual is not None:
+        _check("residual", residual, x.dtype, x, len(x), num_outputs)

@@ -27,9 +27,18 @@ def architecture(device: torch.device) -> str:
     return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
 
 
+def tuned(
+    kernel: KernelInterface,
+    configs: dict[tuple[str, int], tuple[Config, ...]],
+    x: torch.Tensor,
+    key: tuple[str, ...],
+) -> Autotuner:
+    """`kernel` with its configurations for the architecture and element size of `x`."""
+    return _tuned(kernel, configs[architecture(x.device), x.element_size()], key)
+
+
 @functools.cache
-def tuned(kernel: KernelInterface, configs: tuple[Config, ...], key: tuple[str, ...]) -> Autotuner:
-    """`kernel` with its configurations for one architecture and dtype, the default first."""
+def _tuned(kernel: KernelInterface, configs: tuple[Config, ...], key: tuple[str, ...]) -> Autotuner:
     return autotune(configs=tunable(*configs), key=list(key))(kernel)
 
 

@@ -39,3 +39,24 @@ def activate(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "relu")
         y = tl.where(x < 0.0, 0.0, x)
     return y
+
+
+@triton.jit
+def add_and_store(
+    acc, bias_ptr, residual_ptr, out_ptr,
+    begin, end, offs_n, num_outputs,
+    stride_rt, stride_ot,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """out = residual + bias + acc in float32, for one tile of rows and output columns."""
+    offs_t = tl.arange(0, BLOCK_T)
+    inside = (offs_t < end - begin)[:, None] & (offs_n < num_outputs)[None, :]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < num_outputs, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        offs = offs_t[:, None] * stride_rt + offs_n[None, :]
+        residual = residual_ptr + begin.to(tl.int64) * stride_rt + offs
+        acc += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + begin.to(tl.int64) * stride_ot + offs_t[:, None] * stride_ot + offs_n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)

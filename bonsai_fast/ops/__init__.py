@@ -1,7 +1,16 @@
 """The ops, registered with PyTorch: CUDA tensors get Triton, all others a path in plain PyTorch."""
 
-from bonsai_fast.ops.mlp import glu_mask
+from bonsai_fast.ops.mlp import glu_mask, kept_down_proj, kept_up_proj
 from bonsai_fast.ops.nll import BLOCK_LOGITS, token_nll
 from bonsai_fast.ops.plans import KeptLists, RowPlan, SequencePlan
 
-__all__ = ["BLOCK_LOGITS", "KeptLists", "RowPlan", "SequencePlan", "glu_mask", "token_nll"]
+__all__ = [
+    "BLOCK_LOGITS",
+    "KeptLists",
+    "RowPlan",
+    "SequencePlan",
+    "glu_mask",
+    "kept_down_proj",
+    "kept_up_proj",
+    "token_nll",
+]
