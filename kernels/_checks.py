@@ -88,6 +88,21 @@ def check_kept_down_proj(
     _check_outputs(a, weight_t.shape[1], bias, residual)
 
 
+def check_lm_head_nll(
+    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    """Raise ValueError unless the arguments are what `lm_head_nll` takes."""
+    _check_floats("x", x, "T", "H")
+    _check("weight", weight, x.dtype, x, None, x.shape[1])
+    if len(weight) == 0:
+        raise ValueError(f"weight must be [V, H] with V >= 1, got {list(weight.shape)}")
+    _check("labels", labels, torch.int64, x, len(x))
+    if bias is not None:
+        _check("bias", bias, x.dtype, x, len(weight))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+
+
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +11,8 @@ import triton.language as tl
 PRECISION = tl.constexpr("tf32x3")
 # Row tiles that take the same weights one after another, so that those stay in the L2 cache.
 ROW_TILES_ABREAST = tl.constexpr(8)
+# A finite least maximum keeps what is all -inf away from -inf - (-inf).
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -39,6 +42,12 @@ def activate(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "relu")
         y = tl.where(x < 0.0, 0.0, x)
     return y
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, to 1e-7 absolutely."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit

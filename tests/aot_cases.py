@@ -87,6 +87,17 @@ def kept_down_proj(dtype: torch.dtype) -> Any:
     )
 
 
+def lm_head_nll(dtype: torch.dtype, softcap: float | None = None) -> Any:
+    from bonsai_fast.kernels.lm_head_nll import lm_head_nll_triton
+
+    return lm_head_nll_triton(
+        meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+        meta(LLAMA.vocab_size, LLAMA.hidden_size, dtype=dtype),
+        meta(NUM_ROWS, dtype=torch.int64),
+        softcap=softcap,
+    )
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [
     *(
@@ -101,4 +112,7 @@ CASES = [
     Case("kept_up_proj-fp32", lambda: kept_up_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
     Case("kept_down_proj", lambda: kept_down_proj(BF16)),
     Case("kept_down_proj-fp32", lambda: kept_down_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("lm_head_nll", lambda: lm_head_nll(BF16)),
+    Case("lm_head_nll-softcap", lambda: lm_head_nll(BF16, 30.0), ("sm_86",)),
+    Case("lm_head_nll-fp32", lambda: lm_head_nll(FP32), ("sm_86", "sm_90"), wgmma=False),
 ]

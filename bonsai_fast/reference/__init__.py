@@ -5,11 +5,12 @@ from bonsai_fast.reference.mlp import (
     kept_down_proj_reference,
     kept_up_proj_reference,
 )
-from bonsai_fast.reference.nll import token_nll_reference
+from bonsai_fast.reference.nll import lm_head_nll_reference, token_nll_reference
 
 __all__ = [
     "glu_mask_reference",
     "kept_down_proj_reference",
     "kept_up_proj_reference",
+    "lm_head_nll_reference",
     "token_nll_reference",
 ]
