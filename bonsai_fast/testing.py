@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+
+from bonsai_fast.ops import KeptLists, RowPlan
 
 # Triton's interpreter does not support bfloat16: it holds such numbers as raw uint16.
 KERNEL_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -87,6 +89,73 @@ def random_logits(
     logits = torch.randn(num_rows, vocab_size, generator=generator).mul_(4).to(device, dtype)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator).to(device)
     return logits, labels
+
+
+def random_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Normal numbers times `scale`, equal on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)
+
+
+def random_keep(num_groups: int, num_units: int, *, seed: int = 0) -> Tensor:
+    """A keep mask, bool [K, N]: 70 % kept, none, all, a single one, and so on in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(num_groups, num_units, generator=generator) < 0.7
+    keep[1::4] = False
+    keep[2::4] = True
+    keep[3::4] = torch.arange(num_units) == num_units // 2
+    return keep
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Rows grouped by sub-model, and what those keep of one layer's units.
+
+    Attributes:
+        keep: bool [K, N].
+        rows: the rows' plan.
+        kept: `keep` as lists.
+    """
+
+    keep: Tensor
+    rows: RowPlan
+    kept: KeptLists
+
+    @classmethod
+    def of(
+        cls,
+        keep: Tensor,
+        sizes: Sequence[int],
+        *,
+        multiple: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Wave:
+        """The wave of sub-models with so many rows each."""
+        kept = KeptLists.of(keep, multiple=multiple, device=device)
+        return cls(keep.to(device), RowPlan.of(sizes, device=device), kept)
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """index, count and tiles, as ops take them one after another."""
+        return self.kept.index, self.kept.count, self.rows.tiles
+
+
+def random_wave(
+    sizes: Sequence[int],
+    num_units: int,
+    *,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> Wave:
+    """Sub-models with so many rows each, whose masks are those of `random_keep`."""
+    keep = random_keep(len(sizes), num_units)
+    return Wave.of(keep, sizes, multiple=multiple, device=device)
 
 
 def assert_within_baseline(

@@ -1,10 +1,13 @@
-"""Launch configurations: one chosen default, the search space only on request."""
+"""Launch configurations: one chosen default a kernel and architecture, the rest only on request."""
 
 from __future__ import annotations
 
+import functools
 import os
 
-from triton import Config
+import torch
+from triton import Config, autotune
+from triton.runtime import Autotuner, KernelInterface
 
 
 def tunable(best: Config, *candidates: Config) -> list[Config]:
@@ -15,3 +18,30 @@ def tunable(best: Config, *candidates: Config) -> list[Config]:
     if os.environ.get("BONSAI_FAST_AUTOTUNE") == "1":
         return [best, *candidates]
     return [best]
+
+
+def architecture(device: torch.device) -> str:
+    """'hopper' where a block may have 227 KB of shared memory, else 'ampere' (99 KB)."""
+    if device.type != "cuda":
+        return "ampere"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+def tuned(
+    kernel: KernelInterface,
+    configs: dict[tuple[str, int], tuple[Config, ...]],
+    x: torch.Tensor,
+    key: tuple[str, ...],
+) -> Autotuner:
+    """`kernel` with its configurations for the architecture and element size of `x`."""
+    return _tuned(kernel, configs[architecture(x.device), x.element_size()], key)
+
+
+@functools.cache
+def _tuned(kernel: KernelInterface, configs: tuple[Config, ...], key: tuple[str, ...]) -> Autotuner:
+    return autotune(configs=tunable(*configs), key=list(key))(kernel)
+
+
+def tile(columns: int, depth: int, warps: int, stages: int) -> Config:
+    """A matrix product's tile: BLOCK_N output columns, BLOCK_K terms a step."""
+    return Config({"BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from bonsai_fast.kernels.token_nll import _token_nll_kernel, token_nll_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
 BLOCK_V = _token_nll_kernel.configs[0].kwargs["BLOCK_V"]
 SHAPES = [

@@ -1,0 +1,54 @@
+"""glu_mask against what one would write without it, at the widths of real models."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bonsai_fast import ops
+from bonsai_fast.reference import glu_mask_reference
+from bonsai_fast.testing import (
+    MODEL_SHAPES,
+    assert_within_baseline,
+    random_keep,
+    random_tensor,
+    synchronized_timer,
+)
+
+
+def eager(gate_up, keep, row_group, *, activation, gated):
+    """Two activations and a mask that multiplies: what hooks on a model do."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up * keep[row_group.long()].to(gate_up.dtype)
+
+
+IMPLS = {"eager": eager, "op": ops.glu_mask}
+NUM_TOKENS = {"cpu": 512, "cuda": 16384}
+NUM_GROUPS = 4
+WIDTHS = [
+    pytest.param(None, id="smoke"),
+    *(pytest.param(shape.intermediate_size, id=shape.name) for shape in MODEL_SHAPES),
+]
+
+
+@pytest.mark.benchmark(timer=synchronized_timer)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def bench_glu_mask(benchmark, record_traffic, repeats, device, width, dtype, impl):
+    num_tokens, width = (8, 90) if width is None else (NUM_TOKENS[device.type], width)
+    plan = ops.RowPlan.of([num_tokens // NUM_GROUPS] * NUM_GROUPS, device=device)
+    gate_up = random_tensor(num_tokens, 2 * width, dtype=dtype, device=device)
+    arguments = (gate_up, random_keep(NUM_GROUPS, width).to(device), plan.row_group)
+    options = {"activation": "silu", "gated": True}
+    benchmark.group = f"glu_mask [{num_tokens}, {width}] {dtype}"
+    out = benchmark.pedantic(partial(IMPLS[impl], **options), args=arguments, **repeats)
+    record_traffic(
+        num_bytes=gate_up.nbytes + out.nbytes,
+        # A sigmoid takes an exponential, a sum and a quotient; then two products.
+        num_flops=5 * out.numel(),
+    )
+    assert_within_baseline(out, partial(glu_mask_reference, **options), *arguments)

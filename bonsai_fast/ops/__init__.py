@@ -1,0 +1,17 @@
+"""The ops, registered with PyTorch: CUDA tensors get Triton, all others a path in plain PyTorch."""
+
+from bonsai_fast.ops.mlp import glu_mask, kept_down_proj, kept_up_proj
+from bonsai_fast.ops.nll import BLOCK_LOGITS, lm_head_nll, token_nll
+from bonsai_fast.ops.plans import KeptLists, RowPlan, SequencePlan
+
+__all__ = [
+    "BLOCK_LOGITS",
+    "KeptLists",
+    "RowPlan",
+    "SequencePlan",
+    "glu_mask",
+    "kept_down_proj",
+    "kept_up_proj",
+    "lm_head_nll",
+    "token_nll",
+]

@@ -1,0 +1,161 @@
+"""Index tables that tell kernels which rows belong to which sub-model, and what that one keeps.
+
+A wave holds the tokens of K sub-models below each other: sub-model k's rows are contiguous, in the
+order of k. Tables are made on the CPU, where the masks are drawn, and moved once a wave: no kernel
+launch ever waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Rows grouped by sub-model.
+
+    Attributes:
+        sizes: rows of every sub-model, K of them; zeros are fine.
+        row_group: int32 [T], the sub-model of every row.
+        tiles: int32 [num_tiles, 3]: sub-model, first row, one past the last row. A tile holds at
+            most BLOCK_ROWS rows and never those of two sub-models.
+    """
+
+    sizes: tuple[int, ...]
+    row_group: Tensor
+    tiles: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], *, device: torch.device | str = "cpu") -> RowPlan:
+        """The plan of K sub-models with so many rows each.
+
+        Raises:
+            ValueError: a size is negative, or all of them do not fit int32.
+        """
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"sizes must not be negative, got {min(sizes)}")
+        if sum(sizes) > torch.iinfo(torch.int32).max:
+            raise ValueError(f"sizes must sum to less than 2^31 rows, got {sum(sizes)}")
+        lengths = torch.tensor(sizes, dtype=torch.int64)
+        groups = torch.arange(len(sizes))
+        owner, first, end = _tile(lengths)
+        return cls(
+            tuple(int(size) for size in sizes),
+            groups.repeat_interleave(lengths).to(device, torch.int32),
+            torch.stack([owner, first, end], dim=1).to(device, torch.int32),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class SequencePlan:
+    """Sequences of a wave, for attention: tokens see their own sequence alone.
+
+    Attributes:
+        tiles: int32 [num_tiles, 4]: sub-model, first query row, and the sequence's first row and
+            one past its last row. A tile's queries are the next BLOCK_ROWS rows of the sequence.
+    """
+
+    tiles: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        groups: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> SequencePlan:
+        """The plan of sequences that lie below each other.
+
+        Args:
+            lengths: tokens of every sequence, in the order of rows.
+            groups: the sub-model of every sequence.
+        Raises:
+            ValueError: as many groups as lengths are needed, and no length is negative.
+        """
+        if len(lengths) != len(groups):
+            raise ValueError(f"expected {len(lengths)} groups, one a sequence, got {len(groups)}")
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        owner, first, _ = _tile(sizes)
+        ends = sizes.cumsum(0)
+        columns = [torch.tensor(groups, dtype=torch.int64)[owner], first]
+        columns += [(ends - sizes)[owner], ends[owner]]
+        # Late queries have the most keys: they start first, so that no long tile is left alone.
+        order = torch.argsort(first - columns[2], descending=True, stable=True)
+        return cls(torch.stack(columns, dim=1)[order].to(device, torch.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptLists:
+    """What every sub-model keeps of one layer's channels or heads, as sorted lists.
+
+    Attributes:
+        index: int32 [K, width + INDEX_PADDING]; beyond a list's end its last entry repeats (0 in an
+            empty list), so that kernels may read ahead and never meet what was removed.
+        count: int32 [K], how many are kept.
+        width: slots of the compact tensors, at least the longest list.
+    """
+
+    index: Tensor
+    count: Tensor
+    width: int
+
+    @classmethod
+    def of(
+        cls, keep: Tensor, *, multiple: int = 1, device: torch.device | str = "cpu"
+    ) -> KeptLists:
+        """The lists of a keep mask.
+
+        Args:
+            keep: bool [K, N] on the CPU, True = kept.
+            multiple: `width` is rounded up to it; the channels' projections take multiples of 128.
+        Raises:
+            ValueError: `keep` is none of this.
+        """
+        if keep.dtype != torch.bool or keep.dim() != 2:
+            raise ValueError(f"keep must be bool [K, N], got {keep.dtype} {list(keep.shape)}")
+        if keep.device.type != "cpu":
+            raise ValueError(f"keep must be on the CPU, where its width is read, not {keep.device}")
+        count = keep.sum(dim=1)
+        longest = int(count.max()) if len(count) else 0
+        width = -(-longest // multiple) * multiple
+        # A stable sort of removed-after-kept leaves the kept ones first, in order.
+        order = torch.argsort(~keep, dim=1, stable=True)
+        slots = torch.arange(width + INDEX_PADDING).expand(len(keep), -1)
+        last = (count - 1).clamp(min=0)[:, None]
+        index = order.gather(1, torch.minimum(slots, last)) if keep.shape[1] else slots * 0
+        index = index.masked_fill(count[:, None] == 0, 0)
+        return cls(index.to(device, torch.int32), count.to(device, torch.int32), width)
+
+
+def group_rows(tiles: Tensor) -> list[tuple[int, int, int]]:
+    """Every sub-model that the tiles of a `RowPlan` cover, its first row and one past its last."""
+    runs: list[tuple[int, int, int]] = []
+    for group, begin, end in tiles.tolist():
+        if runs and runs[-1][0] == group:
+            begin = runs.pop()[1]
+        runs.append((group, begin, end))
+    return runs
+
+
+def _tile(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut runs of rows into tiles: each tile's run, first row and one past its last row."""
+    ends = lengths.cumsum(0)
+    num_tiles = (lengths + BLOCK_ROWS - 1) // BLOCK_ROWS
+    owner = torch.arange(len(lengths)).repeat_interleave(num_tiles)
+    tile = torch.arange(len(owner)) - (num_tiles.cumsum(0) - num_tiles)[owner]
+    first = (ends - lengths)[owner] + tile * BLOCK_ROWS
+    return owner, first, torch.minimum(first + BLOCK_ROWS, ends[owner])

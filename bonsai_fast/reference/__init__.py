@@ -1,0 +1,16 @@
+"""Naive PyTorch truth of every op: short, obviously right, what tests hold the fast paths to."""
+
+from bonsai_fast.reference.mlp import (
+    glu_mask_reference,
+    kept_down_proj_reference,
+    kept_up_proj_reference,
+)
+from bonsai_fast.reference.nll import lm_head_nll_reference, token_nll_reference
+
+__all__ = [
+    "glu_mask_reference",
+    "kept_down_proj_reference",
+    "kept_up_proj_reference",
+    "lm_head_nll_reference",
+    "token_nll_reference",
+]

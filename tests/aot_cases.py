@@ -1,0 +1,118 @@
+"""Launches that test_aot.py compiles: shapes of real models, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from aot import ARCHITECTURES
+
+from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+from bonsai_fast.testing import MODEL_SHAPES
+
+LLAMA = next(shape for shape in MODEL_SHAPES if shape.name == "Llama-3-8B")
+NUM_ROWS, NUM_GROUPS = 16384, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Attributes:
+        matrix: whether its first kernel multiplies matrices, on tensor cores.
+        wgmma: whether it does so by Hopper's own instruction there.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    matrix: bool = True
+    wgmma: bool = True
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def token_nll(dtype: torch.dtype, vocab_size: int) -> Any:
+    from bonsai_fast.kernels.token_nll import token_nll_triton
+
+    return token_nll_triton(meta(64, vocab_size, dtype=dtype), meta(64, dtype=torch.int64))
+
+
+def glu_mask(dtype: torch.dtype, activation: str = "silu") -> Any:
+    from bonsai_fast.kernels.glu_mask import glu_mask_triton
+
+    channels = LLAMA.intermediate_size
+    return glu_mask_triton(
+        meta(NUM_ROWS, 2 * channels, dtype=dtype),
+        meta(NUM_GROUPS, channels, dtype=torch.bool),
+        meta(NUM_ROWS, dtype=torch.int32),
+        activation=activation,
+        gated=True,
+    )
+
+
+def plan(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """index, count and tiles of a wave."""
+    index = meta(NUM_GROUPS, width + INDEX_PADDING, dtype=torch.int32)
+    tiles = meta(NUM_ROWS // BLOCK_ROWS, 3, dtype=torch.int32)
+    return index, meta(NUM_GROUPS, dtype=torch.int32), tiles
+
+
+def kept_up_proj(dtype: torch.dtype, activation: str = "silu", gated: bool = True) -> Any:
+    from bonsai_fast.kernels.kept_up_proj import kept_up_proj_triton
+
+    rows = LLAMA.intermediate_size * (2 if gated else 1)
+    return kept_up_proj_triton(
+        meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+        meta(rows, LLAMA.hidden_size, dtype=dtype),
+        *plan(10240),
+        None if gated else meta(rows, dtype=dtype),
+        activation=activation,
+        gated=gated,
+    )
+
+
+def kept_down_proj(dtype: torch.dtype) -> Any:
+    from bonsai_fast.kernels.kept_down_proj import kept_down_proj_triton
+
+    return kept_down_proj_triton(
+        meta(NUM_ROWS, 10240, dtype=dtype),
+        meta(LLAMA.intermediate_size, LLAMA.hidden_size, dtype=dtype),
+        *plan(10240),
+        residual=meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+    )
+
+
+def lm_head_nll(dtype: torch.dtype, softcap: float | None = None) -> Any:
+    from bonsai_fast.kernels.lm_head_nll import lm_head_nll_triton
+
+    return lm_head_nll_triton(
+        meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+        meta(LLAMA.vocab_size, LLAMA.hidden_size, dtype=dtype),
+        meta(NUM_ROWS, dtype=torch.int64),
+        softcap=softcap,
+    )
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = [
+    *(
+        Case(f"token_nll-{dtype}-{size}", lambda d=dtype, v=size: token_nll(d, v), matrix=False)
+        for dtype in (FP32, torch.float16, BF16)
+        for size in (128256, 50257)
+    ),
+    Case("glu_mask", lambda: glu_mask(BF16), matrix=False),
+    Case("kept_up_proj", lambda: kept_up_proj(BF16)),
+    # The activation with the longest code, and a bias.
+    Case("kept_up_proj-plain", lambda: kept_up_proj(BF16, "gelu", gated=False), ("sm_86",)),
+    Case("kept_up_proj-fp32", lambda: kept_up_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("kept_down_proj", lambda: kept_down_proj(BF16)),
+    Case("kept_down_proj-fp32", lambda: kept_down_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("lm_head_nll", lambda: lm_head_nll(BF16)),
+    Case("lm_head_nll-softcap", lambda: lm_head_nll(BF16, 30.0), ("sm_86",)),
+    Case("lm_head_nll-fp32", lambda: lm_head_nll(FP32), ("sm_86", "sm_90"), wgmma=False),
+]
