@@ -24,8 +24,8 @@ LAYERS: dict[str, set[str]] = {
     "pipeline": {"pipeline"},
     "methods": {"methods"},
     "parts": {
-        *("allocation", "data", "embedded", "evaluation", "ledger", "prior", "recovery"),
-        *("regression", "run_directory", "scoring", "statistics", "surgery", "timing"),
+        *("allocation", "data", "embedded", "evaluation", "exporting", "ledger", "prior"),
+        *("recovery", "regression", "run_directory", "scoring", "statistics", "surgery", "timing"),
     },
     "model": {"config", "masks", "models", "units"},
     "ops": {"ops"},
