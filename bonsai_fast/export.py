@@ -1,0 +1,163 @@
+"""`python -m bonsai_fast.export RUN_OR_MODEL_DIR --format gguf`: a saved model for another engine.
+
+Progress and notes go to stderr; the last line of stdout is JSON. A request that cannot be met ends
+with one line and exit code 2 before anything is written; a result that an engine does not run as it
+should, with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from bonsai_fast.exporting import (
+    TOLERANCE,
+    Agreement,
+    CheckError,
+    Exported,
+    check_llama_cpp,
+    reference_of,
+    to_gguf,
+    to_gguf_from_parent,
+)
+from bonsai_fast.exporting.source import model_directory
+from bonsai_fast.progress import Reporter
+
+USAGE_ERROR = 2
+WRONG_RESULT = 1
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is exported, in which form, and where to."""
+
+    format: Literal["gguf"] = field(
+        default="gguf", metadata={"help": "gguf: one file for llama.cpp and all that builds on it."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "File or directory; by default beside the model."}
+    )
+    gguf_parent: str | None = field(
+        default=None,
+        metadata={
+            "help": "The dense model's GGUF as F32, F16 or BF16: the result is cut out of it, and "
+            "its tokenizer and metadata are taken over."
+        },
+    )
+    precision: Literal["f32", "f16", "bf16", "q8_0"] = field(
+        default="f16", metadata={"help": "gguf: how matrices are stored."}
+    )
+    pad_channels_to: int = field(
+        default=32,
+        metadata={
+            "help": "gguf: MLP widths are padded with zeros to a multiple of this; 256 if the file "
+            "is to be quantized to a K-quant."
+        },
+    )
+    check: bool = field(
+        default=False,
+        metadata={"help": "Run the result in its engine and compare it with the model."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.pad_channels_to < 1:
+            raise ValueError(f"pad_channels_to: expected at least 1, got {self.pad_channels_to}")
+        if self.gguf_parent is not None and self.format != "gguf":
+            raise ValueError("gguf_parent is for --format gguf only")
+
+
+class _Parser(HfArgumentParser):
+    """Argument errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+
+def parse(arguments: list[str]) -> tuple[str, ExportOptions]:
+    """Command line -> model, options; a bad one exits with code 2 and one line."""
+    parser = _Parser(
+        cast(Any, (ExportOptions,)), prog="python -m bonsai_fast.export", description=__doc__
+    )
+    parser.add_argument("model", help="A run's directory, or a saved model's.")
+    try:
+        options, rest = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return rest.model, options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    model, options = parse(sys.argv[1:] if arguments is None else arguments)
+    reporter = Reporter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with reporter.busy(f"exporting {model}"):
+            result = export(model, options)
+    except (ValueError, OSError) as error:
+        return _fail(error, USAGE_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    for note in result.notes:
+        reporter.note(note)
+    reporter.note(f"wrote {result.output}: {result.kind}, {result.size_bytes / 1e6:.1f} MB")
+    agreement = None
+    if options.check:
+        try:
+            with reporter.busy(f"running {result.output}"):
+                agreement = check(model, result, options)
+            reporter.note(str(agreement))
+        except ModuleNotFoundError as error:
+            reporter.warn(f"not checked: {error}")
+        except CheckError as error:
+            return _fail(error, WRONG_RESULT)
+    print(json.dumps({**asdict(result), "check": agreement and asdict(agreement)}))
+    return 0
+
+
+def export(model: str, options: ExportOptions) -> Exported:
+    """Write the export that the options ask for.
+
+    Raises:
+        ValueError, OSError: it cannot be; nothing is left behind.
+    """
+    output = options.output or default_output(model_directory(model), options)
+    how = {"precision": options.precision, "pad_channels_to": options.pad_channels_to}
+    if options.gguf_parent is not None:
+        return to_gguf_from_parent(model, options.gguf_parent, output, **cast(Any, how))
+    return to_gguf(model, output, **cast(Any, how))
+
+
+def check(model: str, result: Exported, options: ExportOptions) -> Agreement:
+    """Run an export in its engine and compare it with the model in transformers.
+
+    Raises:
+        ModuleNotFoundError: the engine is not installed.
+        CheckError: it does not run it, or computes something else.
+    """
+    tolerance = TOLERANCE[options.precision]
+    return check_llama_cpp(result.output, reference_of(model), tolerance=tolerance)
+
+
+def default_output(directory: Path, options: ExportOptions) -> Path:
+    """Beside the model: model-f16.gguf."""
+    directory = directory.resolve()
+    return directory.with_name(f"{directory.name}-{options.precision}.gguf")
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Load an export in the engine that it is for, in a process of its own, and compare."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bonsai_fast.exporting import run_llama_cpp
+from bonsai_fast.exporting.agreement import (
+    CONTEXT_LENGTH,
+    Agreement,
+    CheckError,
+    Reference,
+    compare,
+)
+
+# Largest accepted mean difference of log-probabilities, by the precision of the weights; llama.cpp
+# rounds activations to that precision, too.
+TOLERANCE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.3}
+NUM_LIKELY = 1000
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not."""
+    return importlib.util.find_spec(package) is not None
+
+
+def check_llama_cpp(
+    path: str | os.PathLike[str],
+    reference: Reference,
+    *,
+    tolerance: float,
+    num_threads: int = 1,
+) -> Agreement:
+    """Run a GGUF file in llama.cpp (package xllamacpp) and compare.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed.
+        CheckError: it does not load or run, its tokenizer splits a text into another number of
+            tokens, or log-probabilities are off by more than `tolerance` on average.
+    """
+    if not is_installed("xllamacpp"):
+        raise ModuleNotFoundError("llama.cpp is not installed here: pip install xllamacpp")
+    engine = f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
+    request = {
+        "model": str(Path(path).resolve()),
+        "prompts": [*reference.prefixes(), *reference.texts],
+        "num_likely": min(NUM_LIKELY, reference.vocab_size),
+        "context_length": CONTEXT_LENGTH,
+        "num_threads": num_threads,
+    }
+    answers = run_engine(engine, Path(run_llama_cpp.__file__), request)
+    count = len(answers) - len(reference.texts)
+    lengths = [length for _, length in answers[count:]]
+    expected = [len(prompt) for prompt in reference.prompts] if reference.texts else []
+    if lengths != expected:
+        raise CheckError(
+            f"{engine} splits the texts into {lengths} tokens, the model's tokenizer into "
+            f"{expected}"
+        )
+    likely = [pairs for pairs, _ in answers[:count]]
+    found = compare(engine, reference, likely, "same" if expected else "not compared")
+    if not found.mean_logprob_difference <= tolerance:
+        raise CheckError(f"{found}; accepted is {tolerance:g}")
+    return found
+
+
+def run_engine(engine: str, script: Path, request: dict[str, Any]) -> Any:
+    """Run a script `REQUEST.json ANSWER.json` in a fresh process.
+
+    Raises:
+        CheckError: it fails; the message holds its last words.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        # -P: a folder `kernels` in the working directory must not pass for the package.
+        command = [sys.executable, "-P", str(script), str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        if done.returncode or not answered.is_file():
+            raise CheckError(f"{engine} does not run it: {_last_words(done)}")
+        return json.loads(answered.read_text(encoding="utf-8"))
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a failed process said: the assertion that failed, the engine's error, the last line."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    asserted = [line for line in lines if "GGML_ASSERT" in line]
+    refused = [line for line in lines if " E " in line or line.startswith("E ")]
+    end = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    return f"{(asserted or refused or lines[-1:] or ['no message'])[0]} ({end})"

@@ -1,0 +1,69 @@
+"""A GGUF file from a model directory, with its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bonsai_fast.exporting.gguf_architecture import GGUFPlan, plan_gguf
+from bonsai_fast.exporting.gguf_file import Precision, write_gguf
+from bonsai_fast.exporting.gguf_metadata import hyperparameters
+from bonsai_fast.exporting.gguf_tensors import tensor_specs
+from bonsai_fast.exporting.gguf_tokenizer import tokenizer_fields
+from bonsai_fast.exporting.gguf_weights import SavedTensors
+from bonsai_fast.exporting.source import open_saved
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        output: the file or directory.
+        format: "gguf", "padded" or "decilm".
+        kind: llama.cpp's architecture, or the model type.
+        size_bytes: of the file, or of the directory's weights.
+        notes: what a person should know about it.
+    """
+
+    output: str
+    format: str
+    kind: str
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def to_gguf(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    precision: Precision = "f16",
+    pad_channels_to: int = 32,
+    advance: Callable[[], None] = lambda: None,
+) -> Exported:
+    """Write a saved model as GGUF, which stock llama.cpp runs at the model's true cost.
+
+    Args:
+        model: a run or model directory.
+        output: the file; it may not exist.
+        precision: of matrices; norms and biases are float32 always.
+        pad_channels_to: 256 if the file is to be quantized to a K-quant, whose blocks are that
+            long; zero channels change nothing.
+        advance: called after each tensor.
+    Raises:
+        ValueError: llama.cpp cannot run such a model, or there is no tokenizer; before any work.
+        FileExistsError: `output` exists.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    saved = open_saved(model)
+    plan = plan_gguf(saved, pad_channels_to=pad_channels_to)
+    fields = hyperparameters(saved, plan) | tokenizer_fields(saved)
+    tensors = tensor_specs(plan, SavedTensors(saved))
+    name = plan.architecture.name
+    size = write_gguf(Path(output), name, fields, tensors, precision, advance)
+    return Exported(str(output), "gguf", name, size, plan.notes)
+
+
+__all__ = ["Exported", "GGUFPlan", "to_gguf"]

@@ -1,0 +1,112 @@
+"""What the tests of exporting share: tiny pruned models that an engine can run, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from families import FAMILIES, VOCABULARY
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained
+from bonsai_fast.units import Layout
+
+GGUF_FAMILIES = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3")
+# rarely typed, so that all others fit the tiny vocabulary
+LEFT_OUT = set("~^|\\`@$%&{}#;")
+MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n")]
+
+# case -> (layers without attention, layers without MLP), of three
+CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "widths": ((), ()),
+    "attention of layer 0": ((0,), ()),
+    "attention of layer 1": ((1,), ()),
+    "attention of layer 2": ((2,), ()),
+    "mlp of layer 1": ((), (1,)),
+    "mlp of layer 2": ((), (2,)),
+    "layer 0": ((0,), (0,)),
+    "layer 1": ((1,), (1,)),
+    "layer 2": ((2,), (2,)),
+    "all attention": ((0, 1, 2), ()),
+    "all mlps": ((), (0, 1, 2)),
+    "everything": ((0, 1, 2), (0, 1, 2)),
+}
+
+
+def windowless(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights without a sliding window, which llama.cpp's blocks do not have."""
+    values = model.config.to_dict()
+    for name in ("layer_types", "max_window_layers", "model_type", "transformers_version"):
+        values.pop(name, None)
+    values |= {"sliding_window": None, "use_sliding_window": False}
+    twin = type(model)(type(model.config)(**values)).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def keep_mask(layout: Layout, case: str, seed: int = 0) -> torch.Tensor:
+    """Widths that differ from layer to layer, also when padded; then whole sub-layers go.
+
+    The first KV head of every layer stays. Layer 0 keeps most of its channels, the others half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.tensor([0.95 if unit.layer == 0 else 0.55 for unit in layout])
+    keep = torch.rand(len(layout), generator=generator) < share
+    without_attention, without_mlp = CASES[case]
+    for group in layout.groups:
+        attention = isinstance(group.block, AttentionBlock)
+        keep[group.start] = True
+        if group.layer in (without_attention if attention else without_mlp):
+            keep[group.start : group.stop] = False
+    return keep
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE for ASCII, as large as the vocabulary of the tiny models less two."""
+    alphabet = [chr(code) for code in range(33, 127) if chr(code) not in LEFT_OUT]
+    alphabet += ["\u0120", "\u010a"]  # a space and a line feed, as byte-level BPE writes them
+    tokens = ["<pad>", "<s>", "</s>", *alphabet, *("".join(merge) for merge in MERGES)]
+    assert len(tokens) < VOCABULARY
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_pruned(
+    directory: Path, family: str, case: str = "widths", *, tokenizer: bool = True
+) -> PreTrainedModel:
+    """Prune a tiny model by whole KV groups, save it, and return it."""
+    parent = windowless(FAMILIES[family]())
+    layout = Layout.of(parent, attention="kv_group")
+    keep = keep_mask(layout, case)
+    return save_masked(directory, parent, layout, keep, tokenizer=tokenizer)
+
+
+def save_masked(
+    directory: Path,
+    parent: PreTrainedModel,
+    layout: Layout,
+    keep: torch.Tensor,
+    *,
+    tokenizer: bool = True,
+) -> PreTrainedModel:
+    """Remove units, save the result with its report, and return it."""
+    smaller = remove_units(parent, layout, keep)
+    kept = {str(index): entry for index, entry in enumerate(kept_positions(layout, keep))}
+    save_pretrained(
+        smaller,
+        directory,
+        tokenizer=character_tokenizer() if tokenizer else None,
+        report={"kept": kept},
+    )
+    return smaller
+
+
+def total_size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)

@@ -1,0 +1,82 @@
+"""The command `python -m bonsai_fast.export`: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_cases import save_pruned
+
+import bonsai_fast.export as command
+from bonsai_fast.export import main
+from bonsai_fast.exporting import Agreement, CheckError
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # argparse
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_last_line_of_stdout_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also for a run, whose model lies in a folder of it."""
+    pytest.importorskip("xllamacpp")
+    save_pruned(tmp_path / "run" / "model", "llama3")
+    code, out, err = run(capsys, tmp_path / "run", "--check", "--precision", "f32")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    path = tmp_path / "run" / "model-f32.gguf"
+    assert result["output"] == str(path) and result["size_bytes"] == path.stat().st_size
+    assert result["kind"] == "deci" and result["check"]["greedy_equal"] == 48
+    assert "llama.cpp (xllamacpp" in err and "48 places" in err and "Traceback" not in err
+
+
+def test_a_missing_engine_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pruned(tmp_path / "model", "llama3")
+    monkeypatch.setattr("bonsai_fast.exporting.check.is_installed", lambda _: False)
+    code, out, err = run(capsys, tmp_path / "model", "--check")
+    assert code == 0 and json.loads(out)["check"] is None
+    assert "not checked" in err and "pip install xllamacpp" in err
+
+
+def test_a_result_that_differs_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(*_: Any) -> Agreement:
+        raise CheckError("llama.cpp says\nsomething else")
+
+    save_pruned(tmp_path / "model", "llama3")
+    monkeypatch.setattr(command, "check", differs)
+    code, out, err = run(capsys, tmp_path / "model", "--check")
+    assert code == 1 and out == "" and "error: llama.cpp says something else" in err
+
+
+BAD = {
+    "no such folder": (["nowhere"], "expected a run or a model directory, got nowhere"),
+    "unknown format": (["MODEL", "--format", "onnx"], "onnx"),
+    "unknown precision": (["MODEL", "--precision", "q4_k_m"], "q4_k_m"),
+    "no padding": (["MODEL", "--pad-channels-to", "0"], "pad_channels_to: expected at least 1"),
+    "existing output": (["MODEL", "--output", "MODEL/config.json"], "config.json exists"),
+    "no parent": (["MODEL", "--gguf-parent", "none.gguf"], "none.gguf is not readable as GGUF"),
+    "unwritable": (["MODEL", "--output", "MODEL/config.json/x.gguf"], "could not write"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD[name]
+    save_pruned(tmp_path / "model", "llama3")
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.replace("MODEL", str(tmp_path / "model")) for argument in arguments]
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "", err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert sorted(tmp_path.rglob("*")) == before
