@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +15,6 @@ from safetensors.torch import save
 from bonsai_fast.ledger import write_atomically
 from bonsai_fast.masks import pack, unpack
 from bonsai_fast.units import AttentionUnit, Layout
-
-SUBLAYERS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,13 @@ def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) 
     """
     layout.check_mask(keep, dims=1)
     about = {
-        "num_units": str(len(layout)),
+        "num_units": len(layout),
         "attention": layout.attention,
-        "sublayers": str(layout.sublayers).lower(),
+        "sublayers": layout.sublayers,
     }
-    write_atomically(Path(path), save({"keep": pack(keep[None])}, about))
+    # one entry, because safetensors shuffles several: the same mask is the same bytes
+    metadata = {"layout": json.dumps(about, sort_keys=True)}
+    write_atomically(Path(path), save({"keep": pack(keep[None])}, metadata))
 
 
 def load_mask(path: str | os.PathLike[str]) -> SavedMask:
@@ -59,11 +61,10 @@ def load_mask(path: str | os.PathLike[str]) -> SavedMask:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["layout"])
             keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
-            attention = about["attention"]
-            if attention not in ("head", "kv_group"):
-                raise ValueError(f"attention is {attention!r}")
-            return SavedMask(keep, attention, SUBLAYERS[about["sublayers"]])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+            if about["attention"] not in get_args(AttentionUnit):
+                raise ValueError(f"attention is {about['attention']!r}")
+            return SavedMask(keep, about["attention"], bool(about["sublayers"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error

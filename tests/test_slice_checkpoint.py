@@ -407,11 +407,14 @@ def test_masks_say_their_layout(tmp_path: Path) -> None:
     found = load_mask(tmp_path / "mask")
     assert torch.equal(found.keep, keep)
     assert (found.attention, found.sublayers) == ("kv_group", False)
+    save_mask(tmp_path / "again", layout, keep)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "mask").read_bytes()
     with pytest.raises(ValueError, match="expected shape"):
         save_mask(tmp_path / "mask", layout, keep[1:])
-    for about in ({}, {"attention": "x", "sublayers": "true"}, {"attention": "head"}):
-        content = save({"keep": torch.zeros(1, 1, dtype=torch.uint8)}, {"num_units": "8", **about})
-        (tmp_path / "bad").write_bytes(content)
+    for about in ({}, {"attention": "x", "sublayers": True}, {"attention": "head"}, 8):
+        about = {"num_units": 8, **about} if isinstance(about, dict) else about
+        keep_bits = {"keep": torch.zeros(1, 1, dtype=torch.uint8)}
+        (tmp_path / "bad").write_bytes(save(keep_bits, {"layout": json.dumps(about)}))
         with pytest.raises(ValueError, match="expected a mask written by bonsai_fast"):
             load_mask(tmp_path / "bad")
 
