@@ -195,6 +195,21 @@ def check_kept_o_proj(
     _check_outputs(a, len(weight), bias, residual)
 
 
+def check_column_moments(x: Tensor) -> None:
+    """Raise ValueError unless `x` is what `column_moments` takes."""
+    _check_floats("x", x, "T", "C")
+
+
+def check_compact(source: Tensor, index: Tensor, out: Tensor, dim: int) -> None:
+    """Raise ValueError unless the arguments are what `compact_rows` or `compact_columns` takes."""
+    _check_floats("source", source, "R", "C")
+    _check("index", index, torch.int32, source, None)
+    shape = [None if axis == dim else size for axis, size in enumerate(source.shape)]
+    _check("out", out, source.dtype, source, *shape)
+    if out.shape[dim] < len(index):
+        raise ValueError(f"out must have at least {len(index)} places, got {out.shape[dim]}")
+
+
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

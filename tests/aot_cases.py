@@ -22,12 +22,14 @@ class Case:
 
     Attributes:
         matrix: whether its first kernel multiplies matrices, on tensor cores.
+        scattered: whether it picks single elements, which no wide load can.
     """
 
     name: str
     call: Callable[[], Any]
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     matrix: bool = True
+    scattered: bool = False
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -139,6 +141,22 @@ def kept_o_proj(dtype: torch.dtype, head_dim: int = 128) -> Any:
     )
 
 
+def column_moments(dtype: torch.dtype) -> Any:
+    from bonsai_fast.kernels.column_moments import column_moments_triton
+
+    return column_moments_triton(meta(NUM_ROWS, LLAMA.intermediate_size, dtype=dtype))
+
+
+def compact(dim: int) -> Any:
+    from bonsai_fast.kernels.compact import compact_columns_triton, compact_rows_triton
+
+    function = compact_columns_triton if dim else compact_rows_triton
+    source = meta(LLAMA.intermediate_size, LLAMA.intermediate_size)
+    shape = [LLAMA.intermediate_size, LLAMA.intermediate_size]
+    shape[dim] = 10240
+    return function(source, meta(10000, dtype=torch.int32), meta(*shape))
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 GEMMA = {"softcap": 50.0, "window": 4096}
 SM_86, BOTH = ("sm_86",), ("sm_86", "sm_90")
@@ -171,4 +189,7 @@ CASES = [
     Case("kept_o_proj", lambda: kept_o_proj(BF16)),
     Case("kept_o_proj-80", lambda: kept_o_proj(BF16, 80), BOTH),
     Case("kept_o_proj-fp32", lambda: kept_o_proj(FP32), SM_86),
+    Case("column_moments", lambda: column_moments(BF16), matrix=False),
+    Case("compact_rows", lambda: compact(0), matrix=False),
+    Case("compact_columns", lambda: compact(1), matrix=False, scattered=True),
 ]

@@ -60,5 +60,7 @@ def test_compiles_well(compiled, case, architecture):
     else:
         for code in kernels:
             assert code["spills"] == 0
-            assert code["wide_loads"] > 0, "full tiles must load 128 bits a thread"
+            assert code["wide_loads"] > 0 or case.scattered, (
+                "full tiles must load 128 bits a thread"
+            )
             assert code["registers"] * RESIDENT_THREADS <= REGISTERS_PER_SM

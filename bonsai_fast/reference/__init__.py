@@ -5,6 +5,11 @@ from bonsai_fast.reference.attention import (
     kept_head_proj_reference,
     kept_o_proj_reference,
 )
+from bonsai_fast.reference.columns import (
+    column_moments_reference,
+    compact_columns_reference,
+    compact_rows_reference,
+)
 from bonsai_fast.reference.mlp import (
     glu_mask_reference,
     kept_down_proj_reference,
@@ -13,6 +18,9 @@ from bonsai_fast.reference.mlp import (
 from bonsai_fast.reference.nll import lm_head_nll_reference, token_nll_reference
 
 __all__ = [
+    "column_moments_reference",
+    "compact_columns_reference",
+    "compact_rows_reference",
     "glu_mask_reference",
     "grouped_attention_reference",
     "kept_down_proj_reference",
