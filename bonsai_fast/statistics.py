@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bonsai_fast import ops
 from bonsai_fast.models import Block
-from bonsai_fast.native import ChannelMoments, channel_moments
+from bonsai_fast.native import ChannelMoments
 from bonsai_fast.scoring import MaskScorer
 
 
@@ -92,6 +93,7 @@ def _recorder(block: Block, blocks: dict[str, BlockStatistics]):  # type: ignore
             blocks[block.output] = BlockStatistics(
                 0, zeros, zeros.clone(), zeros.clone(), zeros.float()
             )
-        blocks[block.output].add(channel_moments(states), len(states))
+        moments = ChannelMoments(*ops.column_moments(states))
+        blocks[block.output].add(moments, len(states))
 
     return record

@@ -103,6 +103,113 @@ def check_lm_head_nll(
         raise ValueError(f"softcap must be positive, got {softcap}")
 
 
+def check_kept_head_proj(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    head_dim: int,
+) -> None:
+    """Raise ValueError unless the arguments are what `kept_head_proj` takes."""
+    _check_floats("x", x, "T", "H")
+    _check_weight("weight", weight, x, None, x.shape[1])
+    if head_dim < 2 or head_dim % 2 or len(weight) % head_dim:
+        raise ValueError(
+            f"head_dim must be even and divide the {len(weight)} rows of weight, got {head_dim}"
+        )
+    _check_plan(x, index, count, tiles, multiple=1)
+    if bias is not None:
+        _check("bias", bias, x.dtype, x, len(weight))
+    if norm_weight is not None:
+        _check("norm_weight", norm_weight, x.dtype, x, head_dim)
+    if cos is None and sin is None and positions is None:
+        return
+    if cos is None or sin is None or positions is None:
+        raise ValueError("cos, sin and positions must come together")
+    _check("cos", cos, torch.float32, x, None, None)
+    if not 1 <= cos.shape[1] <= head_dim // 2:
+        raise ValueError(f"cos must be [P, R / 2] with R in 2..{head_dim}, got {list(cos.shape)}")
+    _check("sin", sin, torch.float32, x, *cos.shape)
+    if sin.stride(0) != cos.stride(0):
+        raise ValueError(f"sin must have the strides of cos, got {sin.stride()}")
+    _check("positions", positions, torch.int64, x, len(x))
+
+
+def check_grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor,
+    q_to_kv: Tensor,
+    tiles: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Raise ValueError unless the arguments are what `grouped_attention` takes."""
+    _check_floats("q", q, "T", "slots", "D")
+    num_rows, num_slots, head_dim = q.shape
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be in 1..256, got {head_dim}")
+    _check("k", k, q.dtype, q, num_rows, None, head_dim)
+    _check("v", v, q.dtype, q, *k.shape)
+    _check("count", count, torch.int32, q, None)
+    _check("q_to_kv", q_to_kv, torch.int32, q, len(count), num_slots)
+    _check_tiles(tiles, q, 4)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window must be positive, and attention causal, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+
+
+def check_kept_o_proj(
+    a: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments are what `kept_o_proj` takes."""
+    _check_floats("a", a, "T", "slots", "D")
+    head_dim = a.shape[2]
+    if a.shape[1] > 1 and a.stride(1) != head_dim:
+        raise ValueError(f"a must have its slots side by side, got strides {a.stride()}")
+    if head_dim < 16 or head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
+    _check_weight("weight", weight, a, None, None)
+    if weight.shape[1] % head_dim:
+        raise ValueError(f"weight must have whole heads of {head_dim}, got {list(weight.shape)}")
+    _check_plan(a, index, count, tiles, multiple=1)
+    if index.shape[1] - INDEX_PADDING != a.shape[1]:
+        raise ValueError(
+            f"a must have the index's {index.shape[1] - INDEX_PADDING} slots, got {a.shape[1]}"
+        )
+    _check_outputs(a, len(weight), bias, residual)
+
+
+def check_column_moments(x: Tensor) -> None:
+    """Raise ValueError unless `x` is what `column_moments` takes."""
+    _check_floats("x", x, "T", "C")
+
+
+def check_compact(source: Tensor, index: Tensor, out: Tensor, dim: int) -> None:
+    """Raise ValueError unless the arguments are what `compact_rows` or `compact_columns` takes."""
+    _check_floats("source", source, "R", "C")
+    _check("index", index, torch.int32, source, None)
+    shape = [None if axis == dim else size for axis, size in enumerate(source.shape)]
+    _check("out", out, source.dtype, source, *shape)
+    if out.shape[dim] < len(index):
+        raise ValueError(f"out must have at least {len(index)} places, got {out.shape[dim]}")
+
+
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -45,3 +45,8 @@ def _tuned(kernel: KernelInterface, configs: tuple[Config, ...], key: tuple[str,
 def tile(columns: int, depth: int, warps: int, stages: int) -> Config:
     """A matrix product's tile: BLOCK_N output columns, BLOCK_K terms a step."""
     return Config({"BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+
+
+def depth(terms: int, warps: int, stages: int) -> Config:
+    """The same where the shape of the problem sets the columns."""
+    return Config({"BLOCK_K": terms}, num_warps=warps, num_stages=stages)

@@ -22,14 +22,14 @@ class Case:
 
     Attributes:
         matrix: whether its first kernel multiplies matrices, on tensor cores.
-        wgmma: whether it does so by Hopper's own instruction there.
+        scattered: whether it picks single elements, which no wide load can.
     """
 
     name: str
     call: Callable[[], Any]
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     matrix: bool = True
-    wgmma: bool = True
+    scattered: bool = False
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -98,7 +98,68 @@ def lm_head_nll(dtype: torch.dtype, softcap: float | None = None) -> Any:
     )
 
 
+def kept_head_proj(dtype: torch.dtype, norm: bool = False, head_dim: int = 128) -> Any:
+    from bonsai_fast.kernels.kept_head_proj import kept_head_proj_triton
+
+    table = meta(4096, head_dim // 2, dtype=torch.float32)
+    return kept_head_proj_triton(
+        meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+        meta(LLAMA.num_attention_heads * head_dim, LLAMA.hidden_size, dtype=dtype),
+        *plan(28),
+        norm_weight=meta(head_dim, dtype=dtype) if norm else None,
+        cos=table,
+        sin=table,
+        positions=meta(NUM_ROWS, dtype=torch.int64),
+        head_dim=head_dim,
+    )
+
+
+def grouped_attention(dtype: torch.dtype, head_dim: int = 128, **options: Any) -> Any:
+    from bonsai_fast.kernels.grouped_attention import grouped_attention_triton
+
+    kv = meta(NUM_ROWS, LLAMA.num_key_value_heads, head_dim, dtype=dtype)
+    return grouped_attention_triton(
+        meta(NUM_ROWS, 28, head_dim, dtype=dtype),
+        kv,
+        kv,
+        meta(NUM_GROUPS, dtype=torch.int32),
+        meta(NUM_GROUPS, 28, dtype=torch.int32),
+        meta(NUM_ROWS // BLOCK_ROWS, 4, dtype=torch.int32),
+        scale=head_dim**-0.5,
+        **options,
+    )
+
+
+def kept_o_proj(dtype: torch.dtype, head_dim: int = 128) -> Any:
+    from bonsai_fast.kernels.kept_o_proj import kept_o_proj_triton
+
+    return kept_o_proj_triton(
+        meta(NUM_ROWS, 28, head_dim, dtype=dtype),
+        meta(LLAMA.hidden_size, LLAMA.num_attention_heads * head_dim, dtype=dtype),
+        *plan(28),
+        residual=meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
+    )
+
+
+def column_moments(dtype: torch.dtype) -> Any:
+    from bonsai_fast.kernels.column_moments import column_moments_triton
+
+    return column_moments_triton(meta(NUM_ROWS, LLAMA.intermediate_size, dtype=dtype))
+
+
+def compact(dim: int) -> Any:
+    from bonsai_fast.kernels.compact import compact_columns_triton, compact_rows_triton
+
+    function = compact_columns_triton if dim else compact_rows_triton
+    source = meta(LLAMA.intermediate_size, LLAMA.intermediate_size)
+    shape = [LLAMA.intermediate_size, LLAMA.intermediate_size]
+    shape[dim] = 10240
+    return function(source, meta(10000, dtype=torch.int32), meta(*shape))
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
+GEMMA = {"softcap": 50.0, "window": 4096}
+SM_86, BOTH = ("sm_86",), ("sm_86", "sm_90")
 CASES = [
     *(
         Case(f"token_nll-{dtype}-{size}", lambda d=dtype, v=size: token_nll(d, v), matrix=False)
@@ -108,11 +169,27 @@ CASES = [
     Case("glu_mask", lambda: glu_mask(BF16), matrix=False),
     Case("kept_up_proj", lambda: kept_up_proj(BF16)),
     # The activation with the longest code, and a bias.
-    Case("kept_up_proj-plain", lambda: kept_up_proj(BF16, "gelu", gated=False), ("sm_86",)),
-    Case("kept_up_proj-fp32", lambda: kept_up_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("kept_up_proj-plain", lambda: kept_up_proj(BF16, "gelu", gated=False), SM_86),
+    Case("kept_up_proj-fp32", lambda: kept_up_proj(FP32), SM_86),
     Case("kept_down_proj", lambda: kept_down_proj(BF16)),
-    Case("kept_down_proj-fp32", lambda: kept_down_proj(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("kept_down_proj-fp32", lambda: kept_down_proj(FP32), SM_86),
     Case("lm_head_nll", lambda: lm_head_nll(BF16)),
-    Case("lm_head_nll-softcap", lambda: lm_head_nll(BF16, 30.0), ("sm_86",)),
-    Case("lm_head_nll-fp32", lambda: lm_head_nll(FP32), ("sm_86", "sm_90"), wgmma=False),
+    Case("lm_head_nll-softcap", lambda: lm_head_nll(BF16, 30.0), SM_86),
+    Case("lm_head_nll-fp32", lambda: lm_head_nll(FP32), SM_86),
+    Case("kept_head_proj", lambda: kept_head_proj(BF16)),
+    Case("kept_head_proj-norm", lambda: kept_head_proj(BF16, norm=True), BOTH),
+    Case("kept_head_proj-256", lambda: kept_head_proj(BF16, head_dim=256), BOTH),
+    Case("kept_head_proj-fp32", lambda: kept_head_proj(FP32), SM_86),
+    Case("grouped_attention", lambda: grouped_attention(BF16)),
+    Case("grouped_attention-64", lambda: grouped_attention(BF16, 64), BOTH),
+    Case("grouped_attention-80", lambda: grouped_attention(BF16, 80), SM_86),
+    Case("grouped_attention-256", lambda: grouped_attention(BF16, 256, **GEMMA), BOTH),
+    Case("grouped_attention-fp32", lambda: grouped_attention(FP32), SM_86),
+    Case("grouped_attention-fp32-256", lambda: grouped_attention(FP32, 256), SM_86),
+    Case("kept_o_proj", lambda: kept_o_proj(BF16)),
+    Case("kept_o_proj-80", lambda: kept_o_proj(BF16, 80), BOTH),
+    Case("kept_o_proj-fp32", lambda: kept_o_proj(FP32), SM_86),
+    Case("column_moments", lambda: column_moments(BF16), matrix=False),
+    Case("compact_rows", lambda: compact(0), matrix=False),
+    Case("compact_columns", lambda: compact(1), matrix=False, scattered=True),
 ]

@@ -56,10 +56,11 @@ def test_compiles_well(compiled, case, architecture):
         code = kernels[0]
         assert code["matrix_loops"] > 0, "no loop multiplies on tensor cores"
         assert code["async_copies_in_loops"] > 0, "loads must not pass through registers"
-        if architecture == "sm_90" and case.wgmma:
-            assert code["wgmma"] > 0, "Hopper's own instruction is faster"
+        assert architecture != "sm_90" or code["wgmma"] > 0, "Hopper's own instruction is faster"
     else:
         for code in kernels:
             assert code["spills"] == 0
-            assert code["wide_loads"] > 0, "full tiles must load 128 bits a thread"
+            assert code["wide_loads"] > 0 or case.scattered, (
+                "full tiles must load 128 bits a thread"
+            )
             assert code["registers"] * RESIDENT_THREADS <= REGISTERS_PER_SM

@@ -12,7 +12,7 @@ from bonsai_fast.kernels._checks import (
     check_kept_down_proj,
     check_kept_up_proj,
 )
-from bonsai_fast.ops.plans import group_rows
+from bonsai_fast.ops.groups import add, group_rows
 
 # Elements of an intermediate that one thread holds at a time: it stays in a core's cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -201,15 +201,6 @@ def kept_down_proj(
         kept = index[group, : int(count[group])].long()
         out[begin:end] = a[begin:end, : len(kept)] @ weight_t[kept]
     return add(out, bias, residual)
-
-
-def add(product: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """What follows an output projection; `product` is overwritten."""
-    if bias is not None:
-        product += bias
-    if residual is not None:
-        product += residual
-    return product
 
 
 @kept_down_proj.register_kernel("cuda")

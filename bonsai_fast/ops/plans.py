@@ -141,16 +141,6 @@ class KeptLists:
         return cls(index.to(device, torch.int32), count.to(device, torch.int32), width)
 
 
-def group_rows(tiles: Tensor) -> list[tuple[int, int, int]]:
-    """Every sub-model that the tiles of a `RowPlan` cover, its first row and one past its last."""
-    runs: list[tuple[int, int, int]] = []
-    for group, begin, end in tiles.tolist():
-        if runs and runs[-1][0] == group:
-            begin = runs.pop()[1]
-        runs.append((group, begin, end))
-    return runs
-
-
 def _tile(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cut runs of rows into tiles: each tile's run, first row and one past its last row."""
     ends = lengths.cumsum(0)
