@@ -49,10 +49,10 @@ def save_pretrained(
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized: save it with its own save_pretrained")
     target = Path(directory)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     register()  # lets transformers copy the Python files of a bonsai_* model
     try:
-        with _written_beside(target) as scratch:
+        with written_beside(target) as scratch:
             model.save_pretrained(scratch)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
@@ -64,7 +64,12 @@ def save_pretrained(
         raise OSError(f"could not save the model to {target}: {reason}") from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to write where something is that may not be replaced.
+
+    Raises:
+        FileExistsError: as in `save_pretrained`.
+    """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a model is saved to a directory")
     if not target.is_dir() or not any(target.iterdir()):
@@ -78,7 +83,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
+def written_beside(target: Path) -> Iterator[Path]:
     """A scratch directory on the same file system that becomes `target` at the end, or vanishes."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
