@@ -22,9 +22,13 @@ from bonsai_fast.exporting import (
     CheckError,
     Exported,
     check_llama_cpp,
+    check_transformers,
+    check_vllm,
     reference_of,
+    to_decilm,
     to_gguf,
     to_gguf_from_parent,
+    to_padded,
 )
 from bonsai_fast.exporting.source import model_directory
 from bonsai_fast.progress import Reporter
@@ -38,8 +42,13 @@ INTERRUPTED = 130
 class ExportOptions:
     """What is exported, in which form, and where to."""
 
-    format: Literal["gguf"] = field(
-        default="gguf", metadata={"help": "gguf: one file for llama.cpp and all that builds on it."}
+    format: Literal["gguf", "padded", "decilm"] = field(
+        default="gguf",
+        metadata={
+            "help": "gguf: one file for llama.cpp and all that builds on it. padded: a checkpoint "
+            "of the parent's own class, every layer as wide as the widest. decilm: the layout of "
+            "Nemotron-NAS, if no query heads were pruned."
+        },
     )
     output: str | None = field(
         default=None, metadata={"help": "File or directory; by default beside the model."}
@@ -131,6 +140,10 @@ def export(model: str, options: ExportOptions) -> Exported:
         ValueError, OSError: it cannot be; nothing is left behind.
     """
     output = options.output or default_output(model_directory(model), options)
+    if options.format == "padded":
+        return to_padded(model, output)
+    if options.format == "decilm":
+        return to_decilm(model, output)
     how = {"precision": options.precision, "pad_channels_to": options.pad_channels_to}
     if options.gguf_parent is not None:
         return to_gguf_from_parent(model, options.gguf_parent, output, **cast(Any, how))
@@ -144,14 +157,19 @@ def check(model: str, result: Exported, options: ExportOptions) -> Agreement:
         ModuleNotFoundError: the engine is not installed.
         CheckError: it does not run it, or computes something else.
     """
-    tolerance = TOLERANCE[options.precision]
-    return check_llama_cpp(result.output, reference_of(model), tolerance=tolerance)
+    reference = reference_of(model)
+    if options.format == "padded":
+        return check_transformers(result.output, reference)
+    if options.format == "decilm":
+        return check_vllm(result.output, reference)
+    return check_llama_cpp(result.output, reference, tolerance=TOLERANCE[options.precision])
 
 
 def default_output(directory: Path, options: ExportOptions) -> Path:
-    """Beside the model: model-f16.gguf."""
+    """Beside the model: model-f16.gguf, model-padded."""
     directory = directory.resolve()
-    return directory.with_name(f"{directory.name}-{options.precision}.gguf")
+    suffix = f"{options.precision}.gguf" if options.format == "gguf" else options.format
+    return directory.with_name(f"{directory.name}-{suffix}")
 
 
 def _fail(error: Exception, code: int) -> int:

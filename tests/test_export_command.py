@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,22 @@ def test_last_line_of_stdout_is_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "llama.cpp (xllamacpp" in err and "48 places" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("format", ["padded", "decilm"])
+def test_other_formats(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """padded is checked in a process that knows nothing of ours; vLLM is rarely installed."""
+    save_pruned(tmp_path / "model", "llama3")
+    code, out, err = run(capsys, tmp_path / "model", "--format", format, "--check")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["format"] == format
+    assert result["output"] == str(tmp_path / f"model-{format}")
+    if format == "padded":
+        assert result["check"]["greedy_equal"] == 48 and "transformers 5" in err
+        assert result["check"]["max_logprob_difference"] < 1e-4
+    elif importlib.util.find_spec("vllm") is None:
+        assert result["check"] is None and "not checked: vLLM is not installed" in err
+
+
 def test_a_missing_engine_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +81,10 @@ BAD = {
     "unknown precision": (["MODEL", "--precision", "q4_k_m"], "q4_k_m"),
     "no padding": (["MODEL", "--pad-channels-to", "0"], "pad_channels_to: expected at least 1"),
     "existing output": (["MODEL", "--output", "MODEL/config.json"], "config.json exists"),
+    "parent of another format": (
+        ["MODEL", "--format", "padded", "--gguf-parent", "none.gguf"],
+        "gguf_parent is for --format gguf only",
+    ),
     "no parent": (["MODEL", "--gguf-parent", "none.gguf"], "none.gguf is not readable as GGUF"),
     "unwritable": (["MODEL", "--output", "MODEL/config.json/x.gguf"], "could not write"),
 }

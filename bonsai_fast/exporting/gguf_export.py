@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from bonsai_fast.exporting.gguf_architecture import GGUFPlan, plan_gguf
+from bonsai_fast.exporting.gguf_architecture import plan_gguf
 from bonsai_fast.exporting.gguf_file import Precision, write_gguf
 from bonsai_fast.exporting.gguf_metadata import hyperparameters
 from bonsai_fast.exporting.gguf_tensors import tensor_specs
 from bonsai_fast.exporting.gguf_tokenizer import tokenizer_fields
 from bonsai_fast.exporting.gguf_weights import SavedTensors
+from bonsai_fast.exporting.result import Exported
 from bonsai_fast.exporting.source import open_saved
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote.
-
-    Attributes:
-        output: the file or directory.
-        format: "gguf", "padded" or "decilm".
-        kind: llama.cpp's architecture, or the model type.
-        size_bytes: of the file, or of the directory's weights.
-        notes: what a person should know about it.
-    """
-
-    output: str
-    format: str
-    kind: str
-    size_bytes: int
-    notes: tuple[str, ...]
 
 
 def to_gguf(
@@ -64,6 +45,3 @@ def to_gguf(
     name = plan.architecture.name
     size = write_gguf(Path(output), name, fields, tensors, precision, advance)
     return Exported(str(output), "gguf", name, size, plan.notes)
-
-
-__all__ = ["Exported", "GGUFPlan", "to_gguf"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from bonsai_fast.exporting.gguf_architecture import check_model, choose
 from bonsai_fast.exporting.gguf_dense import PARENTS, DenseGGUF, KeptLayer
-from bonsai_fast.exporting.gguf_export import Exported
 from bonsai_fast.exporting.gguf_file import Precision, write_gguf
 from bonsai_fast.exporting.gguf_metadata import layer_fields, prefixed
 from bonsai_fast.exporting.gguf_tensors import pair_order, tensor_specs
 from bonsai_fast.exporting.gguf_weights import SavedTensors
+from bonsai_fast.exporting.result import Exported
 from bonsai_fast.exporting.source import SavedModel, open_saved
 
 # how far the parent's rounding may be from the model's: a share of a tensor's norm

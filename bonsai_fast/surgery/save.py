@@ -64,10 +64,10 @@ def model_directory(
         FileExistsError, OSError: as `save_pretrained`.
     """
     target = Path(directory)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     register()  # lets transformers copy the Python files of a bonsai_* model
     try:
-        with _written_beside(target) as scratch:
+        with written_beside(target) as scratch:
             yield scratch
             _drop_quantization(scratch / "config.json")
             text = json.dumps({"written_by": "bonsai_fast", **(report or {})}, indent=2)
@@ -77,7 +77,12 @@ def model_directory(
         raise OSError(f"could not save the model to {target}: {reason}") from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to write where something is that may not be replaced.
+
+    Raises:
+        FileExistsError: as in `save_pretrained`.
+    """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a model is saved to a directory")
     if not target.is_dir() or not any(target.iterdir()):
@@ -91,7 +96,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
+def written_beside(target: Path) -> Iterator[Path]:
     """A scratch directory on the same file system that becomes `target` at the end, or vanishes."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

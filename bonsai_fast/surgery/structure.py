@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from bonsai_fast.hub import FAMILIES, hub_classes
+from bonsai_fast.hub import FAMILIES, LayerShape, hub_classes
+from bonsai_fast.hub.heterogeneous_config import NO_ATTENTION
 from bonsai_fast.models import family_of
 from bonsai_fast.surgery.kept import Kept
 
@@ -61,12 +62,19 @@ def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | N
     alike = {(shape.q_heads_per_kv, shape.channels) for shape in kept.shapes}
     if len(alike) > 1 or first.is_irregular or not first.num_heads or not first.channels:
         return None
+    child = stock_structure(parent, first)
+    return child if child is not None and _expresses(child, parent, kept) else None
+
+
+def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedModel | None:
+    """A model of the parent's stock class, on the meta device, all of whose layers have a shape.
+
+    None if such widths do not pass the class's own checks.
+    """
     try:
-        config = _stock_config(parent.config, kept)
-        child = _on_meta(_stock_class(parent), config)
-    except (ValueError, StrictDataclassError):  # such widths do not pass the class's own checks
+        return _on_meta(_stock_class(parent), _stock_config(parent.config, shape))
+    except (ValueError, StrictDataclassError):
         return None
-    return child if _expresses(child, parent, kept) else None
 
 
 def _stock_class(parent: PreTrainedModel) -> type[PreTrainedModel]:
@@ -76,13 +84,21 @@ def _stock_class(parent: PreTrainedModel) -> type[PreTrainedModel]:
     return next(base for base in type(parent).__mro__ if base.__name__ == name)
 
 
-def _stock_config(config: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
-    """The stock configuration with the widths of the first layer for all layers."""
-    shape, head_dim = kept.shapes[0], _head_dim(config)
+def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
+    """The stock configuration with the same widths for all layers."""
+    head_dim = _head_dim(config)
     if _is_bonsai(config):
         stock_class = CONFIG_MAPPING[family_of(config.model_type)]
         unknown = [name for name in BONSAI_FIELDS if name not in stock_class.__dataclass_fields__]
-        dense = stock_class(**_values(config, drop=unknown))
+        values = _values(config, drop=unknown)
+        if "layer_types" in stock_class.__dataclass_fields__ and "layer_types" in values:
+            # a layer that has attention again, of whatever kind
+            values["layer_types"] = [
+                "full_attention" if kind == NO_ATTENTION else kind for kind in values["layer_types"]
+            ]
+        else:
+            values.pop("layer_types", None)
+        dense = stock_class(**values)
     else:
         dense = copy.deepcopy(config)
     widths: dict[str, Any] = {"num_attention_heads": shape.num_heads}

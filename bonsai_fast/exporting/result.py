@@ -1,0 +1,24 @@
+"""What every export says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        output: the file or directory.
+        format: "gguf", "padded" or "decilm".
+        kind: llama.cpp's architecture, or the model type.
+        size_bytes: of the file, or of the directory's weights.
+        notes: what a person should know about it.
+    """
+
+    output: str
+    format: str
+    kind: str
+    size_bytes: int
+    notes: tuple[str, ...] = ()
