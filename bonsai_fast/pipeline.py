@@ -339,9 +339,10 @@ def plan_table(task: Task, plan: Plan, seconds: float) -> Table:
 def estimate_seconds(task: Task, plan: Plan) -> float:
     """Time that the plan's forward passes take on this machine, from one batch."""
     tokens = task.calibration.input_ids[:1]
-    rows = task.scorer.rows_per_batch(tokens.shape[1])
-    everything = torch.ones(rows, len(task.layout), dtype=torch.bool)
-    task.scorer.score(everything[:1], tokens)
+    rows = task.scorer.submodels_per_call(1, tokens.shape[1])
+    # all different, or an engine would run them once
+    different = torch.rand(rows, len(task.layout), generator=torch.Generator().manual_seed(0)) > 0.1
+    task.scorer.score(different[:1], tokens)
     started = time.perf_counter()
-    task.scorer.score(everything, tokens)
+    task.scorer.score(different, tokens)
     return (time.perf_counter() - started) / (rows * tokens.shape[1]) * plan.tokens

@@ -69,6 +69,9 @@ class Layout(Sequence[Unit]):
         self._sizes = sizes  # parameters of the model by name
         self.groups = tuple(self._groups())
         self.num_units = self.groups[-1].stop if self.groups else 0
+        self._groups_of_block: dict[int, list[Group]] = {}
+        for group in self.groups:
+            self._groups_of_block.setdefault(id(group.block), []).append(group)
         self.num_parameters_per_unit = torch.cat(
             [torch.full((len(group),), group.num_parameters) for group in self.groups]
             or [torch.zeros(0, dtype=torch.int64)]
@@ -147,12 +150,24 @@ class Layout(Sequence[Unit]):
         Returns:
             for each sub-layer, in order, bool [..., H] or [..., I].
         """
-        found: dict[int, tuple[Block, torch.Tensor]] = {}
-        for group in self.groups:
-            mask = keep[..., group.start : group.stop][..., group.part_of_unit]
-            block, before = found.get(id(group.block), (group.block, None))
-            found[id(group.block)] = (block, mask if before is None else before & mask)
-        return list(found.values())
+        blocks = {id(group.block): group.block for group in self.groups}
+        return [(block, self.keep_of_block(block, keep)) for block in blocks.values()]
+
+    def keep_of_block(
+        self, block: Block, keep: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same for one sub-layer: bool [..., P] -> bool [..., H] or [..., I].
+
+        Args:
+            block: the sub-layer.
+            keep: bool [..., P].
+            rows: int64 [N], which rows of `keep` are wanted, if not all.
+        """
+        masks = []
+        for group in self._groups_of_block[id(block)]:
+            units = keep[..., group.start : group.stop]
+            masks.append((units if rows is None else units[rows])[..., group.part_of_unit])
+        return torch.stack(masks).all(dim=0) if len(masks) > 1 else masks[0]
 
     # Parameters -----------------------------------------------------------------------------------
 

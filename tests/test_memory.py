@@ -15,13 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from bonsai_fast.scoring import EngineName
+
 MIB = 2**20
-SUBMODELS = (4, 32, 512)
+# engine, budget in MiB, numbers of sub-models; the fused engine holds the states of as many
+# sub-models as fit, and only the last two are more than that
+CASES: list[tuple[EngineName, int, tuple[int, int, int]]] = [
+    ("hooks", 16, (4, 32, 512)),
+    ("hooks", 80, (4, 32, 512)),
+    ("fused", 40, (4, 400, 600)),
+]
 # code that is loaded on first use, and the masks themselves
 SLACK = 4 * MIB
 
 
-def peak_while_scoring(budget: int) -> dict[int, int]:
+def peak_while_scoring(engine: EngineName, budget: int, counts: list[int]) -> dict[int, int]:
     """Bytes beyond what was there before, at their highest, for every number of sub-models."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +40,7 @@ def peak_while_scoring(budget: int) -> dict[int, int]:
     sizes = {"hidden_size": 96, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, **sizes, **heads)).eval()
-    scorer = MaskScorer(model, memory_budget=budget)
+    scorer = MaskScorer(model, engine=engine, memory_budget=budget)
     input_ids = torch.randint(8000, (2, 64))
 
     def masks(count: int) -> torch.Tensor:
@@ -40,7 +48,7 @@ def peak_while_scoring(budget: int) -> dict[int, int]:
 
     scorer.score(masks(1), input_ids)  # code is loaded, threads are started
     peaks = {}
-    for count in SUBMODELS:
+    for count in counts:
         keep = masks(count)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _resident("VmRSS")
@@ -56,23 +64,27 @@ def _resident(field: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("mebibytes", [16, 80])
-def test_peak_stays_within_the_budget_however_many_submodels(mebibytes: int) -> None:
+@pytest.mark.parametrize(("engine", "mebibytes", "counts"), CASES)
+def test_peak_stays_within_the_budget_however_many_submodels(
+    engine: EngineName, mebibytes: int, counts: tuple[int, int, int]
+) -> None:
     """A list of results, logits or masks that grows with S would show."""
     done = subprocess.run(
-        [sys.executable, "-P", __file__, str(mebibytes * MIB)],
+        [sys.executable, "-P", __file__, engine, str(mebibytes * MIB), *map(str, counts)],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=True,
     )
     peaks = {int(count): peak for count, peak in json.loads(done.stdout).items()}
-    assert list(peaks) == list(SUBMODELS)
+    assert tuple(peaks) == counts
+    _, many, most = counts
     assert max(peaks.values()) <= mebibytes * MIB + SLACK, peaks
     # the budget is used: an estimate far too high would waste the machine
-    assert peaks[512] > 0.3 * mebibytes * MIB, peaks
-    assert peaks[512] <= 1.1 * peaks[32] + SLACK, peaks
+    assert peaks[most] > 0.3 * mebibytes * MIB, peaks
+    assert peaks[most] <= 1.1 * peaks[many] + SLACK, peaks
 
 
 if __name__ == "__main__":
-    print(json.dumps(peak_while_scoring(int(sys.argv[1]))))
+    engine, budget, *counts = sys.argv[1:]
+    print(json.dumps(peak_while_scoring(engine, int(budget), list(map(int, counts)))))

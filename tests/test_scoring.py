@@ -119,7 +119,8 @@ def test_batching_does_not_change_the_answer(llama3: PreTrainedModel) -> None:
     whole = MaskScorer(llama3, layout=layout).score(masks, input_ids)
     needs = WorkingSet.of(layout, SequenceNLL(llama3), 24)
     for rows in (1, 3, 4):
-        scorer = MaskScorer(llama3, layout=layout, memory_budget=needs.mask + rows * needs.layer)
+        budget = needs.mask + rows * needs.layer
+        scorer = MaskScorer(llama3, layout=layout, engine="hooks", memory_budget=budget)
         assert scorer.rows_per_batch(24) == rows
         done: list[int] = []
         cut = scorer.score(masks, input_ids, progress=done.append)

@@ -120,13 +120,13 @@ class Search:
     ) -> torch.Tensor:
         """Evaluate sub-models, or find them in the ledger.
 
-        They are taken in fixed chunks, one scorer batch each, and a chunk is recorded as a whole:
+        They are taken in fixed chunks, one call each, and a chunk is recorded as a whole:
         an interrupted run goes on with the same batches, and so with the same bits, as one that was
         not.
         """
         text = measure + text_hash(input_ids)
         sequences, length = input_ids.shape
-        step = max(1, self.task.scorer.rows_per_batch(length) // sequences)
+        step = self.task.scorer.submodels_per_call(sequences, length)
         found: list[torch.Tensor] = []
         with self.reporter.bar(stage, total=len(keep)) as advance:
             for chunk in keep.split(step):

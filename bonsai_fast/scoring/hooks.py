@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from bonsai_fast.models import AttentionBlock, Block
-from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
+from bonsai_fast.scoring.engine import Progress
+from bonsai_fast.scoring.memory import rows_within
+from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
 from bonsai_fast.units import Layout
 
 
@@ -18,9 +20,52 @@ class HooksEngine:
 
     name = "hooks"
 
-    def __init__(self, layout: Layout, nll: SequenceNLL) -> None:
+    def __init__(self, layout: Layout, nll: SequenceNLL, memory_budget: int) -> None:
         self.layout = layout
         self.nll = nll
+        self._budget = memory_budget
+
+    def rows_per_batch(self, length: int) -> int:
+        """(sub-model, sequence) pairs that are scored at once."""
+        return rows_within(self._budget, self.layout, self.nll, length)
+
+    def submodels_per_call(self, sequences: int, length: int) -> int:
+        """As many as share a batch: they have nothing else in common."""
+        return max(1, self.rows_per_batch(length) // sequences)
+
+    def score(
+        self,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        parent: ParentReference | None,
+        progress: Progress | None,
+    ) -> torch.Tensor:
+        """See `Engine.score`."""
+        sequences, device = len(input_ids), self.nll.head.weight.device
+        found = torch.empty(len(keep) * sequences, dtype=torch.float32)
+        step = self.rows_per_batch(input_ids.shape[1])
+        for start in range(0, len(found), step):
+            pairs = torch.arange(start, min(start + step, len(found)))
+            text = pairs % sequences
+            reference = None if parent is None else parent.rows(text).to(device)
+            with evaluation_mode(self.nll.model):
+                found[pairs] = self.score_rows(
+                    keep[pairs // sequences].to(device), input_ids[text].to(device), reference
+                ).cpu()
+            if progress is not None:
+                progress(len(pairs))
+        return found.view(len(keep), sequences)
+
+    def parent(self, input_ids: torch.Tensor) -> ParentReference:
+        """See `Engine.parent`."""
+        device = self.nll.head.weight.device
+        with evaluation_mode(self.nll.model):
+            return ParentReference.cat(
+                [
+                    self.nll.parent(rows.to(device))
+                    for rows in input_ids.split(self.rows_per_batch(input_ids.shape[1]))
+                ]
+            )
 
     def score_rows(
         self, keep: torch.Tensor, input_ids: torch.Tensor, parent: ParentReference | None = None

@@ -50,6 +50,14 @@ class ParentReference:
         """The same on another device."""
         return ParentReference(self.mean_weight.to(device), self.constant.to(device))
 
+    @classmethod
+    def cat(cls, parts: list[ParentReference]) -> ParentReference:
+        """References of several stretches of text as one, on the CPU."""
+        return cls(
+            torch.cat([part.mean_weight.cpu() for part in parts]),
+            torch.cat([part.constant.cpu() for part in parts]),
+        )
+
 
 class SequenceNLL:
     """Next-token loss of a causal language model, computed from its last hidden states in chunks.
@@ -106,9 +114,20 @@ class SequenceNLL:
         Returns:
             float32 [R] on the model's device, nats per predicted token (T - 1 of them).
         """
+        return self.losses_of(self._states(input_ids), input_ids)
+
+    @torch.inference_mode()
+    def losses_of(self, states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of sequences whose last hidden states are known.
+
+        Args:
+            states: [R, T, D], behind the last norm.
+            input_ids: int64 [R, T].
+        Returns:
+            float32 [R].
+        """
         rows, length = input_ids.shape
-        hidden = self._hidden(input_ids)
-        labels = input_ids[:, 1:].reshape(-1)
+        hidden, labels = _predicting(states), input_ids[:, 1:].reshape(-1)
         losses = [
             ops.token_nll(self.logits(states), targets)
             for states, targets in zip(
@@ -128,17 +147,22 @@ class SequenceNLL:
         """
         if not self.is_linear:
             raise ValueError(f"{type(self.model).__name__} caps its logits: no divergence")
+        return self.parent_of(self._states(input_ids))
+
+    @torch.inference_mode()
+    def parent_of(self, states: torch.Tensor) -> ParentReference:
+        """The same from last hidden states [R, T, D], behind the last norm."""
         weight, bias = self.head.weight.float(), getattr(self.head, "bias", None)
         means, constants = [], []
-        for states in self._hidden(input_ids).split(max(MIN_LOGIT_ROWS, self.logit_rows // 4)):
-            log_p = self.logits(states).float().log_softmax(dim=-1)
+        for hidden in _predicting(states).split(max(MIN_LOGIT_ROWS, self.logit_rows // 4)):
+            log_p = self.logits(hidden).float().log_softmax(dim=-1)
             p = log_p.exp()
             means.append(self._scale * (p @ weight))
             constant = (p * log_p).nan_to_num(0.0).sum(dim=-1)
             if bias is not None:
                 constant = constant - self._scale * (p @ bias.float())
             constants.append(constant)
-        shape = (len(input_ids), input_ids.shape[1] - 1)
+        shape = (states.shape[0], states.shape[1] - 1)
         return ParentReference(torch.cat(means).view(*shape, -1), torch.cat(constants).view(shape))
 
     @torch.inference_mode()
@@ -155,9 +179,15 @@ class SequenceNLL:
         Returns:
             float32 [R], nats per predicted token.
         """
+        return self.divergence_of(self._states(input_ids), input_ids, parent)
+
+    @torch.inference_mode()
+    def divergence_of(
+        self, states: torch.Tensor, input_ids: torch.Tensor, parent: ParentReference
+    ) -> torch.Tensor:
+        """The same from last hidden states [R, T, D], behind the last norm."""
         rows, length = input_ids.shape
-        hidden = self._hidden(input_ids)
-        labels = input_ids[:, 1:].reshape(-1)
+        hidden, labels = _predicting(states), input_ids[:, 1:].reshape(-1)
         log_sums = []
         for states, targets in zip(
             hidden.split(self.logit_rows), labels.split(self.logit_rows), strict=True
@@ -175,12 +205,10 @@ class SequenceNLL:
         """Whether logits are linear in the hidden states, as `divergence` needs."""
         return self._softcap is None
 
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states that predict a token, [R * (T - 1), D]."""
-        states: torch.Tensor = self.backbone(
-            input_ids=input_ids, use_cache=False
-        ).last_hidden_state[:, :-1]
-        return states.reshape(-1, states.shape[-1])
+    def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states, [R, T, D]."""
+        states: torch.Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of last hidden states [N, D], as the model itself computes them."""
@@ -205,3 +233,8 @@ class SequenceNLL:
                 f"hidden states (largest difference "
                 f"{float((actual - expected).abs().max()):.3g}); this model cannot be scored"
             )
+
+
+def _predicting(states: torch.Tensor) -> torch.Tensor:
+    """Hidden states that predict a token: [R, T, D] -> [R * (T - 1), D]."""
+    return states[:, :-1].reshape(-1, states.shape[-1])

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from bonsai_fast.scoring.engine import Engine, Progress
+from bonsai_fast.scoring.fused import FusedEngine, Route, UnsupportedStructureError
 from bonsai_fast.scoring.hooks import HooksEngine
-from bonsai_fast.scoring.memory import (
-    default_budget,
-    logit_bytes_within,
-    parse_bytes,
-    rows_within,
-)
-from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.scoring.memory import default_budget, logit_bytes_within, parse_bytes
+from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
 from bonsai_fast.units import Layout
 
-EngineName = Literal["auto", "hooks"]
-Progress = Callable[[int], None]
+EngineName = Literal["auto", "hooks", "fused"]
 
 
 class MaskScorer:
@@ -33,12 +29,15 @@ class MaskScorer:
         model: the parent, a causal language model in evaluation mode or not (dropout is off while
             scoring).
         layout: its units; `Layout.of(model)` if None.
-        engine: "hooks" runs the model as it is and works for every supported family; "auto" picks
-            the best engine.
+        engine: "hooks" runs the model as it is and works for every supported family; "fused" runs
+            LLaMA-like decoders layer by layer over all sub-models, and what sub-models share once;
+            "auto" is "fused" where that is possible.
+        route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
+            set to zero, "slice" from copies of what is kept; "auto" decides by what costs less.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
             CPU, half of the device's memory on CUDA.
     Raises:
-        ValueError: unknown engine, or the model cannot be scored.
+        ValueError: unknown engine or route, or the model cannot be scored, or not by that engine.
     """
 
     def __init__(
@@ -47,17 +46,20 @@ class MaskScorer:
         *,
         layout: Layout | None = None,
         engine: EngineName = "auto",
+        route: Route = "auto",
         memory_budget: int | str | None = None,
     ) -> None:
         if engine not in get_args(EngineName):
             raise ValueError(f"engine: expected one of {get_args(EngineName)}, got {engine!r}")
+        if route not in get_args(Route):
+            raise ValueError(f"route: expected one of {get_args(Route)}, got {route!r}")
         self.model = model
         self.layout = layout if layout is not None else Layout.of(model)
         self.memory_budget = (
             default_budget(model.device) if memory_budget is None else parse_bytes(memory_budget)
         )
         self._nll = SequenceNLL(model, logit_bytes=logit_bytes_within(self.memory_budget))
-        self.engine = HooksEngine(self.layout, self._nll)
+        self.engine = self._make_engine(engine, route)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +68,14 @@ class MaskScorer:
 
     def rows_per_batch(self, length: int) -> int:
         """(sub-model, sequence) pairs that are scored at once, for sequences of `length` tokens."""
-        return rows_within(self.memory_budget, self.layout, self._nll, length)
+        return self.engine.rows_per_batch(length)
+
+    def submodels_per_call(self, sequences: int, length: int) -> int:
+        """Sub-models that should be scored in one call where each call's result is recorded.
+
+        Fewer would compute twice what sub-models have in common; more would only be lost together.
+        """
+        return self.engine.submodels_per_call(sequences, length)
 
     def score(
         self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
@@ -76,7 +85,7 @@ class MaskScorer:
         Args:
             keep: bool [S, P], True = kept.
             input_ids: int64 [B, T], T >= 2, no padding.
-            progress: called with the number of pairs done after every batch.
+            progress: called with the number of pairs done, every now and then.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token. A sub-model that overflows has
             NaN or Inf in its own row only.
@@ -84,7 +93,8 @@ class MaskScorer:
             TypeError, ValueError: wrong dtype or shape, or token ids outside the vocabulary.
         """
         self._check_tokens(input_ids)
-        return self._over_pairs(keep, input_ids, None, progress)
+        self.layout.check_mask(keep, dims=2)
+        return self.engine.score(keep, input_ids, None, progress)
 
     @property
     def measures_divergence(self) -> bool:
@@ -94,13 +104,7 @@ class MaskScorer:
     def parent_reference(self, input_ids: torch.Tensor) -> ParentReference:
         """What `divergence` compares with, for int64 [B, T]; made once, kept on the CPU."""
         self._check_tokens(input_ids)
-        step = self.rows_per_batch(input_ids.shape[1])
-        with evaluation_mode(self.model):
-            parts = [self._nll.parent(rows.to(self.device)) for rows in input_ids.split(step)]
-        return ParentReference(
-            torch.cat([part.mean_weight.cpu() for part in parts]),
-            torch.cat([part.constant.cpu() for part in parts]),
-        )
+        return self.engine.parent(input_ids)
 
     def divergence(
         self,
@@ -130,7 +134,8 @@ class MaskScorer:
                 f"parent: expected a reference for {len(input_ids)} sequences, "
                 f"got one for {len(parent.constant)}"
             )
-        return self._over_pairs(keep, input_ids, parent, progress)
+        self.layout.check_mask(keep, dims=2)
+        return self.engine.score(keep, input_ids, parent, progress)
 
     def as_function(self, input_ids: torch.Tensor) -> Callable[[np.ndarray], np.ndarray]:
         """The scorer as a plain function, for shap, scipy, optuna, pymoo or a search of your own.
@@ -154,35 +159,17 @@ class MaskScorer:
 
         return mean_loss
 
-    def _over_pairs(
-        self,
-        keep: torch.Tensor,
-        input_ids: torch.Tensor,
-        parent: ParentReference | None,
-        progress: Progress | None,
-    ) -> torch.Tensor:
-        """Score all pairs of sub-model and sequence, batch by batch."""
-        self.layout.check_mask(keep, dims=2)
-        sequences = len(input_ids)
-        found = torch.empty(len(keep) * sequences, dtype=torch.float32)
-        for start, stop in self._batches(len(found), input_ids.shape[1]):
-            pairs = torch.arange(start, stop)
-            text = pairs % sequences
-            reference = None if parent is None else parent.rows(text).to(self.device)
-            with evaluation_mode(self.model):
-                found[start:stop] = self.engine.score_rows(
-                    keep[pairs // sequences].to(self.device),
-                    input_ids[text].to(self.device),
-                    reference,
-                ).cpu()
-            if progress is not None:
-                progress(stop - start)
-        return found.view(len(keep), sequences)
-
-    def _batches(self, pairs: int, length: int) -> Iterator[tuple[int, int]]:
-        step = self.rows_per_batch(length)
-        for start in range(0, pairs, step):
-            yield start, min(start + step, pairs)
+    def _make_engine(self, engine: EngineName, route: Route) -> Engine:
+        if engine != "hooks":
+            try:
+                return FusedEngine(self.layout, self._nll, self.memory_budget, route)
+            except UnsupportedStructureError as error:
+                if engine == "fused":
+                    name = type(self.model).__name__
+                    raise ValueError(
+                        f"{name} cannot be scored by the fused engine: {error}"
+                    ) from error
+        return HooksEngine(self.layout, self._nll, self.memory_budget)
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:
         if input_ids.dtype != torch.int64:

@@ -1,0 +1,7 @@
+"""An engine of its own for LLaMA-like decoders."""
+
+from bonsai_fast.scoring.fused.engine import FusedEngine
+from bonsai_fast.scoring.fused.policy import Route
+from bonsai_fast.scoring.fused.structure import UnsupportedStructureError
+
+__all__ = ["FusedEngine", "Route", "UnsupportedStructureError"]

@@ -1,0 +1,211 @@
+"""The fused engine: layer by layer over all sub-models of a wave, by a runner of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bonsai_fast.scoring.engine import Progress
+from bonsai_fast.scoring.fused.check import check_structure
+from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.passes import normalize
+from bonsai_fast.scoring.fused.policy import Route
+from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.structure import Structure, read_structure
+from bonsai_fast.scoring.fused.tree import MaskTree
+from bonsai_fast.scoring.fused.wave import Wave
+from bonsai_fast.scoring.fused.workspace import Workspace
+from bonsai_fast.scoring.hooks import HooksEngine
+from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.units import Layout
+
+# leaves of a wave, if sequences have to be split: so many share prefixes well
+MIN_LEAVES = 16
+# a stretch of text is scored under so many sub-models in one call at most, so that little is lost
+# when a run is interrupted
+MAX_SUBMODELS_PER_CALL = 16
+# the one hook that pruned models carry; it only spreads K and V, as this engine does itself
+KNOWN_HOOK = "share_kv_heads"
+
+
+class FusedEngine:
+    """Scores sub-models of LLaMA-like parents; what they share is computed once.
+
+    The modules of the model are read, not called: while foreign hooks stand on them, the model is
+    run as it is instead.
+
+    Args:
+        layout: the units.
+        nll: the model and its loss.
+        memory_budget: bytes.
+        route: how masked sub-layers are computed.
+    Raises:
+        UnsupportedStructureError: the model is of another kind.
+    """
+
+    name = "fused"
+
+    def __init__(
+        self, layout: Layout, nll: SequenceNLL, memory_budget: int, route: Route = "auto"
+    ) -> None:
+        self.layout, self.nll, self.route = layout, nll, route
+        self._budget = memory_budget
+        self._hooks = HooksEngine(layout, nll, memory_budget)
+        structure = self._structure()
+        with evaluation_mode(nll.model):
+            check_structure(nll.model, layout, structure)
+
+    def rows_per_batch(self, length: int) -> int:
+        """(sub-model, sequence) pairs whose states are held at once."""
+        return self._schedule(length).wave_rows
+
+    def submodels_per_call(self, sequences: int, length: int) -> int:
+        """Sub-models that are worth scoring together on so many sequences."""
+        return max(1, min(MAX_SUBMODELS_PER_CALL, self.rows_per_batch(length) // sequences))
+
+    @torch.inference_mode()
+    def score(
+        self,
+        keep: Tensor,
+        input_ids: Tensor,
+        parent: ParentReference | None,
+        progress: Progress | None,
+    ) -> Tensor:
+        """See `Engine.score`."""
+        if self._is_hooked():
+            return self._hooks.score(keep, input_ids, parent, progress)
+        structure, keep = self._structure(), keep.cpu()
+        schedule = self._schedule(input_ids.shape[1])
+        tree = MaskTree(self.layout, structure.blocks, keep)
+        positions = Positions(structure, input_ids.shape[1])
+        workspace = Workspace(self.nll.head.weight)
+        found = torch.empty(tree.num_leaves, len(input_ids))
+        report = _Report(progress, keep.shape[0] * len(input_ids), found.numel())
+        for leaves, sequences in _waves(tree.num_leaves, len(input_ids), schedule.wave_rows):
+            tokens = input_ids[sequences].to(self.nll.head.weight.device)
+            route = self.route if schedule.slices else "dense"
+            wave = Wave(
+                structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows, route,
+                workspace,
+            )  # fmt: skip
+            pairs = (leaves.stop - leaves.start) * len(tokens)
+            states = wave.embed(tokens)
+            for depth in range(len(structure.sublayers)):
+                wave.step(depth, states)
+                report(pairs / (len(structure.sublayers) + 1))
+            local = None if parent is None else _rows(parent, sequences)
+            found[leaves, sequences] = self._losses(states, tokens, local, structure, schedule)
+            report(pairs / (len(structure.sublayers) + 1))
+        report.finish()
+        return found[tree.leaf_of_submodel]
+
+    @torch.inference_mode()
+    def parent(self, input_ids: Tensor) -> ParentReference:
+        """See `Engine.parent`."""
+        if self._is_hooked():
+            return self._hooks.parent(input_ids)
+        structure = self._structure()
+        schedule = self._schedule(input_ids.shape[1])
+        positions = Positions(structure, input_ids.shape[1])
+        workspace = Workspace(self.nll.head.weight)
+        tree = MaskTree(
+            self.layout, structure.blocks, torch.ones(1, len(self.layout), dtype=torch.bool)
+        )
+        parts = []
+        for rows in input_ids.split(min(schedule.wave_rows, schedule.chunk_rows)):
+            wave = Wave(structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace)
+            states = wave.embed(rows.to(self.nll.head.weight.device))
+            for depth in range(len(structure.sublayers)):
+                wave.step(depth, states)
+            parts.append(self.nll.parent_of(normalize(structure.norm, states[0])))
+        return ParentReference.cat(parts)
+
+    def _losses(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        parent: ParentReference | None,
+        structure: Structure,
+        schedule: Schedule,
+    ) -> Tensor:
+        """Last states of some leaves on some sequences -> float32 [leaves, B] on the CPU."""
+        rows = states.flatten(0, 1)
+        sequence = torch.arange(len(rows)) % len(tokens)
+        found = []
+        for chunk, which in zip(
+            rows.split(schedule.chunk_rows), sequence.split(schedule.chunk_rows), strict=True
+        ):
+            hidden = normalize(structure.norm, chunk)
+            labels = tokens[which.to(tokens.device)]
+            if parent is None:
+                found.append(self.nll.losses_of(hidden, labels).cpu())
+            else:
+                reference = parent.rows(which).to(tokens.device)
+                found.append(self.nll.divergence_of(hidden, labels, reference).cpu())
+        return torch.cat(found).view(states.shape[:2])
+
+    def _structure(self) -> Structure:
+        return read_structure(self.nll.model, self.layout)
+
+    def _schedule(self, length: int) -> Schedule:
+        needs = FusedWorkingSet.of(self.layout, self.nll, length)
+        schedule = needs.schedule(self._budget)
+        if schedule is None:
+            raise ValueError(
+                f"memory budget: one sequence of {length} tokens needs about "
+                f"{math.ceil(needs.least_budget / 2**20)} MiB beside the weights, "
+                f"got a budget of {self._budget / 2**20:.0f} MiB"
+            )
+        return schedule
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody watches or changes what the model's modules compute."""
+        return any(map(_is_hooked, self.nll.backbone.modules()))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    names = {getattr(hook, "__name__", None) for hook in hooks}
+    return "forward" in vars(module) or not names <= {KNOWN_HOOK}
+
+
+def _rows(parent: ParentReference, sequences: slice) -> ParentReference:
+    return parent.rows(torch.arange(sequences.start, sequences.stop))
+
+
+def _waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of leaves and of sequences, at most `rows` pairs each.
+
+    Sequences are split first: sub-models share what they have in common on every sequence alike.
+    """
+    some = min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))
+    many = max(1, rows // some)
+    for first in range(0, sequences, some):
+        for start in range(0, leaves, many):
+            yield (
+                slice(start, min(start + many, leaves)),
+                slice(first, min(first + some, sequences)),
+            )
+
+
+class _Report:
+    """Turns steps of distinct pairs into whole pairs for a progress bar."""
+
+    def __init__(self, progress: Progress | None, total: int, distinct: int) -> None:
+        self._progress, self._total, self._distinct = progress, total, distinct
+        self._done, self._told = 0.0, 0
+
+    def __call__(self, pairs: float) -> None:
+        self._done += pairs
+        self._tell(int(self._done / self._distinct * self._total))
+
+    def finish(self) -> None:
+        self._tell(self._total)
+
+    def _tell(self, count: int) -> None:
+        if self._progress is not None and count > self._told:
+            self._progress(min(count, self._total) - self._told)
+        self._told = min(max(self._told, count), self._total)

@@ -1,0 +1,103 @@
+"""How the fused engine spends its memory budget: a wave of states, and a chunk of rows at work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bonsai_fast.scoring.memory import LOGIT_SHARE, MAX_TOKENS, SAFETY
+from bonsai_fast.scoring.nll import SequenceNLL
+from bonsai_fast.units import Layout
+
+# of what is left for rows, at most so much goes to the chunk at work
+CHUNK_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many (sub-model, sequence) pairs go together.
+
+    Attributes:
+        wave_rows: whose states are held, layer after layer.
+        chunk_rows: at work in a sub-layer at once.
+        slices: whether a sliced copy of a sub-layer fits, too.
+    """
+
+    wave_rows: int
+    chunk_rows: int
+    slices: bool
+
+
+@dataclass(frozen=True)
+class FusedWorkingSet:
+    """Estimated needs of the fused engine beside the weights, in bytes.
+
+    Attributes:
+        state: a row's residual stream.
+        layer: what the widest sub-layer needs for a row at work.
+        hidden: what the last norm and the LM head need for a row at work, logits left out.
+        mask: attention mask and rotary tables.
+        slices: a sliced copy of the largest sub-layer.
+        logits: one chunk of logits.
+        max_chunk: rows beyond which a larger chunk is no faster.
+    """
+
+    state: int
+    layer: int
+    hidden: int
+    mask: int
+    slices: int
+    logits: int
+    max_chunk: int
+
+    @classmethod
+    def of(cls, layout: Layout, nll: SequenceNLL, length: int) -> FusedWorkingSet:
+        """Estimate them for sequences of `length` tokens."""
+        element, width = nll.head.weight.element_size(), nll.head.weight.shape[1]
+        attention, mlp = layout.decoder.attention.values(), layout.decoder.mlp.values()
+        query = max((block.num_heads * block.head_dim for block in attention), default=0)
+        key = max((block.num_kv_heads * block.head_dim for block in attention), default=0)
+        channels = max((block.num_channels for block in mlp), default=0)
+        # gathered rows, their norm and its two float32 temporaries, the change
+        common = element * 3 * width + 2 * 4 * width
+        # query and its rotation; K, V and rotated K; attended, K and V spread over heads
+        heads = element * (2 * query + 3 * key + 3 * query)
+        per_token = common + max(heads, element * 2 * channels)
+        largest = max(
+            (
+                _parameters(2 * query + 2 * key, query, width),
+                _parameters(3 * channels, channels, width),
+            )
+        )
+        device = nll.head.weight.device.type
+        return cls(
+            state=length * width * element,
+            layer=int(SAFETY * length * per_token),
+            hidden=int(SAFETY * length * (element * 3 * width + 2 * 4 * width)),
+            mask=int(SAFETY * length * (length + 4 * 4 * width)),
+            slices=int(SAFETY * element * largest),
+            logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
+            max_chunk=max(1, MAX_TOKENS.get(device, MAX_TOKENS["cpu"]) // length),
+        )
+
+    def schedule(self, budget: int) -> Schedule | None:
+        """The largest chunk and wave that fit; None if not even one row does."""
+        return self._schedule(budget, self.slices) or self._schedule(budget, 0)
+
+    def _schedule(self, budget: int, slices: int) -> Schedule | None:
+        room = budget - self.mask - slices
+        chunk = max(1, min(self.max_chunk, int(CHUNK_SHARE * room) // self.layer))
+        at_work = max(self.mask + slices + chunk * self.layer, self.logits + chunk * self.hidden)
+        wave = (budget - at_work) // self.state
+        return Schedule(wave, chunk, slices > 0) if wave > 0 else None
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget in which a row fits, chunks of logits being what they are."""
+        head = max(self.hidden / (1 - LOGIT_SHARE), self.logits / LOGIT_SHARE)
+        return math.ceil(self.state + max(self.mask + self.layer, head))
+
+
+def _parameters(rows: int, columns: int, width: int) -> int:
+    """Weights of a sliced sub-layer, and its output projection's columns once more."""
+    return (rows + columns) * width

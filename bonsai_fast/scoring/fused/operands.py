@@ -1,0 +1,118 @@
+"""The weights that a sub-layer is run with: the model's own, or copies of what a mask keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bonsai_fast.scoring.fused.structure import MLP, Attention, Projection
+from bonsai_fast.scoring.fused.workspace import Workspace
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOperands:
+    """Weights of the heads that are computed.
+
+    Attributes:
+        spec: the whole sub-layer.
+        query: rows of the heads that are computed; key, value: of those that they read.
+        output_rows: [heads * head_dim, D], the output projection's columns as rows.
+        kv_of_head: KV head, among those that are computed, that each head reads.
+    """
+
+    spec: Attention
+    query: Projection
+    key: Projection
+    value: Projection
+    output_rows: Tensor
+    kv_of_head: tuple[int, ...]
+
+    @property
+    def q_heads_per_kv(self) -> int | None:
+        """How many query heads share a KV head, if that is the same for all and in order."""
+        kv_heads = max(self.kv_of_head) + 1
+        count = len(self.kv_of_head) // kv_heads
+        regular = tuple(kv for kv in range(kv_heads) for _ in range(count))
+        return count if regular == self.kv_of_head else None
+
+
+@dataclass(frozen=True, eq=False)
+class MLPOperands:
+    """Weights of the channels that are computed.
+
+    Attributes:
+        spec: the whole sub-layer.
+        gate, up: their rows.
+        output_rows: [channels, D], the output projection's columns as rows.
+    """
+
+    spec: MLP
+    gate: Projection
+    up: Projection
+    output_rows: Tensor
+
+
+Operands = AttentionOperands | MLPOperands
+
+
+def dense(spec: Attention | MLP) -> Operands:
+    """The model's own weights."""
+    rows = spec.output.weight.t()
+    if isinstance(spec, MLP):
+        return MLPOperands(spec, spec.gate, spec.up, rows)
+    return AttentionOperands(spec, spec.query, spec.key, spec.value, rows, spec.block.kv_of_head)
+
+
+class Slicer:
+    """Copies what a mask keeps of one sub-layer into a workspace, one mask at a time.
+
+    Args:
+        spec: the sub-layer.
+        workspace: holds the copies; what was sliced before is overwritten.
+    """
+
+    def __init__(self, spec: Attention | MLP, workspace: Workspace) -> None:
+        self.spec = spec
+        self._workspace = workspace
+        weight = spec.output.weight
+        # rows of a transposed copy are contiguous: taking them is a plain copy
+        self._columns = workspace("output columns", weight.shape[1], weight.shape[0])
+        self._columns.copy_(weight.t())
+
+    def __call__(self, keep: Tensor) -> Operands:
+        """Weights of the kept parts.
+
+        Args:
+            keep: bool [heads] or [channels] on the CPU, not all False.
+        """
+        spec, kept = self.spec, keep.nonzero().flatten()
+        if isinstance(spec, MLP):
+            gate = self._rows("gate", spec.gate, kept, 1)
+            up = self._rows("up", spec.up, kept, 1)
+            return MLPOperands(spec, gate, up, self._take("output", self._columns, kept, 1))
+        width = spec.block.head_dim
+        kv_of_kept = torch.tensor(spec.block.kv_of_head)[kept]
+        kept_kv, kv_of_head = kv_of_kept.unique(return_inverse=True)
+        return AttentionOperands(
+            spec,
+            self._rows("query", spec.query, kept, width),
+            self._rows("key", spec.key, kept_kv, width),
+            self._rows("value", spec.value, kept_kv, width),
+            self._take("output", self._columns, kept, width),
+            tuple(kv_of_head.tolist()),
+        )
+
+    def _rows(self, name: str, projection: Projection, index: Tensor, width: int) -> Projection:
+        bias = projection.bias
+        if bias is not None:
+            bias = bias.view(-1, width)[index.to(bias.device)].flatten()
+        return Projection(self._take(name, projection.weight, index, width), bias)
+
+    def _take(self, name: str, matrix: Tensor, index: Tensor, width: int) -> Tensor:
+        """Blocks of `width` neighbouring rows."""
+        blocks = matrix.contiguous().view(-1, width * matrix.shape[1])
+        copy = self._workspace(f"kept {name}", len(index), blocks.shape[1])
+        torch.index_select(blocks, 0, index.to(matrix.device), out=copy)
+        return copy.view(-1, matrix.shape[1])

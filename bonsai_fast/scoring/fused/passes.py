@@ -1,0 +1,120 @@
+"""The arithmetic of a sub-layer, from its input to the input of its output projection and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
+from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.structure import Norm, Projection
+from bonsai_fast.scoring.fused.workspace import Workspace
+
+
+def normalize(norm: Norm, states: Tensor) -> Tensor:
+    """RMS norm of the last dimension."""
+    if norm.adds_one:
+        weight = 1.0 + norm.weight.float()
+        return F.rms_norm(states.float(), weight.shape, weight, norm.eps).to(states.dtype)
+    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.eps)
+
+
+def inner(operands: Operands, states: Tensor, positions: Positions, workspace: Workspace) -> Tensor:
+    """What flows into the output projection.
+
+    Args:
+        operands: weights.
+        states: [R, T, D], the residual stream.
+        positions: of T tokens.
+        workspace: "second" may be used again afterwards, "first" may not.
+    Returns:
+        [R, T, columns of the output projection], contiguous; lives in the workspace.
+    """
+    normed = normalize(operands.spec.norm, states)
+    if isinstance(operands, MLPOperands):
+        return _gated(operands, normed, workspace)
+    return _attend(operands, normed, positions, workspace)
+
+
+def project_out(operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
+    """The output projection.
+
+    Args:
+        operands: weights.
+        inputs: [R, T, columns], contiguous.
+        out: [R, T, D], contiguous, is overwritten and returned.
+    """
+    flat = out.view(-1, out.shape[-1])
+    torch.mm(inputs.view(-1, inputs.shape[-1]), operands.output_rows, out=flat)
+    bias = operands.spec.output.bias
+    if bias is not None:
+        flat.add_(bias)
+    return out
+
+
+def _project(name: str, projection: Projection, inputs: Tensor, workspace: Workspace) -> Tensor:
+    rows, length, width = inputs.shape
+    out = workspace(name, rows, length, len(projection.weight))
+    flat = out.view(rows * length, -1)
+    torch.mm(inputs.view(-1, width), projection.weight.t(), out=flat)
+    if projection.bias is not None:
+        flat.add_(projection.bias)
+    return out
+
+
+def _gated(operands: MLPOperands, normed: Tensor, workspace: Workspace) -> Tensor:
+    gate = _project("first", operands.gate, normed, workspace)
+    up = _project("second", operands.up, normed, workspace)
+    if isinstance(operands.spec.activation, nn.SiLU):
+        F.silu(gate, inplace=True)
+    else:
+        gate.copy_(operands.spec.activation(gate))
+    return gate.mul_(up)
+
+
+def _attend(
+    operands: AttentionOperands, normed: Tensor, positions: Positions, workspace: Workspace
+) -> Tensor:
+    spec = operands.spec
+    rows, length, _ = normed.shape
+    shape = (rows, length, -1, spec.block.head_dim)
+    query = _project("second", operands.query, normed, workspace).view(shape)
+    key = _project("key", operands.key, normed, workspace).view(shape)
+    value = _project("value", operands.value, normed, workspace).view(shape)
+    if spec.query_norm is not None:
+        query = normalize(spec.query_norm, query)
+    if spec.key_norm is not None:
+        key = normalize(spec.key_norm, key)
+    query = _rotate("first", query, positions, workspace)
+    key = _rotate("rotated key", key, positions, workspace)
+    value = value.transpose(1, 2)
+    if operands.q_heads_per_kv is None:
+        heads = torch.tensor(operands.kv_of_head, device=key.device)
+        key, value = key.index_select(1, heads), value.index_select(1, heads)
+    mask = positions.mask(spec.window)
+    attended = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=spec.scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    # [R, H, T, K] -> [R, T, H * K]
+    return attended.transpose(1, 2).reshape(rows, length, -1)
+
+
+def _rotate(name: str, heads: Tensor, positions: Positions, workspace: Workspace) -> Tensor:
+    """Rotary positions: [R, T, H, K] -> [R, H, T, K]."""
+    rows, length, num_heads, head_dim = heads.shape
+    out = workspace(name, rows, num_heads, length, head_dim)
+    heads = heads.transpose(1, 2)
+    cos, sin = positions.cos, positions.sin
+    half = cos.shape[-1]
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :].copy_(heads[..., 2 * half :])
+    return out

@@ -1,0 +1,195 @@
+"""One wave: the rows of some sub-models and sequences go through all sub-layers together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.scoring.fused.operands import Operands, Slicer, dense
+from bonsai_fast.scoring.fused.passes import inner, project_out
+from bonsai_fast.scoring.fused.policy import Route, choose
+from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
+from bonsai_fast.scoring.fused.tree import MaskTree, Node
+from bonsai_fast.scoring.fused.workspace import Workspace
+
+# a node on which no mask is put: all is kept, or what is not has been sliced away
+WHOLE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Leaves start..stop-1 of a tree on some sequences.
+
+    Attributes:
+        structure: the model.
+        tree: of its sub-models.
+        start, stop: which of its leaves.
+        positions: of the sequences' length.
+        chunk_rows: (sub-model, sequence) pairs that go through a sub-layer at once.
+        route: see `policy`.
+        workspace: shared by all waves.
+    """
+
+    structure: Structure
+    tree: MaskTree
+    start: int
+    stop: int
+    positions: Positions
+    chunk_rows: int
+    route: Route
+    workspace: Workspace
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Where the states of all leaves are going to be: [leaves, B, T, D].
+
+        Args:
+            input_ids: int64 [B, T] on the device.
+        """
+        embedded: Tensor = self.structure.embedding(input_ids)
+        states = self.workspace("states", self.stop - self.start, *embedded.shape)
+        states[0] = embedded
+        return states
+
+    def step(self, depth: int, states: Tensor) -> None:
+        """Run sub-layer `depth`; behind the last one, the states of every leaf are there."""
+        sublayer = self.structure.sublayers[depth]
+        nodes = list(self.tree.nodes(depth, self.start, self.stop))
+        if isinstance(sublayer, Removed):
+            if sublayer.bias is not None:
+                for node in nodes:
+                    states[node.slot] += sublayer.bias
+            return
+        step = _Step(self, depth, sublayer, states)
+        slots_of_mask: dict[int, list[int]] = defaultdict(list)
+        for node in nodes:
+            if len(node.children) > 1:
+                step.fork(node)
+            else:
+                slots_of_mask[node.children[0][0]].append(node.slot)
+        step.advance(slots_of_mask)
+
+
+class _Step:
+    """One sub-layer on the states of one wave."""
+
+    def __init__(self, wave: Wave, depth: int, sublayer: Attention | MLP, states: Tensor) -> None:
+        self.wave, self.depth, self.sublayer = wave, depth, sublayer
+        self.states = states
+        self.rows = states.flatten(0, 1)  # [leaves * B, T, D]
+        self.sequences, self.length = states.shape[1:3]
+        self._slicer: Slicer | None = None
+
+    def advance(self, slots_of_mask: dict[int, list[int]]) -> None:
+        """Nodes that stay together: those of one mask run together, or all that run densely."""
+        masks = list(slots_of_mask)
+        sizes = self._kept(masks).sum(dim=1).tolist()
+        whole: list[tuple[int, int]] = []
+        for mask, size in zip(masks, sizes, strict=True):
+            slots = slots_of_mask[mask]
+            share = size / self._num_parts
+            if size == 0:
+                for slot in slots:
+                    self._add_bias(self.states[slot])
+            elif size < self._num_parts and self._slices(share, len(slots) * self.sequences):
+                operands = self._sliced(self._kept([mask])[0])
+                self._run(operands, [(slot, WHOLE) for slot in slots])
+            else:
+                whole += [(slot, mask if size < self._num_parts else WHOLE) for slot in slots]
+        self._run(dense(self.sublayer), sorted(whole))
+
+    def fork(self, node: Node) -> None:
+        """A node whose sub-models part here: what flows into the output projection is shared."""
+        wave = self.wave
+        kept = self._kept([mask for mask, _ in node.children])
+        union = kept.any(dim=0)
+        share = float(union.float().mean())
+        if share < 1 and self._slices(share, self.sequences):
+            operands = self._sliced(union)
+        else:
+            operands, union = dense(self.sublayer), torch.ones_like(union)
+        removed = self._columns(~kept[:, union])
+        empty = (~kept.any(dim=1)).tolist()
+        for begin in range(0, self.sequences, wave.chunk_rows):
+            here = slice(begin, min(begin + wave.chunk_rows, self.sequences))
+            source = self.states[node.slot, here]
+            inputs = inner(operands, source, wave.positions, wave.workspace)
+            # the first child has the node's own slot, which the others read: it comes last
+            children = list(range(len(node.children)))[::-1]
+            together = max(1, wave.chunk_rows // len(source))
+            for first in range(0, len(children), together):
+                some = children[first : first + together]
+                changes = self._changes(operands, inputs, removed[some])
+                for child, change in zip(some, changes, strict=True):
+                    target = self.states[node.children[child][1], here]
+                    if empty[child]:
+                        target.copy_(source)
+                        self._add_bias(target)
+                    else:
+                        torch.add(source, change, out=target)
+
+    def _changes(self, operands: Operands, inputs: Tensor, removed: Tensor) -> Tensor:
+        """What several masks make of the same inputs: [masks, R, T, D]."""
+        count, (rows, length, width) = len(removed), inputs.shape
+        masked = self.wave.workspace("second", count, rows, length, width)
+        torch.where(removed[:, None, None], inputs.new_zeros(()), inputs, out=masked)
+        out = self._out(count * rows)
+        return project_out(operands, masked.flatten(0, 1), out).view(count, *inputs.shape[:2], -1)
+
+    def _run(self, operands: Operands, nodes: list[tuple[int, int]]) -> None:
+        """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time."""
+        wave, sequences = self.wave, self.sequences
+        rows = [slot * sequences + number for slot, _ in nodes for number in range(sequences)]
+        for begin in range(0, len(rows), wave.chunk_rows):
+            chunk = rows[begin : begin + wave.chunk_rows]
+            masks = [nodes[(begin + place) // sequences][1] for place in range(len(chunk))]
+            adjacent = chunk[-1] - chunk[0] + 1 == len(chunk)
+            index = torch.tensor(chunk, device=self.rows.device)
+            if adjacent:
+                source = self.rows[chunk[0] : chunk[-1] + 1]
+            else:
+                source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
+                torch.index_select(self.rows, 0, index, out=source)
+            inputs = inner(operands, source, wave.positions, wave.workspace)
+            if any(mask != WHOLE for mask in masks):
+                kept = self._kept(masks)
+                kept[torch.tensor(masks) == WHOLE] = True
+                # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
+                inputs.masked_fill_(self._columns(~kept)[:, None], 0)
+            source.add_(project_out(operands, inputs, self._out(len(chunk))))
+            if not adjacent:
+                self.rows.index_copy_(0, index, source)
+
+    def _out(self, rows: int) -> Tensor:
+        return self.wave.workspace("out", rows, *self.rows.shape[1:])
+
+    def _add_bias(self, states: Tensor) -> None:
+        if self.sublayer.output.bias is not None:
+            states += self.sublayer.output.bias
+
+    def _columns(self, removed: Tensor) -> Tensor:
+        """Parts, bool [..., parts] -> columns of the output projection, on the device."""
+        block = self.sublayer.block
+        width = block.head_dim if isinstance(block, AttentionBlock) else 1
+        return removed.repeat_interleave(width, dim=-1).to(self.rows.device)
+
+    @property
+    def _num_parts(self) -> int:
+        block = self.sublayer.block
+        return block.num_heads if isinstance(block, AttentionBlock) else block.num_channels
+
+    def _kept(self, masks: list[int]) -> Tensor:
+        return self.wave.tree.kept(self.depth, masks)
+
+    def _slices(self, kept_share: float, rows: int) -> bool:
+        device = self.rows.device.type
+        return choose(self.wave.route, device, kept_share, rows * self.length) == "slice"
+
+    def _sliced(self, keep: Tensor) -> Operands:
+        if self._slicer is None:
+            self._slicer = Slicer(self.sublayer, self.wave.workspace)
+        return self._slicer(keep)
