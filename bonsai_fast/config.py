@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-Method = Literal["bonsai"]
+Method = Literal[
+    "bonsai",
+    "wanda-sp",
+    "magnitude-l1",
+    "magnitude-l2",
+    "random",
+    "layerwise-ppl",
+    "flap",
+    "taylor",
+]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
-PriorChoice = Literal["wanda", "activation", "uniform"]
+PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -29,7 +38,8 @@ class PruneConfig:
     )
     method: Method = _option("bonsai", "Pruning method.")
     preset: Preset = _option(
-        "default", "'default' is the best that we know; 'paper' is Bonsai's setting to the letter."
+        "default",
+        "'default' is the best that we know; 'paper' is the method's setting as published.",
     )
     calibration: str = _option(
         "builtin",
@@ -72,6 +82,10 @@ class PruneConfig:
         "Memory for scoring beside the weights, e.g. 800MB. "
         "Default 2GiB on a CPU, half of a GPU's memory.",
     )
+    spare_first: int | None = _option(
+        None, "First decoder layers that a one-shot method leaves whole if the target allows it."
+    )
+    spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
     tasks: str | None = _option(
         None, "Zero-shot tasks for lm-evaluation-harness, separated by commas."
     )
@@ -86,7 +100,8 @@ class PruneConfig:
         for name in ("rounds", "submodels_per_round", "num_sequences", "evaluation_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("sequence_length", self.sequence_length, 2)
-        _check_at_least("seed", self.seed, 0)
+        for name in ("seed", "spare_first", "spare_last"):
+            _check_at_least(name, getattr(self, name), 0)
         if self.round_to not in (None, "auto") and not (
             str(self.round_to).isdigit() and int(self.round_to) >= 1
         ):
@@ -103,7 +118,7 @@ class PruneConfig:
 
     def resolved(self) -> PruneConfig:
         """The same with every value that was left to the preset filled in."""
-        values = PRESETS[self.preset]
+        values = PRESETS[self.preset] | METHOD_PRESETS.get((self.method, self.preset), {})
         return replace(
             self, **{name: value for name, value in values.items() if getattr(self, name) is None}
         )
@@ -129,6 +144,11 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "head_layout": "rectangular",
         "round_to": "auto",
     },
+}
+
+# what a method's own paper sets otherwise
+METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
+    ("taylor", "paper"): {"spare_first": 4, "spare_last": 2},
 }
 
 

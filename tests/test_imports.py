@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "pipeline": {"pipeline"},
     "methods": {"methods"},
     "parts": {
-        *("allocation", "data", "embedded", "evaluation", "ledger", "prior", "recovery"),
+        *("allocation", "coupled", "data", "embedded", "evaluation", "ledger", "prior", "recovery"),
         *("regression", "run_directory", "scoring", "statistics", "surgery", "timing"),
     },
     "model": {"config", "masks", "models", "units"},

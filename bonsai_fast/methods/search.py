@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save
@@ -148,19 +148,44 @@ class Search:
         Raises:
             NotRecordedError: the run is only re-targeted and has no such prior.
         """
+
+        def prior() -> torch.Tensor:
+            task = self.task
+            assert task.config.prior is not None
+            statistics = collect_statistics(task.scorer, keep, input_ids)
+            return unit_prior(task.config.prior, task.model, task.layout, statistics)
+
+        return self.importance(stage, prior, input_ids.numel())
+
+    def importance(
+        self, stage: str, measure: Callable[[], torch.Tensor], tokens: int
+    ) -> torch.Tensor:
+        """One value for every unit, float64 [P], measured once; see `measured`."""
+        return self.measured(stage, lambda: {"prior": measure()}, tokens)["prior"]
+
+    def measured(
+        self, stage: str, measure: Callable[[], dict[str, torch.Tensor]], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """What a method knows before it scores sub-models: measured once, then on record.
+
+        Args:
+            stage: what it is for; names the record.
+            measure: finds it; not called if it is recorded.
+            tokens: how many tokens `measure` reads.
+        Raises:
+            NotRecordedError: the run is only re-targeted and has no such record.
+        """
         path = self.run.prior_path(stage)
         if path.is_file():
-            return load_file(path)["prior"]
+            return load_file(path)
         if self.recorded_only:
             raise NotRecordedError(f"{stage}: prior not recorded; this request needs a new run")
-        self.reporter.note(f"{stage}: statistics over {input_ids.numel():,} tokens")
-        task = self.task
-        assert task.config.prior is not None
-        statistics = collect_statistics(task.scorer, keep, input_ids)
-        prior = unit_prior(task.config.prior, task.model, task.layout, statistics)
-        write_atomically(path, save({"prior": prior}))
-        self.tokens_scored += input_ids.numel()
-        return prior
+        if tokens:
+            self.reporter.note(f"{stage}: statistics over {tokens:,} tokens")
+        found = {name: tensor.contiguous() for name, tensor in measure().items()}
+        write_atomically(path, save(found))
+        self.tokens_scored += tokens
+        return found
 
     def record_relevance(self, relevance: torch.Tensor) -> None:
         """Keep what the result was selected by, float64 [P], for other targets."""
@@ -220,6 +245,14 @@ def group_of_unit(layout: Layout) -> torch.Tensor:
     return torch.arange(len(layout.groups)).repeat_interleave(
         torch.tensor([len(group) for group in layout.groups])
     )
+
+
+@runtime_checkable
+class Compensates(Protocol):
+    """A method that makes up for what is gone, in the model that is left."""
+
+    def compensate(self, search: Search, smaller: PreTrainedModel, keep: torch.Tensor) -> None:
+        """Change the smaller model, made with the keep mask bool [P], in place."""
 
 
 class Method(Protocol):
