@@ -24,8 +24,9 @@ OPTIONS: dict[str, dict[str, object]] = {
     "layerwise-ppl": {},
     "flap": {},
     "taylor": {},
+    "policy-gradient": {"rounds": 5, "submodels_per_round": 4, "batch_size": 2},
 }
-SEEDED = {"random"}
+SEEDED = {"random", "policy-gradient"}
 
 
 def search_in(path: Path, method: str, sparsity: float = 0.3, **options: object) -> Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -20,6 +21,10 @@ from bonsai_fast.run_directory import RunDirectory
 from bonsai_fast.scoring import MaskScorer, ParentReference
 from bonsai_fast.statistics import collect_statistics
 from bonsai_fast.units import Layout
+
+
+def _ignore(count: int) -> None:
+    """A progress bar that nobody sees."""
 
 
 class NotRecordedError(ValueError):
@@ -80,19 +85,22 @@ class Search:
         """Whether the ledger must answer everything."""
         return self.run.start == "retarget"
 
-    def losses(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor, *, silent: bool = False
+    ) -> torch.Tensor:
         """Losses of sub-models, from the ledger where it holds them, scored and recorded otherwise.
 
         Args:
             stage: what the evaluations are for; recorded and shown.
             keep: bool [S, P].
             input_ids: int64 [B, T].
+            silent: show no progress bar, because the caller does.
         Returns:
             float32 [S, B], nats per predicted token.
         Raises:
             NotRecordedError: the run is only re-targeted and its ledger lacks these.
         """
-        return self._recorded_or(self.task.scorer.score, "", stage, keep, input_ids)
+        return self.evaluations("", self.task.scorer.score, stage, keep, input_ids, silent=silent)
 
     def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
@@ -108,27 +116,35 @@ class Search:
                 self._reference = input_ids, scorer.parent_reference(input_ids)
             return scorer.divergence(chunk, input_ids, self._reference[1])
 
-        return self._recorded_or(divergence, "divergence ", stage, keep, input_ids)
+        return self.evaluations("divergence ", divergence, stage, keep, input_ids)
 
-    def _recorded_or(
+    def evaluations(
         self,
-        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         measure: str,
+        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         stage: str,
         keep: torch.Tensor,
         input_ids: torch.Tensor,
+        *,
+        silent: bool = False,
     ) -> torch.Tensor:
-        """Evaluate sub-models, or find them in the ledger.
+        """Whatever a method measures of sub-models on text, recorded as losses are.
 
         They are taken in fixed chunks, one scorer batch each, and a chunk is recorded as a whole:
         an interrupted run goes on with the same batches, and so with the same bits, as one that was
         not.
+
+        Args:
+            measure: what is measured; the same name must mean the same function in all of a run.
+            evaluate: (bool [n, P], int64 [B, T]) -> float32 [n, B].
+            stage, keep, input_ids, silent: as `losses`.
         """
         text = measure + text_hash(input_ids)
         sequences, length = input_ids.shape
         step = max(1, self.task.scorer.rows_per_batch(length) // sequences)
         found: list[torch.Tensor] = []
-        with self.reporter.bar(stage, total=len(keep)) as advance:
+        bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
+        with bar as advance:
             for chunk in keep.split(step):
                 losses = self.run.ledger.find(text, chunk)
                 if losses is None:
