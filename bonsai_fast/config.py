@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-Method = Literal["bonsai"]
+Method = Literal[
+    "bonsai",
+    "wanda-sp",
+    "magnitude-l1",
+    "magnitude-l2",
+    "random",
+    "layerwise-ppl",
+    "flap",
+    "taylor",
+    "policy-gradient",
+]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
-PriorChoice = Literal["wanda", "activation", "uniform"]
+PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
+Granularity = Literal["units", "blocks", "layers"]
+Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
+Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
+Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -29,7 +44,8 @@ class PruneConfig:
     )
     method: Method = _option("bonsai", "Pruning method.")
     preset: Preset = _option(
-        "default", "'default' is the best that we know; 'paper' is Bonsai's setting to the letter."
+        "default",
+        "'default' is the best that we know; 'paper' is the method's setting as published.",
     )
     calibration: str = _option(
         "builtin",
@@ -72,6 +88,22 @@ class PruneConfig:
         "Memory for scoring beside the weights, e.g. 800MB. "
         "Default 2GiB on a CPU, half of a GPU's memory.",
     )
+    spare_first: int | None = _option(
+        None, "First decoder layers that a one-shot method leaves whole if the target allows it."
+    )
+    spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
+    granularity: Granularity | None = _option(
+        None, "policy-gradient: what varies: single units, blocks of channels, or whole layers."
+    )
+    batch_size: int | None = _option(None, "policy-gradient: sequences of each step.")
+    learning_rate: float | None = _option(None, "policy-gradient: of the keep probabilities.")
+    baseline: Baseline | None = _option(
+        None, "policy-gradient: what losses are compared with; 'antithetic' also draws in pairs."
+    )
+    initial: Initial | None = _option(None, "policy-gradient: where keep probabilities start.")
+    projection: Projection | None = _option(
+        None, "policy-gradient: from what they start to probabilities."
+    )
     tasks: str | None = _option(
         None, "Zero-shot tasks for lm-evaluation-harness, separated by commas."
     )
@@ -83,10 +115,18 @@ class PruneConfig:
             raise ValueError(f"sparsity: expected a fraction in (0, 1), got {self.sparsity}")
         for name, hint in get_type_hints(type(self)).items():
             _check_choice(name, hint, getattr(self, name))
-        for name in ("rounds", "submodels_per_round", "num_sequences", "evaluation_tokens"):
+        for name in (
+            *("rounds", "submodels_per_round", "num_sequences", "evaluation_tokens"),
+            "batch_size",
+        ):
             _check_at_least(name, getattr(self, name), 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.method == "policy-gradient" and self.sublayers:
+            raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
         _check_at_least("sequence_length", self.sequence_length, 2)
-        _check_at_least("seed", self.seed, 0)
+        for name in ("seed", "spare_first", "spare_last"):
+            _check_at_least(name, getattr(self, name), 0)
         if self.round_to not in (None, "auto") and not (
             str(self.round_to).isdigit() and int(self.round_to) >= 1
         ):
@@ -103,7 +143,7 @@ class PruneConfig:
 
     def resolved(self) -> PruneConfig:
         """The same with every value that was left to the preset filled in."""
-        values = PRESETS[self.preset]
+        values = PRESETS[self.preset] | METHOD_PRESETS.get((self.method, self.preset), {})
         return replace(
             self, **{name: value for name, value in values.items() if getattr(self, name) is None}
         )
@@ -128,6 +168,34 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "prior": "wanda",
         "head_layout": "rectangular",
         "round_to": "auto",
+    },
+}
+
+# what a method's own paper sets otherwise
+METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
+    ("taylor", "paper"): {"spare_first": 4, "spare_last": 2},
+    # section 4.1, but for the text: one epoch of 120,000 segments there
+    ("policy-gradient", "paper"): {
+        "num_sequences": 8192,
+        "sequence_length": 128,
+        "rounds": 15000,
+        "batch_size": 8,
+        "submodels_per_round": 2,
+        "learning_rate": 2e-3,
+        "granularity": "units",
+        "baseline": "moving-average",
+        "initial": "wanda-sp",
+        "projection": "sigmoid-norm",
+    },
+    ("policy-gradient", "default"): {
+        "rounds": 100,
+        "batch_size": 2,
+        "submodels_per_round": 32,
+        "learning_rate": 0.02,
+        "granularity": "blocks",
+        "baseline": "leave-one-out",
+        "initial": "wanda-sp",
+        "projection": "sigmoid-budget",
     },
 }
 

@@ -17,7 +17,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
 from bonsai_fast.evaluation import check_tasks_available, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
-from bonsai_fast.methods import METHODS, Plan, Search, Task
+from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
@@ -174,6 +174,15 @@ def execute(
     return result
 
 
+def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
+    """The smaller model of a keep mask, with whatever its method compensates."""
+    smaller = remove_units(search.task.model, search.task.layout, keep)
+    method = METHODS[search.task.config.method]
+    if isinstance(method, Compensates):
+        method.compensate(search, smaller, keep)
+    return smaller
+
+
 def check_finite(model: PreTrainedModel) -> None:
     """Raise ValueError if a weight is NaN or Inf."""
     for name, parameter in model.named_parameters():
@@ -204,7 +213,7 @@ def _deliver(
     """Cut, save, reload in a fresh process, compare, measure."""
     task, reporter = search.task, search.reporter
     model, layout = task.model, task.layout
-    smaller = remove_units(model, layout, keep)
+    smaller = pruned_model(search, keep)
     directory = search.run.model_directory
     save_pretrained(
         smaller, directory, tokenizer=tokenizer, report=_report(search, keep), overwrite=True
@@ -228,13 +237,14 @@ def _deliver(
             "dense": evaluate_tasks(model, tokenizer, names),
             "pruned": evaluate_tasks(smaller, tokenizer, names),
         }
-    removed = layout.num_removed_parameters(keep)
+    parameters = smaller.num_parameters()
+    removed = layout.num_model_parameters - parameters
     return PruneResult(
         output=str(directory),
         run=str(search.run.path),
         sparsity=removed / layout.num_decoder_parameters,
         sparsity_total=removed / layout.num_model_parameters,
-        parameters=layout.num_model_parameters - removed,
+        parameters=parameters,
         parameters_dense=layout.num_model_parameters,
         dense_perplexity=dense.value,
         pruned_perplexity=pruned.value,

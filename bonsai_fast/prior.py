@@ -13,7 +13,7 @@ from bonsai_fast.native import column_mean_abs
 from bonsai_fast.statistics import BlockStatistics, Statistics
 from bonsai_fast.units import Layout
 
-PriorName = Literal["wanda", "activation", "uniform"]
+PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
 
 
 def unit_prior(
@@ -23,6 +23,7 @@ def unit_prior(
 
         wanda       mean over outputs o of |W[o, c]| * rms(a_c)    appendix F.2, equation 6
         activation  mean of |a_c|                                  appendix F.1, equations 4 and 5
+        fluctuation var(a_c) * sum over outputs of W[o, c]^2       An et al., arXiv:2312.11983
         uniform     1
 
     for a column c of the output projection, averaged over the columns of a unit: one for a channel,
@@ -42,21 +43,29 @@ def unit_prior(
     calibration text, as here; the published code takes it batch by batch (one sequence each) and
     averages the batches' values.
     """
+    columns = column_importance(name, model, layout, statistics)
+    prior = torch.empty(len(layout), dtype=torch.float64)
+    for group in layout.groups:
+        prior[group.start : group.stop] = group.mean_over_columns(columns[group.block.output])
+    return prior
+
+
+def column_importance(
+    name: PriorName, model: PreTrainedModel, layout: Layout, statistics: Statistics
+) -> dict[str, torch.Tensor]:
+    """The same for every input column of every output projection, before units average them.
+
+    Returns:
+        float64 [in_features] by `block.output`.
+    Raises:
+        ValueError: as `unit_prior`.
+    """
     if name not in get_args(PriorName):
         raise ValueError(f"prior: expected one of {get_args(PriorName)}, got {name!r}")
-    prior = torch.empty(len(layout), dtype=torch.float64)
-    columns: dict[str, torch.Tensor] = {}
-    for group in layout.groups:
-        block = group.block
-        if block.output not in columns:
-            columns[block.output] = _column_importance(name, model, block, statistics.of(block))
-        per_part = columns[block.output].view(len(group.part_of_unit), -1).mean(dim=1)
-        counts = torch.bincount(group.part_of_unit, minlength=len(group))
-        totals = torch.zeros(len(group), dtype=torch.float64).index_add_(
-            0, group.part_of_unit, per_part
-        )
-        prior[group.start : group.stop] = totals / counts
-    return prior
+    return {
+        block.output: _column_importance(name, model, block, statistics.of(block))
+        for block in layout.decoder.blocks()
+    }
 
 
 def _column_importance(
@@ -66,6 +75,10 @@ def _column_importance(
         return torch.ones_like(statistics.sum_abs)
     if name == "activation":
         importance = statistics.mean_abs
+    elif name == "fluctuation":
+        weight = cast(nn.Linear, model.get_submodule(block.output)).weight.detach()
+        norms = weight.double().square().sum(dim=0).cpu()
+        importance = statistics.variance * norms
     else:
         weight = cast(nn.Linear, model.get_submodule(block.output)).weight
         importance = column_mean_abs(weight.detach()).cpu() * statistics.root_mean_square

@@ -40,6 +40,17 @@ class BlockStatistics:
         """float64 [in_features]."""
         return self.sum_abs / self.num_tokens
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """float64 [in_features]."""
+        return self.sum / self.num_tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Unbiased, float64 [in_features]; zero for a single token."""
+        spread = self.sum_of_squares - self.sum.square() / self.num_tokens
+        return spread.clamp_min(0.0) / max(1, self.num_tokens - 1)
+
     def add(self, moments: ChannelMoments, num_tokens: int) -> None:
         """Merge another batch of tokens."""
         self.num_tokens += num_tokens

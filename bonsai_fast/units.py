@@ -52,6 +52,19 @@ class Group:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def mean_over_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Averages over the columns of the output projection that each unit owns.
+
+        Args:
+            columns: float [in_features] of the block's output projection.
+        Returns:
+            float64 [units of this group].
+        """
+        per_part = columns.double().view(len(self.part_of_unit), -1).mean(dim=1)
+        totals = torch.zeros(len(self), dtype=torch.float64)
+        totals.index_add_(0, self.part_of_unit, per_part)
+        return totals / torch.bincount(self.part_of_unit, minlength=len(self))
+
 
 class Layout(Sequence[Unit]):
     """The P units of a model, ordered by (layer, kind, index).

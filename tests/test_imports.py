@@ -24,9 +24,9 @@ LAYERS: dict[str, set[str]] = {
     "pipeline": {"pipeline"},
     "methods": {"methods"},
     "parts": {
-        *("allocation", "data", "embedded", "evaluation", "exporting", "ledger", "mask_files"),
-        *("prior", "recovery", "regression", "run_directory", "scoring", "statistics"),
-        *("surgery", "timing"),
+        *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "ledger"),
+        *("mask_files", "prior", "recovery", "regression", "run_directory", "scoring"),
+        *("statistics", "surgery", "timing"),
     },
     "model": {"config", "masks", "models", "units"},
     "ops": {"ops"},

@@ -1,5 +1,6 @@
 """Which units go: from relevance and a target to the final keep mask."""
 
+from bonsai_fast.allocation.comparison import equal_shares, spare_layers, standardised
 from bonsai_fast.allocation.costs import RemovedCount, group_costs
 from bonsai_fast.allocation.finish import Achieved, finish
 from bonsai_fast.allocation.head_layout import HeadLayout, make_rectangular
@@ -15,6 +16,7 @@ __all__ = [
     "RemovedCount",
     "Target",
     "auto_multiple",
+    "equal_shares",
     "finish",
     "group_costs",
     "make_rectangular",
@@ -22,4 +24,6 @@ __all__ = [
     "plan_mask",
     "round_widths",
     "select_units",
+    "spare_layers",
+    "standardised",
 ]

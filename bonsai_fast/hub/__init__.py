@@ -13,7 +13,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from bonsai_fast.hub.heterogeneous_config import HeterogeneousConfig, LayerShape
 
-__all__ = ["FAMILIES", "HeterogeneousConfig", "HubClasses", "LayerShape", "hub_classes", "register"]
+__all__ = [
+    "FAMILIES",
+    "HeterogeneousConfig",
+    "HubClasses",
+    "LayerShape",
+    "hub_classes",
+    "register",
+    "takes_output_biases",
+]
 
 # stock model type -> how the family spells itself in class names
 FAMILIES = {
@@ -54,6 +62,15 @@ def hub_classes(family: str) -> HubClasses:
         getattr(modeling, f"{prefix}Model"),
         getattr(modeling, f"{prefix}ForCausalLM"),
     )
+
+
+def takes_output_biases(model_type: str) -> bool:
+    """Whether pruned models of this type's family can hold output biases that the stock ones lack.
+
+    `model.base_model.add_output_biases()` gives them to one of a bonsai_* class.
+    """
+    family = model_type.removeprefix("bonsai_")
+    return family in FAMILIES and hasattr(hub_classes(family).config, "output_bias")
 
 
 def register() -> None:

@@ -13,3 +13,4 @@ class BonsaiGemmaConfig(HeterogeneousConfig, GemmaConfig):
     model_type = "bonsai_gemma"
 
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

@@ -14,3 +14,4 @@ class BonsaiGPTNeoXConfig(HeterogeneousConfig, GPTNeoXConfig):
 
     head_dim: int | None = None
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

@@ -13,3 +13,4 @@ class BonsaiLlamaConfig(HeterogeneousConfig, LlamaConfig):
     model_type = "bonsai_llama"
 
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

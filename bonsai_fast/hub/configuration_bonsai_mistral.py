@@ -13,3 +13,4 @@ class BonsaiMistralConfig(HeterogeneousConfig, MistralConfig):
     model_type = "bonsai_mistral"
 
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

@@ -15,3 +15,4 @@ class BonsaiOPTConfig(HeterogeneousConfig, OPTConfig):
 
     head_dim: int | None = None
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

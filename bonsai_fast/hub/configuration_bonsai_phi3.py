@@ -14,3 +14,4 @@ class BonsaiPhi3Config(HeterogeneousConfig, Phi3Config):
 
     head_dim: int | None = None
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

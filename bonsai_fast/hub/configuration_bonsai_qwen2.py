@@ -14,3 +14,4 @@ class BonsaiQwen2Config(HeterogeneousConfig, Qwen2Config):
 
     head_dim: int | None = None
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

@@ -13,3 +13,4 @@ class BonsaiQwen3Config(HeterogeneousConfig, Qwen3Config):
     model_type = "bonsai_qwen3"
 
     q_heads_per_kv: list[int] | None = None
+    output_bias: bool = False

@@ -46,8 +46,9 @@ class HeterogeneousConfig:
 
     Global widths are the dense model's. `per_layer_config` holds what differs: the numbers of
     heads, the width `channels_attribute`, `q_heads_per_kv` (irregular layers only), `alibi_heads`
-    (BLOOM only), and `skip`, a list of "attention" and "mlp". A subclass declares the fields that
-    its stock class lacks, and is decorated with `@strict` so that the checks below replace the
+    (BLOOM only), and `skip`, a list of "attention" and "mlp". With `output_bias` the output
+    projections have biases where the stock class has none. A subclass declares the fields that its
+    stock class lacks, and is decorated with `@strict` so that the checks below replace the
     stock ones.
     """
 

@@ -173,7 +173,20 @@ class HeterogeneousDecoder:
                 self.fit_mlp(layer, shape.channels)
             else:
                 self.remove_mlp(layer)
+        if getattr(config, "output_bias", False):
+            self.add_output_biases()
         self.post_init()
+
+    def add_output_biases(self):
+        """Give output projections that have none a bias of zero; also what is left of them."""
+        self.config.output_bias = True
+        for layer in self.get_submodule(self.layers_path):
+            attention, mlp = getattr(layer, self.attention_name), layer.get_submodule(self.mlp_name)
+            for owner, names in ((attention, ATTENTION_OUTPUTS), (mlp, MLP_OUTPUTS)):
+                projection = getattr(owner, child_among(owner, names))
+                if projection.bias is None:
+                    like = next(self.parameters())
+                    projection.bias = nn.Parameter(like.new_zeros(self.config.hidden_size))
 
     def exclusive_norms(self):
         """Names of the norms that only the attention, and only the MLP, reads; or None."""

@@ -1,8 +1,31 @@
 """Pruning methods: each finds which units stay, over the same shared parts."""
 
+from bonsai_fast.methods import one_shot
 from bonsai_fast.methods.bonsai import Bonsai
-from bonsai_fast.methods.search import Method, NotRecordedError, Plan, Search, Task
+from bonsai_fast.methods.flap import Flap
+from bonsai_fast.methods.layerwise import LayerwisePPL
+from bonsai_fast.methods.policy_gradient import PolicyGradient
+from bonsai_fast.methods.search import Compensates, Method, NotRecordedError, Plan, Search, Task
+from bonsai_fast.methods.taylor import Taylor
 
-METHODS: dict[str, Method] = {"bonsai": Bonsai()}
+METHODS: dict[str, Method] = {
+    "bonsai": Bonsai(),
+    "wanda-sp": one_shot.WANDA_SP,
+    "magnitude-l1": one_shot.MAGNITUDE_L1,
+    "magnitude-l2": one_shot.MAGNITUDE_L2,
+    "random": one_shot.RANDOM,
+    "layerwise-ppl": LayerwisePPL(),
+    "flap": Flap(),
+    "taylor": Taylor(),
+    "policy-gradient": PolicyGradient(),
+}
 
-__all__ = ["METHODS", "Method", "NotRecordedError", "Plan", "Search", "Task"]
+__all__ = [
+    "METHODS",
+    "Compensates",
+    "Method",
+    "NotRecordedError",
+    "Plan",
+    "Search",
+    "Task",
+]

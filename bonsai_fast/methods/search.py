@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save
@@ -20,6 +21,10 @@ from bonsai_fast.run_directory import RunDirectory
 from bonsai_fast.scoring import MaskScorer, ParentReference
 from bonsai_fast.statistics import collect_statistics
 from bonsai_fast.units import Layout
+
+
+def _ignore(count: int) -> None:
+    """A progress bar that nobody sees."""
 
 
 class NotRecordedError(ValueError):
@@ -80,19 +85,22 @@ class Search:
         """Whether the ledger must answer everything."""
         return self.run.start == "retarget"
 
-    def losses(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor, *, silent: bool = False
+    ) -> torch.Tensor:
         """Losses of sub-models, from the ledger where it holds them, scored and recorded otherwise.
 
         Args:
             stage: what the evaluations are for; recorded and shown.
             keep: bool [S, P].
             input_ids: int64 [B, T].
+            silent: show no progress bar, because the caller does.
         Returns:
             float32 [S, B], nats per predicted token.
         Raises:
             NotRecordedError: the run is only re-targeted and its ledger lacks these.
         """
-        return self._recorded_or(self.task.scorer.score, "", stage, keep, input_ids)
+        return self.evaluations("", self.task.scorer.score, stage, keep, input_ids, silent=silent)
 
     def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
@@ -108,27 +116,35 @@ class Search:
                 self._reference = input_ids, scorer.parent_reference(input_ids)
             return scorer.divergence(chunk, input_ids, self._reference[1])
 
-        return self._recorded_or(divergence, "divergence ", stage, keep, input_ids)
+        return self.evaluations("divergence ", divergence, stage, keep, input_ids)
 
-    def _recorded_or(
+    def evaluations(
         self,
-        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         measure: str,
+        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         stage: str,
         keep: torch.Tensor,
         input_ids: torch.Tensor,
+        *,
+        silent: bool = False,
     ) -> torch.Tensor:
-        """Evaluate sub-models, or find them in the ledger.
+        """Whatever a method measures of sub-models on text, recorded as losses are.
 
         They are taken in fixed chunks, one call each, and a chunk is recorded as a whole:
         an interrupted run goes on with the same batches, and so with the same bits, as one that was
         not.
+
+        Args:
+            measure: what is measured; the same name must mean the same function in all of a run.
+            evaluate: (bool [n, P], int64 [B, T]) -> float32 [n, B].
+            stage, keep, input_ids, silent: as `losses`.
         """
         text = measure + text_hash(input_ids)
         sequences, length = input_ids.shape
         step = self.task.scorer.submodels_per_call(sequences, length)
         found: list[torch.Tensor] = []
-        with self.reporter.bar(stage, total=len(keep)) as advance:
+        bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
+        with bar as advance:
             for chunk in keep.split(step):
                 losses = self.run.ledger.find(text, chunk)
                 if losses is None:
@@ -148,19 +164,44 @@ class Search:
         Raises:
             NotRecordedError: the run is only re-targeted and has no such prior.
         """
+
+        def prior() -> torch.Tensor:
+            task = self.task
+            assert task.config.prior is not None
+            statistics = collect_statistics(task.scorer, keep, input_ids)
+            return unit_prior(task.config.prior, task.model, task.layout, statistics)
+
+        return self.importance(stage, prior, input_ids.numel())
+
+    def importance(
+        self, stage: str, measure: Callable[[], torch.Tensor], tokens: int
+    ) -> torch.Tensor:
+        """One value for every unit, float64 [P], measured once; see `measured`."""
+        return self.measured(stage, lambda: {"prior": measure()}, tokens)["prior"]
+
+    def measured(
+        self, stage: str, measure: Callable[[], dict[str, torch.Tensor]], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """What a method knows before it scores sub-models: measured once, then on record.
+
+        Args:
+            stage: what it is for; names the record.
+            measure: finds it; not called if it is recorded.
+            tokens: how many tokens `measure` reads.
+        Raises:
+            NotRecordedError: the run is only re-targeted and has no such record.
+        """
         path = self.run.prior_path(stage)
         if path.is_file():
-            return load_file(path)["prior"]
+            return load_file(path)
         if self.recorded_only:
             raise NotRecordedError(f"{stage}: prior not recorded; this request needs a new run")
-        self.reporter.note(f"{stage}: statistics over {input_ids.numel():,} tokens")
-        task = self.task
-        assert task.config.prior is not None
-        statistics = collect_statistics(task.scorer, keep, input_ids)
-        prior = unit_prior(task.config.prior, task.model, task.layout, statistics)
-        write_atomically(path, save({"prior": prior}))
-        self.tokens_scored += input_ids.numel()
-        return prior
+        if tokens:
+            self.reporter.note(f"{stage}: statistics over {tokens:,} tokens")
+        found = {name: tensor.contiguous() for name, tensor in measure().items()}
+        write_atomically(path, save(found))
+        self.tokens_scored += tokens
+        return found
 
     def record_relevance(self, relevance: torch.Tensor) -> None:
         """Keep what the result was selected by, float64 [P], for other targets."""
@@ -220,6 +261,14 @@ def group_of_unit(layout: Layout) -> torch.Tensor:
     return torch.arange(len(layout.groups)).repeat_interleave(
         torch.tensor([len(group) for group in layout.groups])
     )
+
+
+@runtime_checkable
+class Compensates(Protocol):
+    """A method that makes up for what is gone, in the model that is left."""
+
+    def compensate(self, search: Search, smaller: PreTrainedModel, keep: torch.Tensor) -> None:
+        """Change the smaller model, made with the keep mask bool [P], in place."""
 
 
 class Method(Protocol):

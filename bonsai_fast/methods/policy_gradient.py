@@ -1,0 +1,217 @@
+"""Method "policy-gradient": keep probabilities of all units, learned from losses alone.
+
+Every step scores N_s sub-models, drawn from the current probabilities, on one batch of text. The
+published setting (`--preset paper`) takes two of them, against a moving average. With a scorer that
+takes many sub-models in one batch it is better to draw more and to compare each with the others of
+its own step; and channels vary in blocks, since widths are rounded anyway.
+
+Source: policy-gradient pruning with Bernoulli masks: sections 3 and 4.1, appendices A.1, A.11,
+A.12. Decided here, where the paper leaves it open: the metric is normalised inside each (layer,
+kind); the budget counts parameters; text is read again once it is used up; a sub-model that
+overflows counts as the worst of its step; equal probabilities are told apart by the metric.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bonsai_fast.allocation import equal_shares
+from bonsai_fast.methods.bernoulli import (
+    Array,
+    BernoulliDescent,
+    score_const,
+    sigmoid_budget,
+    sigmoid_norm,
+)
+from bonsai_fast.methods.layerwise import SEQUENCES, layer_losses, layer_of_unit
+from bonsai_fast.methods.one_shot import cut
+from bonsai_fast.methods.search import Plan, Search, Task, group_of_unit
+from bonsai_fast.units import Layout
+
+# random-progressive: the target rises by this share of the decoder at a time (appendix A.12)
+PROGRESS = 0.05
+# how much steeper than the paper's sigmoid ours starts: most units are nearly decided
+SHARPNESS = 4.0
+# channels that vary together, of neighbouring prior
+BLOCK = 32
+# a group is cut into this many blocks at least
+FEWEST_BLOCKS = 8
+# what tells units of equal probability apart; far below any learned difference
+TIE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class _Variables:
+    """What is drawn: one variable a unit, a block of channels, or a decoder layer.
+
+    Attributes:
+        of_unit: int64 [P], variable of each unit.
+        groups: int64 [n], variables that are normalised together.
+        costs: float64 [n], parameters.
+    """
+
+    of_unit: torch.Tensor
+    groups: np.ndarray
+    costs: Array
+
+    def mean(self, of_units: torch.Tensor) -> Array:
+        """float64 [P] -> float64 [n]."""
+        count = len(self.costs)
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, self.of_unit, of_units)
+        return (sums / torch.bincount(self.of_unit, minlength=count)).numpy()
+
+
+class PolicyGradient:
+    """Descent on keep probabilities; the units of highest probability stay."""
+
+    def plan(self, task: Task) -> Plan:
+        """Steps of sub-models, and what the start needs to know."""
+        config = task.config
+        assert config.rounds is not None and config.submodels_per_round is not None
+        sequences, length = task.calibration.input_ids.shape
+        submodels = config.rounds * config.submodels_per_round
+        tokens = submodels * _batch_size(task) * length
+        if _needs_prior(task):
+            tokens += sequences * length
+        if config.initial == "layerwise-ppl":
+            layers = task.layout.decoder.num_layers
+            submodels += layers
+            tokens += layers * min(SEQUENCES, sequences) * length
+        return Plan(config.rounds, submodels, tokens)
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]; a re-targeted run ranks by the recorded probabilities."""
+        task, layout = search.task, search.task.layout
+        if search.recorded_only:
+            return cut(search, search.recorded_relevance(), task.target)
+        everything = torch.ones(len(layout), dtype=torch.bool)
+        prior = torch.zeros(len(layout), dtype=torch.float64)
+        if _needs_prior(task):
+            prior = search.prior("parent", everything, task.calibration.input_ids)
+        variables = _variables(task, prior)
+        probabilities = self._descend(search, variables, self._start(search, variables, prior))
+        inside = equal_shares(layout, prior) / layout.num_parameters_per_unit
+        level = torch.from_numpy(probabilities)[variables.of_unit] + TIE * inside
+        relevance = level * layout.num_parameters_per_unit
+        search.record_relevance(relevance)
+        return cut(search, relevance, task.target)
+
+    def _start(self, search: Search, variables: _Variables, prior: torch.Tensor) -> Array:
+        """Probabilities before the first step (appendices A.11 and A.12)."""
+        task, config = search.task, search.task.config
+        groups = variables.groups
+        if config.initial == "layerwise-ppl":
+            losses = layer_losses(search)
+            worst = losses[losses.isfinite()].max() if losses.isfinite().any() else 0.0
+            losses = losses.nan_to_num(posinf=float(worst))
+            metric = variables.mean(losses[layer_of_unit(task.layout)])
+            groups = np.zeros_like(groups)
+        elif config.initial == "wanda-sp":
+            metric = variables.mean(prior)
+        else:
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((config.seed, 0, 1))))
+            metric = rng.standard_normal(len(variables.costs))
+        budget = _budgets(task, variables)[0]
+        if config.projection == "sigmoid-norm":
+            return sigmoid_norm(metric, groups)
+        if config.projection == "score-const":
+            order = np.argsort(-sigmoid_norm(metric, groups), kind="stable")
+            kept = np.zeros(len(metric), dtype=np.bool_)
+            kept[order] = np.cumsum(variables.costs[order]) <= budget
+            return score_const(kept)
+        return sigmoid_budget(metric, groups, variables.costs, budget, sharpness=SHARPNESS)
+
+    def _descend(self, search: Search, variables: _Variables, start: Array) -> Array:
+        task, config = search.task, search.task.config
+        assert config.rounds and config.submodels_per_round
+        assert config.learning_rate is not None and config.baseline is not None
+        descent = BernoulliDescent(
+            start,
+            variables.costs,
+            count=config.submodels_per_round,
+            learning_rate=config.learning_rate,
+            baseline=config.baseline,
+            seed=config.seed,
+        )
+        budgets = _budgets(task, variables)
+        with search.reporter.bar("steps", total=config.rounds) as advance:
+            for step in range(config.rounds):
+                masks = descent.masks()
+                keep = torch.from_numpy(masks)[:, variables.of_unit]
+                losses = search.losses(
+                    f"step-{step:05d}", keep, _batch(task, step), silent=True
+                ).mean(dim=1, dtype=torch.float64)
+                budget = budgets[step * len(budgets) // config.rounds]
+                descent.update(masks, losses.numpy(), budget)
+                advance(1)
+        s = descent.probabilities
+        search.reporter.note(
+            f"{np.mean((s > 0.1) & (s < 0.9)):.0%} of {len(s):,} variables are undecided "
+            f"(probability between 0.1 and 0.9)"
+        )
+        return s
+
+
+def _needs_prior(task: Task) -> bool:
+    return task.config.initial == "wanda-sp" or task.config.granularity == "blocks"
+
+
+def _batch_size(task: Task) -> int:
+    assert task.config.batch_size is not None
+    return min(task.config.batch_size, len(task.calibration.input_ids))
+
+
+def _batch(task: Task, step: int) -> torch.Tensor:
+    """Sequences of one step, int64 [B, T]: the text in a new random order each time through."""
+    input_ids, size = task.calibration.input_ids, _batch_size(task)
+    per_epoch = len(input_ids) // size
+    epoch, place = divmod(step, per_epoch)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((task.config.seed, epoch, 2))))
+    order = torch.from_numpy(rng.permutation(len(input_ids)))
+    return input_ids[order[place * size : (place + 1) * size]]
+
+
+def _budgets(task: Task, variables: _Variables) -> list[float]:
+    """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
+    removal, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
+    stages = 1
+    if task.config.initial == "random-progressive":
+        stages = max(1, math.ceil(round(removal / (PROGRESS * decoder), 6)))
+    total = float(variables.costs.sum())
+    removals = [min(removal, PROGRESS * decoder * number) for number in range(1, stages)]
+    return [total - gone for gone in (*removals, removal)]
+
+
+def _variables(task: Task, prior: torch.Tensor) -> _Variables:
+    layout = task.layout
+    if task.config.granularity == "layers":
+        of_unit = layer_of_unit(layout)
+    elif task.config.granularity == "blocks":
+        of_unit = _blocks(layout, prior)
+    else:
+        of_unit = torch.arange(len(layout))
+    count = int(of_unit.max()) + 1
+    costs = torch.zeros(count, dtype=torch.float64)
+    costs.index_add_(0, of_unit, layout.num_parameters_per_unit.double())
+    groups = torch.zeros(count, dtype=torch.int64)
+    if task.config.granularity != "layers":
+        groups[of_unit] = group_of_unit(layout)
+    return _Variables(of_unit, groups.numpy(), costs.numpy())
+
+
+def _blocks(layout: Layout, prior: torch.Tensor) -> torch.Tensor:
+    """Channels of a layer in blocks of neighbouring prior; every other unit alone: int64 [P]."""
+    of_unit = torch.empty(len(layout), dtype=torch.int64)
+    first = 0
+    for group in layout.groups:
+        size = 1
+        if group.kind == "channel":
+            size = max(1, min(BLOCK, len(group) // FEWEST_BLOCKS))
+        order = prior[group.start : group.stop].argsort(stable=True)
+        of_unit[group.start + order] = first + torch.arange(len(group)) // size
+        first = int(of_unit[group.start : group.stop].max()) + 1
+    return of_unit

@@ -1,0 +1,37 @@
+"""Starts of runs without the command around them: what tests of methods work with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from surgery_cases import tokens
+from transformers import PreTrainedModel
+
+from bonsai_fast.allocation import Target
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.data import Sequences
+from bonsai_fast.methods import Search, Task
+from bonsai_fast.progress import Reporter
+from bonsai_fast.run_directory import open_run
+from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.units import Layout
+
+
+def new_search(
+    model: PreTrainedModel,
+    output: Path,
+    *,
+    input_ids: torch.Tensor | None = None,
+    quiet: bool = True,
+    **options: object,
+) -> Search:
+    """A start of a run in `output` on random tokens."""
+    config = PruneConfig(**options).resolved()  # type: ignore[arg-type]
+    attention = "kv_group" if config.attention == "kv-group" else "head"
+    layout = Layout.of(model, attention=attention, sublayers=config.sublayers)
+    text = Sequences(tokens(12) if input_ids is None else input_ids, "random", "random tokens")
+    scorer = MaskScorer(model, layout=layout, memory_budget=config.memory_budget)
+    task = Task(model, scorer, text, config, Target.parse(config.target_text))
+    run = open_run(output, config, layout, model, text.sha256)
+    return Search(task, run, Reporter(quiet=quiet))
