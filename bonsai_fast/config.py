@@ -141,6 +141,11 @@ class PruneConfig:
             return self.target
         return f"sparsity={0.2 if self.sparsity is None else self.sparsity}"
 
+    @property
+    def task_names(self) -> list[str]:
+        """What `tasks` lists."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
     def resolved(self) -> PruneConfig:
         """The same with every value that was left to the preset filled in."""
         values = PRESETS[self.preset] | METHOD_PRESETS.get((self.method, self.preset), {})

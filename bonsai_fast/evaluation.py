@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +73,18 @@ def perplexity(model: PreTrainedModel, sequences: Sequences) -> Perplexity:
     )
 
 
-def check_tasks_available() -> None:
-    """Raise ValueError with the command to run unless lm-evaluation-harness is installed."""
+def check_tasks(tasks: list[str]) -> None:
+    """Raise ValueError unless lm-evaluation-harness is installed and knows these tasks.
+
+    Args:
+        tasks: names of tasks, groups or tags, or paths of YAML files.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("tasks need lm-evaluation-harness: pip install lm-eval")
+    known = importlib.import_module("lm_eval.tasks").TaskManager().all_tasks
+    unknown = [task for task in tasks if task not in known and not Path(task).is_file()]
+    if unknown:
+        raise ValueError(f"tasks: lm-evaluation-harness does not know {', '.join(unknown)}")
 
 
 def evaluate_tasks(
@@ -89,22 +98,19 @@ def evaluate_tasks(
 
     Args:
         model, tokenizer: what is evaluated.
-        tasks: task names as the harness knows them.
+        tasks: as `check_tasks` takes them.
         limit: only that many examples of each task.
     Returns:
         metric values by task and metric name.
     Raises:
         ValueError: the harness is not installed or does not know a task.
     """
-    check_tasks_available()
+    check_tasks(tasks)
     harness: Any = importlib.import_module("lm_eval")
     wrapper: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
-    try:
-        found = harness.simple_evaluate(
-            model=wrapper(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit
-        )
-    except KeyError as error:
-        raise ValueError(f"lm-evaluation-harness does not know the task {error}") from error
+    found = harness.simple_evaluate(
+        model=wrapper(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit
+    )
     return {
         task: {name: value for name, value in metrics.items() if isinstance(value, float)}
         for task, metrics in found["results"].items()

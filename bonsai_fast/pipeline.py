@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.allocation import Achieved, Target
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
-from bonsai_fast.evaluation import check_tasks_available, evaluate_tasks, perplexity
+from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
 from bonsai_fast.models import AttentionBlock
@@ -115,7 +115,7 @@ def prepare(
     config = config.resolved()
     check_finite(model)
     if config.tasks is not None:
-        check_tasks_available()
+        check_tasks(config.task_names)
     layout = Layout.of(
         model,
         attention="kv_group" if config.attention == "kv-group" else "head",
@@ -232,7 +232,7 @@ def _deliver(
     latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
     tasks = {}
     if task.config.tasks is not None:
-        names = [name.strip() for name in task.config.tasks.split(",")]
+        names = task.config.task_names
         tasks = {
             "dense": evaluate_tasks(model, tokenizer, names),
             "pruned": evaluate_tasks(smaller, tokenizer, names),
