@@ -10,7 +10,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 DEMO_FLAGS ?= --sparsity 0.2 --output runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint format test bench-smoke clean
+.PHONY: help setup demo lint format test bench-smoke sanitize clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,21 @@ test: setup ## Run the tests.
 
 bench-smoke: setup ## Run every benchmark once on a small shape.
 	$(BIN)/pytest bench --benchmark-disable -k smoke
+
+# A second copy of the package, by links, around an extension that checks itself. Python is not
+# linked to the sanitizers' libraries, hence the preload; it leaks what it likes.
+CHECKED := build/sanitize
+sanitize: setup ## Run the extension's tests under the address and undefined-behaviour sanitizers.
+	mkdir -p $(CHECKED)/bonsai_fast
+	$(BIN)/cmake -S . -B $(CHECKED)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DBONSAI_FAST_SANITIZE=ON \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(CHECKED))/bonsai_fast
+	$(BIN)/cmake --build $(CHECKED)/cmake
+	ln -sfn $(filter-out %.so,$(abspath $(wildcard bonsai_fast/*))) $(CHECKED)/bonsai_fast
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(CHECKED) \
+	  $(BIN)/pytest -p no:cacheprovider tests/test_csrc_*.py
 
 clean: ## Remove the environment and everything built.
 	rm -rf $(VENV) build dist *.egg-info bonsai_fast/_C*.so

@@ -6,14 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Storage = Literal["float32", "float16", "bfloat16"]
+_Isa = Literal["best", "portable", "avx2", "avx512"]
+_Matrix = NDArray[np.float32] | NDArray[np.uint16]
 _Float64 = NDArray[np.float64]
+_Moments = tuple[_Float64, _Float64, _Float64, NDArray[np.float32]]
 
+def instruction_sets() -> list[Literal["portable", "avx2", "avx512"]]: ...
 def take_rows(
     source: NDArray[Any],
     index: NDArray[np.int64],
     *,
     out: NDArray[Any] | None = None,
     num_threads: int = 1,
+    isa: _Isa = "best",
 ) -> NDArray[Any]: ...
 def take_columns(
     source: NDArray[Any],
@@ -21,16 +26,27 @@ def take_columns(
     *,
     out: NDArray[Any] | None = None,
     num_threads: int = 1,
+    isa: _Isa = "best",
 ) -> NDArray[Any]: ...
-def channel_moments(
-    x: NDArray[np.float32] | NDArray[np.uint16],
+def column_moments(
+    x: _Matrix, *, dtype: _Storage = "float32", num_threads: int = 1, isa: _Isa = "best"
+) -> _Moments: ...
+def row_moments(
+    x: _Matrix, *, dtype: _Storage = "float32", num_threads: int = 1, isa: _Isa = "best"
+) -> _Moments: ...
+def wanda_scores(
+    weight: _Matrix,
+    scale: NDArray[np.float32],
     *,
     dtype: _Storage = "float32",
     num_threads: int = 1,
-) -> tuple[_Float64, _Float64, _Float64, NDArray[np.float32]]: ...
-def column_mean_abs(
-    weight: NDArray[np.float32] | NDArray[np.uint16],
+) -> NDArray[np.float32]: ...
+def wanda_keep(
+    weight: _Matrix,
+    scale: NDArray[np.float32],
     *,
+    n: int,
+    m: int,
     dtype: _Storage = "float32",
     num_threads: int = 1,
-) -> _Float64: ...
+) -> NDArray[np.bool_]: ...

@@ -75,8 +75,9 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
 def channel_moments(x: Tensor) -> ChannelMoments:
     """Sum squares, magnitudes and values, and find the largest magnitude, of every channel.
 
-    Sums run in float64 in token order, so on the CPU they do not depend on the number of threads.
-    NaN and Inf stay in their channel.
+    Sums run in float32 over 64 tokens at a time and in float64 beyond, to 1e-6 of the sum of
+    magnitudes; they do not depend on the number of threads or the processor. NaN and Inf stay in
+    their channel.
 
     Args:
         x: (..., C) float16 | bfloat16 | float32; all leading dims count as tokens.
@@ -91,10 +92,7 @@ def channel_moments(x: Tensor) -> ChannelMoments:
     if rows.device.type == "cuda":
         return _channel_moments_torch(rows)
     # Other devices may lack float64: their activations visit the CPU.
-    array = _storage_of(rows)
-    moments = _C.channel_moments(
-        array, dtype=_FLOATS[rows.dtype], num_threads=torch.get_num_threads()
-    )
+    moments = _C.column_moments(_storage_of(rows), **_options(rows))
     return ChannelMoments(*map(torch.from_numpy, moments))
 
 
@@ -113,14 +111,101 @@ def column_mean_abs(weight: Tensor) -> Tensor:
         raise ValueError(
             f"expected (out, in) with at least one row, got shape {tuple(weight.shape)}"
         )
+    return channel_moments(weight).sum_abs / len(weight)
+
+
+def weight_norms(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """L1 and L2 norm of every column (dim 0) or row (dim 1) of a weight.
+
+    Args:
+        weight: (out, in) float16 | bfloat16 | float32.
+        dim: the dimension that is summed over, as in `torch.linalg.vector_norm`.
+    Returns:
+        two (in,) or (out,) float64 tensors, on `weight`'s device if that is the CPU or CUDA, else
+        on the CPU.
+    Raises:
+        TypeError: `weight` has another dtype.
+        ValueError: `weight` is not 2-D, or `dim` is not one of its two.
+    """
+    if weight.ndim != 2 or dim not in (0, 1):
+        raise ValueError(f"expected (out, in) and dim 0 or 1, got {tuple(weight.shape)}, dim {dim}")
     rows = _rows_of(weight)
     if rows.device.type == "cuda":
-        return rows.abs().mean(0, dtype=torch.float64)
-    array = _storage_of(rows)
-    means = _C.column_mean_abs(
-        array, dtype=_FLOATS[rows.dtype], num_threads=torch.get_num_threads()
-    )
-    return torch.from_numpy(means)
+        moments = _channel_moments_torch(rows if dim == 0 else rows.T)
+    else:
+        sums = _C.column_moments if dim == 0 else _C.row_moments
+        moments = ChannelMoments(*map(torch.from_numpy, sums(_storage_of(rows), **_options(rows))))
+    return moments.sum_abs, moments.sum_of_squares.sqrt()
+
+
+def wanda_scores(weight: Tensor, root_mean_square: Tensor) -> Tensor:
+    """Score every weight: |W[o, c]| * rms(a_c).
+
+    Args:
+        weight: (out, in) float16 | bfloat16 | float32.
+        root_mean_square: (in,) of the activations that the columns meet; taken as float32.
+    Returns:
+        (out, in) float32, on `weight`'s device if that is the CPU or CUDA, else on the CPU.
+    Raises:
+        TypeError: `weight` has another dtype.
+        ValueError: the shapes do not fit.
+    Source: Sun et al., arXiv:2306.11695, equation 1, with the root mean square for the norm.
+    """
+    rows, scale = _rows_and_scale(weight, root_mean_square)
+    if rows.device.type == "cuda":
+        return rows.float().abs() * scale
+    scores = _C.wanda_scores(_storage_of(rows), scale.numpy(), **_options(rows))
+    return torch.from_numpy(scores)
+
+
+def wanda_keep(weight: Tensor, root_mean_square: Tensor, *, n: int, m: int) -> Tensor:
+    """Keep the n best scored of every m neighbours in a row, the first of equal ones.
+
+    Args:
+        weight: (out, in) float16 | bfloat16 | float32, finite.
+        root_mean_square: (in,), as in `wanda_scores`.
+        n, m: such as 2 of 4; m divides `in`, and m = in ranks whole rows.
+    Returns:
+        (out, in) bool, True = kept, on `weight`'s device if that is the CPU or CUDA, else on the
+        CPU.
+    Raises:
+        TypeError: `weight` has another dtype.
+        ValueError: the shapes or n of m do not fit, or a score is NaN.
+    """
+    rows, scale = _rows_and_scale(weight, root_mean_square)
+    if rows.device.type == "cuda":
+        return _keep_torch(rows.float().abs() * scale, n, m)
+    keep = _C.wanda_keep(_storage_of(rows), scale.numpy(), n=n, m=m, **_options(rows))
+    return torch.from_numpy(keep)
+
+
+def _options(rows: Tensor) -> Any:
+    return {"dtype": _FLOATS[rows.dtype], "num_threads": torch.get_num_threads()}
+
+
+def _rows_and_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    if weight.ndim != 2 or scale.shape != weight.shape[1:]:
+        raise ValueError(
+            f"expected weight (out, in) and scale (in,), got shapes {tuple(weight.shape)} and "
+            f"{tuple(scale.shape)}"
+        )
+    rows = _rows_of(weight)
+    device = rows.device if rows.device.type == "cuda" else "cpu"
+    return rows, scale.detach().to(device, torch.float32).contiguous()
+
+
+def _keep_torch(scores: Tensor, n: int, m: int) -> Tensor:
+    """What CUDA runs, and what the C++ extension is held to."""
+    if m < 1 or not 0 <= n <= m or scores.shape[1] % m:
+        raise ValueError(
+            f"expected 0 <= n <= m and m to divide {scores.shape[1]} columns, got {n} of {m}"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError("a score is NaN: the weights or the activations are not finite")
+    groups = scores.reshape(-1, m)
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool)
+    return keep.scatter_(1, order[:, :n], True).reshape(scores.shape)
 
 
 def _rows_of(x: Tensor) -> Tensor:

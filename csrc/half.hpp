@@ -6,6 +6,8 @@
 #include <cstring>
 
 namespace bonsai_fast {
+// Every file has a copy of its own: some are compiled for instructions that others must not use.
+namespace {
 
 inline float float_from_bits(uint32_t bits) {
   float value;
@@ -36,4 +38,5 @@ struct Float16 {
 
 static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "arrays of uint16 are read as these");
 
+}  // namespace
 }  // namespace bonsai_fast

@@ -1,11 +1,15 @@
 // module.cpp: the Python module bonsai_fast._C; every feature registers itself.
 #include <pybind11/pybind11.h>
 
+#include "isa.hpp"
 #include "moments.hpp"
 #include "slicing.hpp"
+#include "wanda.hpp"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Structured slicing and per-channel statistics on CPU arrays.";
+  m.doc() = "Structured slicing and statistics of activations and weights on CPU arrays.";
+  bonsai_fast::isa::register_api(m);
   bonsai_fast::slicing::register_api(m);
   bonsai_fast::moments::register_api(m);
+  bonsai_fast::wanda::register_api(m);
 }

@@ -12,7 +12,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "arrays.hpp"
 #include "check.hpp"
+#include "isa.hpp"
 #include "parallel.hpp"
 
 namespace py = pybind11;
@@ -31,9 +33,6 @@ struct Matrix {
 struct Run {
   int64_t first, length;
 };
-
-// Blocks shorter than this, on average, cost more in calls to memcpy than they save.
-constexpr int64_t kMinBlockBytes = 16;
 
 enum class Axis { kRows, kColumns };
 
@@ -87,6 +86,56 @@ void take_elements(const Matrix& source, const int64_t* index, int64_t count, in
   }
 }
 
+// The kept columns of a row in steps for a kernel, and the few at its end that it cannot take.
+struct Steps {
+  std::vector<Step> steps;
+  std::vector<uint8_t> shuffles;
+  int64_t taken = 0;  // columns that the steps take
+};
+
+// A step reads and writes a whole window, so that it must fit into the row on either side.
+Steps steps_of(const int64_t* index, int64_t count, int64_t columns, int64_t item, int64_t window) {
+  Steps plan;
+  const int64_t per_window = window / item, row_bytes = count * item;
+  while (plan.taken < count) {
+    const int64_t first = index[plan.taken] / per_window * per_window;
+    if ((first + per_window) > columns || plan.taken * item + window > row_bytes) break;
+    Step step{0, first * item, 0};
+    std::vector<uint8_t> shuffle(static_cast<size_t>(window), 0x80);
+    for (; plan.taken < count && index[plan.taken] < first + per_window; ++plan.taken) {
+      const int64_t at = index[plan.taken] - first;
+      step.keep |= uint64_t{1} << at;
+      for (int64_t byte = 0; byte < item; ++byte)
+        shuffle[static_cast<size_t>(step.bytes + byte)] = static_cast<uint8_t>(at * item + byte);
+      step.bytes += item;
+    }
+    plan.steps.push_back(step);
+    plan.shuffles.insert(plan.shuffles.end(), shuffle.begin(), shuffle.end());
+  }
+  return plan;
+}
+
+// out[r, :] = source[r, index] by a kernel's steps, for r in [begin, end); `out` points at row 0.
+template <int64_t kItem>
+void take_steps(const Kernels& kernels, const Matrix& source, const Steps& plan,
+                const int64_t* index, int64_t count, int64_t begin, int64_t end, char* out) {
+  const StepRows rows{source.data + begin * source.row_stride,
+                      source.row_stride,
+                      end - begin,
+                      plan.steps.data(),
+                      plan.shuffles.data(),
+                      static_cast<int64_t>(plan.steps.size()),
+                      out + begin * count * kItem,
+                      count * kItem};
+  kernels.step_rows(kItem, rows);
+  for (int64_t row = begin; row < end; ++row) {
+    const char* first = source.data + row * source.row_stride;
+    char* line = out + row * count * kItem;
+    for (int64_t j = plan.taken; j < count; ++j)
+      std::memcpy(line + j * kItem, first + index[j] * kItem, kItem);
+  }
+}
+
 std::vector<Run> runs_of(const int64_t* index, int64_t count) {
   std::vector<Run> runs;
   for (int64_t i = 0; i < count; ++i) {
@@ -100,8 +149,8 @@ std::vector<Run> runs_of(const int64_t* index, int64_t count) {
 }
 
 template <int64_t kItem>
-void take_items(Axis axis, const Matrix& source, const int64_t* index, int64_t count,
-                int64_t num_threads, char* out) {
+void take_items(Axis axis, const Kernels& kernels, const Matrix& source, const int64_t* index,
+                int64_t count, int64_t num_threads, char* out) {
   if (axis == Axis::kRows) {
     const int64_t threads = useful_threads(num_threads, count * source.columns * kItem);
     parallel_for(count, threads, 1, [&](int64_t begin, int64_t end) {
@@ -110,12 +159,17 @@ void take_items(Axis axis, const Matrix& source, const int64_t* index, int64_t c
   } else {
     const std::vector<Run> runs = runs_of(index, count);
     const int64_t num_runs = static_cast<int64_t>(runs.size());
-    const bool in_blocks =
-        source.column_stride == kItem && num_runs * kMinBlockBytes <= count * kItem;
+    const bool packed_rows = source.column_stride == kItem;
+    const bool in_blocks = packed_rows && count * kItem / num_runs >= kernels.min_block_bytes;
+    const bool in_steps = packed_rows && !in_blocks && kernels.window > 0;
+    const Steps plan =
+        in_steps ? steps_of(index, count, source.columns, kItem, kernels.window) : Steps{};
     const int64_t threads = useful_threads(num_threads, source.rows * count * kItem);
     parallel_for(source.rows, threads, 1, [&](int64_t begin, int64_t end) {
       if (in_blocks) {
         take_blocks<kItem>(source, runs, count, begin, end, out);
+      } else if (in_steps) {
+        take_steps<kItem>(kernels, source, plan, index, count, begin, end, out);
       } else {
         take_elements<kItem>(source, index, count, begin, end, out);
       }
@@ -131,9 +185,6 @@ void check_index(const int64_t* index, int64_t count, int64_t size, const char* 
           "] is ", index[i - 1], " and index[", i, "] is ", index[i]);
   }
 }
-
-std::string shape_of(const py::array& array) { return py::str(array.attr("shape")); }
-std::string dtype_of(const py::array& array) { return py::str(array.dtype()); }
 
 // Whether the bytes from an array's first to its last element can meet another's.
 bool may_overlap(const py::array& a, const py::array& b) {
@@ -169,7 +220,9 @@ void check_out(const py::array& out, const py::array& source, const py::array& i
 }
 
 py::array take(Axis axis, const py::array& source, const py::array& index,
-               const std::optional<py::array>& out, int64_t num_threads) {
+               const std::optional<py::array>& out, int64_t num_threads,
+               const std::string& isa_name) {
+  const Kernels& kernels = isa::kernels_for(isa_name);
   const bool is_rows = axis == Axis::kRows;
   const char kind = source.dtype().kind();
   const int64_t item = source.itemsize();
@@ -203,16 +256,16 @@ py::array take(Axis axis, const py::array& source, const py::array& index,
   py::gil_scoped_release no_gil;
   switch (item) {
     case 1:
-      take_items<1>(axis, matrix, kept, count, num_threads, destination);
+      take_items<1>(axis, kernels, matrix, kept, count, num_threads, destination);
       break;
     case 2:
-      take_items<2>(axis, matrix, kept, count, num_threads, destination);
+      take_items<2>(axis, kernels, matrix, kept, count, num_threads, destination);
       break;
     case 4:
-      take_items<4>(axis, matrix, kept, count, num_threads, destination);
+      take_items<4>(axis, kernels, matrix, kept, count, num_threads, destination);
       break;
     default:
-      take_items<8>(axis, matrix, kept, count, num_threads, destination);
+      take_items<8>(axis, kernels, matrix, kept, count, num_threads, destination);
   }
   return result;
 }
@@ -224,9 +277,10 @@ void register_api(py::module_& m) {
     m.def(
         name,
         [axis](const py::array& source, const py::array& index, const std::optional<py::array>& out,
-               int64_t num_threads) { return take(axis, source, index, out, num_threads); },
+               int64_t num_threads,
+               const std::string& isa) { return take(axis, source, index, out, num_threads, isa); },
         py::arg("source"), py::arg("index"), py::kw_only(), py::arg("out") = py::none(),
-        py::arg("num_threads") = 1, doc);
+        py::arg("num_threads") = 1, py::arg("isa") = "best", doc);
   };
   define("take_rows", Axis::kRows,
          "source[index] of a 1-D or 2-D array; index strictly increasing.");

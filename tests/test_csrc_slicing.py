@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonsai_fast import _C, native
+from bonsai_fast.units import Layout
 
 DTYPES = ["bool", "int8", "uint16", "float16", "int32", "float32", "int64", "float64"]
+ISAS = _C.instruction_sets()
 TENSOR_DTYPES = [
     torch.bool,
     torch.float8_e4m3fn,
@@ -63,9 +66,31 @@ def test_take_rows_agrees_with_numpy(data):
 def test_take_columns_agrees_with_numpy(data):
     source = data.draw(matrices())
     index = data.draw(indices(source.shape[1]))
-    actual = _C.take_columns(source, index, num_threads=data.draw(st.integers(1, 4)))
-    assert actual.dtype == source.dtype and actual.flags.c_contiguous
-    np.testing.assert_array_equal(actual, source[:, index])
+    for isa in ISAS:
+        actual = _C.take_columns(source, index, num_threads=data.draw(st.integers(1, 4)), isa=isa)
+        assert actual.dtype == source.dtype and actual.flags.c_contiguous
+        np.testing.assert_array_equal(actual, source[:, index])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_columns_of_packed_rows_at_any_address(data):
+    """Kernels move whole vectors: nothing beside `out` may change, nothing beyond a row be read."""
+    dtype = np.dtype(data.draw(st.sampled_from(DTYPES)))
+    rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 300))
+    offset, gap = data.draw(st.integers(0, 70)), data.draw(st.integers(0, 3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    raw = rng.integers(0, 2, size=offset + rows * (columns + gap) * dtype.itemsize, dtype=np.uint8)
+    source = raw[offset:].view(dtype).reshape(rows, columns + gap)[:, :columns]
+    index = data.draw(indices(columns))
+    expected = source[:, index]
+    guard = 64
+    for isa in ISAS:
+        buffer = np.full(expected.nbytes + 2 * guard, 0xAB, dtype=np.uint8)
+        out = buffer[guard : guard + expected.nbytes].view(dtype).reshape(expected.shape)
+        _C.take_columns(source, index, out=out, isa=isa)
+        assert out.tobytes() == expected.tobytes()
+        assert (buffer[:guard] == 0xAB).all() and (buffer[guard + expected.nbytes :] == 0xAB).all()
 
 
 @settings(deadline=None)
@@ -189,6 +214,25 @@ def test_native_take_agrees_with_pytorch(dtype, dim):
         expected = tensor.detach().index_select(dim, index)
         assert actual.dtype == dtype and actual.is_contiguous() and not actual.requires_grad
         assert torch.equal(actual.view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("family", ["phi3", "bloom", "gpt_neox", "qwen2"])
+def test_fused_and_interleaved_layouts(family):
+    """qkv, gate_up and interleaved qkv, with their biases, in one call each and nothing between."""
+    model = FAMILIES[family]().bfloat16()
+    layout = Layout.of(model)
+    keep = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < 0.6
+    parameters = dict(model.named_parameters())
+    seen = set()
+    for block, keep_parts in layout.keep_by_block(keep):
+        kept_parts = block.kept_parts(keep_parts)
+        for cut in block.cuts:
+            index = kept_parts[cut.owner].nonzero().flatten()
+            tensor = parameters[cut.parameter]
+            expected = tensor.detach().index_select(cut.dim, index)
+            assert torch.equal(native.take(tensor, index, cut.dim), expected)
+            seen.add((tensor.dim(), cut.dim))
+    assert {(2, 0), (2, 1)} <= seen and ((1, 0) in seen) == (family != "phi3")
 
 
 def test_native_take_of_a_bias_and_of_an_expanded_tensor():
