@@ -22,9 +22,9 @@ ROWS_PER_SPLIT = 512
 # By ahead-of-time compilation, not yet timed: 128-bit loads, no spill.
 @triton.autotune(
     configs=tunable(
-        triton.Config({"BLOCK_T": 16, "BLOCK_C": 128}, num_warps=4),
-        triton.Config({"BLOCK_T": 8, "BLOCK_C": 256}, num_warps=4),
-        triton.Config({"BLOCK_T": 32, "BLOCK_C": 64}, num_warps=4),
+        triton.Config({"BLOCK_T": 8, "BLOCK_C": 128}, num_warps=4),
+        triton.Config({"BLOCK_T": 4, "BLOCK_C": 256}, num_warps=4),
+        triton.Config({"BLOCK_T": 16, "BLOCK_C": 64}, num_warps=4),
     ),
     key=["num_channels"],
 )
@@ -48,7 +48,8 @@ def _column_moments_kernel(
     magnitudes = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     values = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     largest = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for begin in tl.range(0, SPLIT, BLOCK_T):
+    # Two loads in flight a thread, for the registers of one.
+    for begin in tl.range(0, SPLIT, BLOCK_T, loop_unroll_factor=2):
         mask = inside & (begin + offs_t < num_left)[:, None]
         x = tl.load(base + begin * stride_xt, mask=mask, other=0.0).to(tl.float32)
         magnitude = tl.abs(x)

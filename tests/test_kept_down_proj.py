@@ -9,7 +9,14 @@ import torch
 
 from bonsai_fast import ops
 from bonsai_fast.reference import kept_down_proj_reference
-from bonsai_fast.testing import KERNEL_DTYPES, assert_within_baseline, random_tensor, random_wave
+from bonsai_fast.testing import (
+    KERNEL_DTYPES,
+    Wave,
+    assert_within_baseline,
+    random_keep,
+    random_tensor,
+    random_wave,
+)
 
 pytest.importorskip("triton")
 
@@ -86,11 +93,14 @@ def test_a_submodel_without_channels_passes_the_residual_on(function, device):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_removed_channels_may_hold_anything(function, device):
     """What a kernel reads past a list's end must be a channel that is kept: 0 * NaN is NaN."""
-    wave, a, weight_t, bias, residual = make([3, 2], 90, 72, device=device)
-    removed = ~wave.keep.any(dim=0)
-    assert removed.any()
-    weight_t[removed] = math.nan
-    assert run(function, wave, a, weight_t, bias, residual).isfinite().all()
+    keep = random_keep(2, 90)
+    keep[:, :3] = False
+    wave = Wave.of(keep, [3, 2], multiple=128, device=device)
+    a = random_tensor(5, 128, device=device)
+    a[:, int(wave.kept.count[0]) :] = 0
+    weight_t = random_tensor(90, 72, seed=1, device=device)
+    weight_t[~wave.keep.any(dim=0)] = math.nan
+    assert run(function, wave, a, weight_t).isfinite().all()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
