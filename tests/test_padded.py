@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import save_pruned
+from export_cases import save_biased, save_pruned
 from families import FAMILIES
 from surgery_cases import MASKS, TOLERANCE, difference, logits_of, tokens
 from transformers import AutoModelForCausalLM
@@ -64,6 +64,13 @@ def test_the_directory_is_a_stock_one(tmp_path: Path) -> None:
     assert "parameters instead of" in result.notes[0]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     assert difference(logits_of(again, tokens()), logits_of(smaller, tokens())) < TOLERANCE
+
+
+def test_biases_that_the_stock_class_does_not_have(tmp_path: Path) -> None:
+    save_biased(tmp_path / "model", "llama3")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no place for .*proj\.bias"):
+        to_padded(tmp_path / "model", tmp_path / "padded")
+    assert not (tmp_path / "padded").exists()
 
 
 def test_stock_models_and_used_directories_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
+ONLY_TRANSFORMERS = "runs on vLLM's Transformers backend only (model_impl='transformers')"
+
 
 class BonsaiDecoderLayer(nn.Module):
     """What a layer keeps of LLaMA's block: attention, MLP, both or neither.
@@ -90,6 +92,8 @@ class BonsaiForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # unknown to m
         config = vllm_config.model_config.hf_config
         if not any(shape.num_heads for shape in config.layer_shapes()):
             raise ValueError("vLLM serves no model without any attention")
+        if getattr(config, "output_bias", False):
+            raise ValueError(f"a model with biases of its own {ONLY_TRANSFORMERS}")
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
             _check_nothing_removed(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BonsaiDecoderLayer)
@@ -100,6 +104,6 @@ def _check_nothing_removed(config: Any) -> None:
     for index, shape in enumerate(config.layer_shapes()):
         if not (shape.num_heads and shape.channels):
             raise ValueError(
-                f"layer {index}: what is left of a removed sub-layer with biases runs on vLLM's "
-                "Transformers backend only (model_impl='transformers')"
+                f"layer {index}: what is left of a removed sub-layer with biases "
+                f"{ONLY_TRANSFORMERS}"
             )
