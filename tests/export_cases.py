@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -108,5 +107,23 @@ def save_masked(
     return smaller
 
 
-def total_size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+def save_dense(directory: Path, family: str) -> PreTrainedModel:
+    """The parent of `save_pruned`'s models."""
+    parent = windowless(FAMILIES[family]())
+    layout = Layout.of(parent, attention="kv_group")
+    return save_masked(directory, parent, layout, torch.ones(len(layout), dtype=torch.bool))
+
+
+def save_biased(directory: Path, family: str, case: str = "widths") -> PreTrainedModel:
+    """The same with random biases in its output projections, also of removed sub-layers."""
+    parent = windowless(FAMILIES[family]())
+    layout = Layout.of(parent, attention="kv_group")
+    smaller = remove_units(parent, layout, keep_mask(layout, case))
+    smaller.base_model.add_output_biases()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in smaller.named_parameters():
+            if name.endswith(("o_proj.bias", "down_proj.bias")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    save_pretrained(smaller, directory, tokenizer=character_tokenizer())
+    return smaller

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import CASES, save_masked, save_pruned, windowless
+from export_cases import CASES, save_biased, save_masked, save_pruned, windowless
 from families import FAMILIES
 from safetensors.torch import load_file
 from surgery_cases import TOLERANCE, difference, logits_of, tokens
@@ -136,6 +136,7 @@ def test_the_directory(tmp_path: Path) -> None:
 REFUSED = {
     "query heads": (lambda d: save_pruned(d, "llama"), "same number of query heads"),
     "family": (lambda d: save_pruned(d, "qwen2"), "LLaMA's; expected .* got 'qwen2'"),
+    "biases of its own": (lambda d: save_biased(d, "llama3"), "no biases"),
     "biases": (lambda d: save_pruned(d, "llama_bias"), "no biases"),
 }
 

@@ -12,7 +12,16 @@ import gguf
 import numpy
 import pytest
 import torch
-from export_cases import CASES, GGUF_FAMILIES, keep_mask, save_masked, save_pruned, windowless
+from export_cases import (
+    CASES,
+    GGUF_FAMILIES,
+    keep_mask,
+    save_biased,
+    save_dense,
+    save_masked,
+    save_pruned,
+    windowless,
+)
 from families import FAMILIES, VOCABULARY
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -104,7 +113,7 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     """Uniform models keep their parent's; others get the one with widths for each layer."""
     uniform, varied = ARCHITECTURES.get(family, ("llama", "deci"))
     assert exported(tmp_path / "varied", family).architecture == varied
-    read = Read(save_dense(tmp_path / "dense", family))
+    read = Read(dense_file(tmp_path / "dense", family))
     assert read.architecture == uniform
     assert read.fields[f"{uniform}.feed_forward_length"] == 64
 
@@ -288,6 +297,13 @@ def _reconfigured(directory: Path, family: str, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _with_an_adapter(directory: Path) -> None:
+    save_pruned(directory, "llama")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.adapter.weight"] = torch.ones(2, 2)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
 YARN["original_max_position_embeddings"] = 32
 REFUSED = {
@@ -306,6 +322,8 @@ REFUSED = {
     ),
     "activation": (lambda d: _reconfigured(d, "llama", hidden_act="gelu"), "silu, got 'gelu'"),
     "rotary type": (lambda d: _reconfigured(d, "llama", rope_parameters=YARN), "type 'yarn'"),
+    "biased and normalised": (lambda d: save_biased(d, "qwen3"), "no biases where q and k"),
+    "unknown tensor": (_with_an_adapter, "holds model.layers.0.adapter.weight, which GGUF has"),
     "no tokenizer": (
         lambda d: save_pruned(d, "llama", tokenizer=False),
         "holds no tokenizer.json; give the dense model's GGUF with --gguf-parent",
@@ -360,12 +378,9 @@ def test_too_little_space_is_noticed_first(tmp_path: Path, monkeypatch: pytest.M
 # Cut out of the dense model's file --------------------------------------------------------------
 
 
-def save_dense(directory: Path, family: str, precision: Any = "f32") -> Path:
+def dense_file(directory: Path, family: str, precision: Any = "f32") -> Path:
     """The parent of `save_pruned`'s models as GGUF."""
-    parent = windowless(FAMILIES[family]())
-    layout = Layout.of(parent, attention="kv_group")
-    everything = torch.ones(len(layout), dtype=torch.bool)
-    save_masked(directory, parent, layout, everything)
+    save_dense(directory, family)
     path = directory.with_suffix(".gguf")
     to_gguf(directory, path, precision=precision)
     return path
@@ -381,7 +396,7 @@ def save_dense(directory: Path, family: str, precision: Any = "f32") -> Path:
 )
 def test_cutting_the_dense_file_gives_the_same_file(family: str, case: str, tmp_path: Path) -> None:
     """Two ways to one result; they share neither the reading of weights nor that of heads."""
-    dense = save_dense(tmp_path / "dense", family)
+    dense = dense_file(tmp_path / "dense", family)
     own = exported(tmp_path, family, case)
     to_gguf_from_parent(tmp_path / "model", dense, tmp_path / "cut.gguf", precision="f32")
     cut = Read(tmp_path / "cut.gguf")
@@ -396,7 +411,7 @@ def test_cutting_the_dense_file_gives_the_same_file(family: str, case: str, tmp_
 
 @pytest.mark.parametrize("precision", ["f16", "bf16"])
 def test_half_precision_parents(precision: str, tmp_path: Path) -> None:
-    dense = save_dense(tmp_path / "dense", "llama3", precision)
+    dense = dense_file(tmp_path / "dense", "llama3", precision)
     save_pruned(tmp_path / "model", "llama3")
     to_gguf_from_parent(tmp_path / "model", dense, tmp_path / "cut.gguf", precision=precision)
     to_gguf(tmp_path / "model", tmp_path / "own.gguf", precision=precision)
@@ -406,14 +421,14 @@ def test_half_precision_parents(precision: str, tmp_path: Path) -> None:
 
 
 def test_no_tokenizer_is_needed_with_a_parent(tmp_path: Path) -> None:
-    dense = save_dense(tmp_path / "dense", "llama3")
+    dense = dense_file(tmp_path / "dense", "llama3")
     save_pruned(tmp_path / "model", "llama3", tokenizer=False)
     to_gguf_from_parent(tmp_path / "model", dense, tmp_path / "cut.gguf")
     assert Read(tmp_path / "cut.gguf").fields["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_cutting_needs_no_model_directory(tmp_path: Path) -> None:
-    dense = DenseGGUF(save_dense(tmp_path / "dense", "llama3"))
+    dense = DenseGGUF(dense_file(tmp_path / "dense", "llama3"))
     kept = [KeptLayer((0, 1, 2), (1, 5)), KeptLayer((), (7,)), KeptLayer((3, 4, 5), ())]
     slice_gguf(dense, kept, tmp_path / "cut.gguf", precision="f32")
     read, whole = Read(tmp_path / "cut.gguf"), Read(dense.path)
@@ -440,15 +455,15 @@ def _no_report(directory: Path) -> None:
 
 
 WRONG_PARENTS = {
-    "quantized": (lambda t: save_dense(t / "p", "llama3", "q8_0"), None, "is quantized"),
-    "other heads": (lambda t: save_dense(t / "p", "llama"), None, "has other widths"),
-    "other weights": (lambda t: save_dense(t / "p", "qwen2"), None, "is of another model, or"),
+    "quantized": (lambda t: dense_file(t / "p", "llama3", "q8_0"), None, "is quantized"),
+    "other heads": (lambda t: dense_file(t / "p", "llama"), None, "has other widths"),
+    "other weights": (lambda t: dense_file(t / "p", "qwen2"), None, "is of another model, or"),
     "changed weights": (
-        lambda t: save_dense(t / "p", "llama3"),
+        lambda t: dense_file(t / "p", "llama3"),
         _other_weights,
         r"blk\.1\.ffn_down\.weight is off by 9\.1%; leave out --gguf-parent",
     ),
-    "no report": (lambda t: save_dense(t / "p", "llama3"), _no_report, "says what is kept"),
+    "no report": (lambda t: dense_file(t / "p", "llama3"), _no_report, "says what is kept"),
     "no file": (lambda t: t / "none.gguf", None, "not readable as GGUF"),
     "no GGUF": (lambda t: t / "model" / "config.json", None, "not readable as GGUF"),
 }

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bonsai_fast"
 LAYERS: dict[str, set[str]] = {
     "tests and benches": {"testing"},
     "public API": {"__init__"},
-    "commands": {"__main__", "prune", "evaluate", "latency", "export", "report"},
+    "commands": {"__main__", "prune", "evaluate", "latency", "export", "report", "vllm_plugin"},
     "pipeline": {"pipeline"},
     "methods": {"methods"},
     "parts": {
@@ -40,6 +40,8 @@ CLOSED: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "native": {"bonsai_fast._C", "numpy", "torch"},
     "reference": {"torch"},
+    # vLLM calls it, at its start
+    "vllm_plugin": {"bonsai_fast.hub", "torch", "vllm"},
 }
 
 
@@ -120,6 +122,22 @@ def problems(texts: dict[str, str]) -> list[str]:
 
 def test_imports_point_one_way():
     assert not (found := problems(sources())), "\n" + "\n".join(found)
+
+
+def test_only_the_plugin_and_a_script_import_vllm():
+    """Importing any other module must not take a serving engine along."""
+    guilty = {
+        module
+        for module, text in sources().items()
+        if any(top_of(name) == "vllm" for name in imports_of(module, text))
+    }
+    assert guilty == {"vllm_plugin.__init__", "vllm_plugin.llama", "exporting.run_vllm"}
+    at_the_top = {"vllm", "xllamacpp"}
+    for module in ("vllm_plugin.__init__", "exporting.run_vllm", "exporting.run_llama_cpp"):
+        body = ast.parse(sources()[module]).body
+        names = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {top_of(n) for node in names for n in imports_of("x", ast.unparse(node))}
+        assert not found & at_the_top, module
 
 
 def test_every_name_has_one_layer():

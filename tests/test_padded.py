@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import save_pruned
+from export_cases import save_biased, save_pruned
 from families import FAMILIES
 from surgery_cases import MASKS, TOLERANCE, difference, logits_of, tokens
 from transformers import AutoModelForCausalLM
@@ -19,9 +19,14 @@ from bonsai_fast.units import Layout
 
 
 @pytest.mark.parametrize(
-    "mask", ["irregular", "half", "first attention gone", "middle layer gone", "everything gone"]
+    "family, mask",
+    [
+        *((family, "irregular") for family in FAMILIES),
+        *((family, "middle layer gone") for family in FAMILIES),
+        *((family, "half") for family in ("llama3", "phi_gqa", "bloom")),
+        *((family, "everything gone") for family in ("llama3", "phi_gqa", "bloom", "qwen2")),
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_is_the_inverse_of_removing(family: str, mask: str) -> None:
     parent = FAMILIES[family]()
     layout = Layout.of(parent)
@@ -59,6 +64,13 @@ def test_the_directory_is_a_stock_one(tmp_path: Path) -> None:
     assert "parameters instead of" in result.notes[0]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     assert difference(logits_of(again, tokens()), logits_of(smaller, tokens())) < TOLERANCE
+
+
+def test_biases_that_the_stock_class_does_not_have(tmp_path: Path) -> None:
+    save_biased(tmp_path / "model", "llama3")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no place for .*proj\.bias"):
+        to_padded(tmp_path / "model", tmp_path / "padded")
+    assert not (tmp_path / "padded").exists()
 
 
 def test_stock_models_and_used_directories_are_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def block_configs(saved: SavedModel) -> list[dict[str, dict[str, Any]]]:
     config: Any = saved.config
     if saved.family not in FAMILIES:
         raise ValueError(f"DeciLM's block is LLaMA's; expected {FAMILIES}, got {saved.family!r}")
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+    if any(name.endswith(".bias") for name in saved.files):
         raise ValueError("DeciLM has no biases, this model does")
     if getattr(config, "sliding_window", None) is not None:
         raise ValueError("DeciLM has no sliding window, this model does")

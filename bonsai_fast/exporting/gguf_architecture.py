@@ -69,14 +69,11 @@ def plan_gguf(model: SavedModel, *, pad_channels_to: int = 32) -> GGUFPlan:
         ValueError: llama.cpp cannot run it; the message says why.
     """
     check_model(model)
-    biased = bool(getattr(model.config, "attention_bias", False)) or bool(
-        getattr(model.config, "mlp_bias", False)
-    )
     plan = choose(
         model.shapes,
         family=model.family,
         is_tied=model.is_tied,
-        keeps_biases=biased,
+        keeps_biases=model.has_output_biases,
         pad_channels_to=pad_channels_to,
     )
     rope_type = rope_of(model.config)["rope_type"]
@@ -110,7 +107,9 @@ def choose(
         can_skip_attention=wide.can_skip_attention,
         keeps_biases=keeps_biases,
     )
-    if is_uniform(layers):
+    if normalised and keeps_biases:
+        raise ValueError("llama.cpp has no biases where q and k are normalised")
+    if is_uniform(layers) and (own == "llama" or not keeps_biases):
         return GGUFPlan(ARCHITECTURES[own], layers, _dropped(shapes, layers))
     if normalised and not is_tied:
         raise ValueError(

@@ -41,7 +41,9 @@ def to_gguf(
     saved = open_saved(model)
     plan = plan_gguf(saved, pad_channels_to=pad_channels_to)
     fields = hyperparameters(saved, plan) | tokenizer_fields(saved)
-    tensors = tensor_specs(plan, SavedTensors(saved))
+    source = SavedTensors(saved)
+    source.check_complete()
+    tensors = tensor_specs(plan, source)
     name = plan.architecture.name
     size = write_gguf(Path(output), name, fields, tensors, precision, advance)
     return Exported(str(output), "gguf", name, size, plan.notes)

@@ -64,9 +64,8 @@ def _byte_level(data: dict[str, Any], size: int, path: Path) -> Fields:
         raise ValueError(
             f"{path}: llama.cpp has no name for a pre-tokenizer like {list(rules)}; {WHAT_TO_DO}"
         )
-    merges = [_merge(merge) for merge in data["model"]["merges"]]
-    if not merges:
-        raise ValueError(f"{path} has no merges, which llama.cpp wants; {WHAT_TO_DO}")
+    # llama.cpp wants one at least; this one never applies, since no text is split into such parts
+    merges = [_merge(merge) for merge in data["model"]["merges"]] or ["[none] [none]"]
     tokens, types = _vocabulary(data, size, TokenType.NORMAL)
     return {
         "tokenizer.ggml.model": text("gpt2"),

@@ -67,6 +67,18 @@ class SavedTensors:
         tensor = self.model.tensor(stored)
         return tensor if part is None else tensor.split(sizes)[part]
 
+    def check_complete(self) -> None:
+        """Make sure that nothing of the model would be left out.
+
+        Raises:
+            ValueError: the directory holds a tensor that has no name in llama.cpp.
+        """
+        roles = (*BLOCK.values(), *(path for path, _ in FUSED.values()))
+        known = re.compile(rf"model\.layers\.\d+\.({'|'.join(map(re.escape, roles))})\.\w+")
+        for name in self.model.files:
+            if name not in TOP.values() and not known.fullmatch(name):
+                raise ValueError(f"{self.model.directory} holds {name}, which GGUF has no name for")
+
     def _stored(self, name: str) -> tuple[str, list[int], int | None]:
         """Name in the directory; of a fused tensor also the rows of its parts, and which it is."""
         if name in TOP:

@@ -60,12 +60,15 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: a bonsai_* model.
     Raises:
-        ValueError: the stock class cannot be as narrow; it always can be as wide as the parent.
+        ValueError: the stock class has no biases where the model got some.
     """
     config = cast(Any, model.config)
     assert isinstance(config, HeterogeneousConfig)
     shapes: list[LayerShape] = cast(Any, config).layer_shapes()
     child, shape = _narrowest(model, shapes)
+    extra = sorted({name for name, _ in model.named_parameters()} - _parameter_names(child))
+    if extra:
+        raise ValueError(f"{type(child).__name__} has no place for {extra[0]}")
     layout = Layout.of(child)
     kept = kept_by(child, layout, _filled(layout, shapes, shape))
     copies: dict[int, nn.Parameter] = {}
@@ -88,6 +91,10 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     child.generation_config = model.generation_config
     child.eval()
     return child
+
+
+def _parameter_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

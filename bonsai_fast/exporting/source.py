@@ -57,6 +57,11 @@ class SavedModel:
         """Whether the embeddings are the LM head, too."""
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def has_output_biases(self) -> bool:
+        """Whether an output projection has a bias, which stays when its sub-layer goes."""
+        return any(name.endswith(("o_proj.bias", "down_proj.bias")) for name in self.files)
+
     @cached_property
     def shapes(self) -> tuple[LayerShape, ...]:
         """What every decoder layer keeps."""

@@ -9,13 +9,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.hub import register
+from bonsai_fast.surgery.stub import with_stub_attention
 
+RemovedAttentionForm = Literal["absent", "stub"]
 REPORT_NAME = "bonsai_report.json"
 
 
@@ -25,6 +27,7 @@ def save_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
+    removed_attention: RemovedAttentionForm = "absent",
     overwrite: bool = False,
 ) -> None:
     """Save a model with all that it takes to load it in a fresh process.
@@ -39,15 +42,24 @@ def save_pretrained(
         directory: where to; missing directories above it are made.
         tokenizer: saved along.
         report: what to say in `bonsai_report.json`, e.g. parent id, rounding, `kept_positions`.
+        removed_attention: "absent" leaves nothing of an attention that was removed; "stub" puts one
+            head of zeros in its place, for engines that want an attention in every layer (vLLM
+            without our plugin).
         overwrite: replace a model that this function saved there before; nothing else, ever.
     Raises:
-        ValueError: the model is quantized.
+        ValueError: the model is quantized, or `removed_attention` is neither of these.
         FileExistsError: `directory` is a file or holds something else, or a saved model and
             `overwrite` is not set.
         OSError: it cannot be written, for example because the disk is full; nothing is left behind.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized: save it with its own save_pretrained")
+    if removed_attention not in get_args(RemovedAttentionForm):
+        raise ValueError(
+            f"removed_attention: expected 'absent' or 'stub', got {removed_attention!r}"
+        )
+    if removed_attention == "stub":
+        model = with_stub_attention(model)
     with model_directory(directory, report=report, overwrite=overwrite) as scratch:
         model.save_pretrained(scratch)
         if tokenizer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +42,34 @@ def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
             "sub-layer gone; causal language models of these types take any mask: "
             f"{', '.join(FAMILIES)}"
         )
-    classes = hub_classes(family)
+    child = bonsai_structure(parent, kept.shapes)
+    if not _expresses(child, parent, kept):
+        raise ValueError(f"the model's parameters are not those of a {type(child).__name__}")
+    return child
+
+
+def bonsai_structure(parent: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreTrainedModel:
+    """A model of the family's bonsai_* class, on the meta device, whose layers have these shapes.
+
+    Layers that had lost their attention may have one again.
+    """
+    classes = hub_classes(family_of(parent.config.model_type))
     entries = {
         str(index): entry
-        for index, shape in enumerate(kept.shapes)
+        for index, shape in enumerate(shapes)
         if (entry := classes.config.layer_overrides(shape))
     }
     values = _values(parent.config, drop=("auto_map",))
     values |= {"head_dim": _head_dim(parent.config), "per_layer_config": entries}
-    child = _on_meta(classes.causal_lm, classes.config(**values))
-    if not _expresses(child, parent, kept):
-        raise ValueError(f"the model's parameters are not those of a {classes.causal_lm.__name__}")
-    return child
+    return _on_meta(classes.causal_lm, classes.config(**_with_attention(values)))
+
+
+def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
+    """No layer is marked as one without attention; that follows from the shapes."""
+    if values.get("layer_types") is None:
+        return values
+    types = ["full_attention" if kind == NO_ATTENTION else kind for kind in values["layer_types"]]
+    return values | {"layer_types": types}
 
 
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
@@ -90,13 +106,8 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
     if _is_bonsai(config):
         stock_class = CONFIG_MAPPING[family_of(config.model_type)]
         unknown = [name for name in BONSAI_FIELDS if name not in stock_class.__dataclass_fields__]
-        values = _values(config, drop=unknown)
-        if "layer_types" in stock_class.__dataclass_fields__ and "layer_types" in values:
-            # a layer that has attention again, of whatever kind
-            values["layer_types"] = [
-                "full_attention" if kind == NO_ATTENTION else kind for kind in values["layer_types"]
-            ]
-        else:
+        values = _with_attention(_values(config, drop=unknown))
+        if "layer_types" not in stock_class.__dataclass_fields__:
             values.pop("layer_types", None)
         dense = stock_class(**values)
     else:
