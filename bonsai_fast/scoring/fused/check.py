@@ -64,7 +64,7 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
         wave.step(2 * number, states)
         wave.step(2 * number + 1, states)
         _compare(f"layer {number}", states[0], stop, start)
-    _compare("the last norm", normalize(structure.norm, after[-1]), expected, None)
+    _compare("the last norm", normalize(structure.norm, after[-1], wave.workspace), expected, None)
 
 
 def _compare(what: str, actual: Tensor, expected: Tensor, start: Tensor | None) -> None:

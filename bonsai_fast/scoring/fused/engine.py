@@ -97,7 +97,7 @@ class FusedEngine:
                 wave.step(depth, states)
                 report(pairs / (len(structure.sublayers) + 1))
             local = None if parent is None else _rows(parent, sequences)
-            found[leaves, sequences] = self._losses(states, tokens, local, structure, schedule)
+            found[leaves, sequences] = self._losses(wave, states, tokens, local)
             report(pairs / (len(structure.sublayers) + 1))
         report.finish()
         return found[tree.leaf_of_submodel]
@@ -120,25 +120,24 @@ class FusedEngine:
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
-            parts.append(self.nll.parent_of(normalize(structure.norm, states[0])))
+            parts.append(self.nll.parent_of(normalize(structure.norm, states[0], workspace)))
         return ParentReference.cat(parts)
 
     def _losses(
         self,
+        wave: Wave,
         states: Tensor,
         tokens: Tensor,
         parent: ParentReference | None,
-        structure: Structure,
-        schedule: Schedule,
     ) -> Tensor:
         """Last states of some leaves on some sequences -> float32 [leaves, B] on the CPU."""
         rows = states.flatten(0, 1)
         sequence = torch.arange(len(rows)) % len(tokens)
         found = []
         for chunk, which in zip(
-            rows.split(schedule.chunk_rows), sequence.split(schedule.chunk_rows), strict=True
+            rows.split(wave.chunk_rows), sequence.split(wave.chunk_rows), strict=True
         ):
-            hidden = normalize(structure.norm, chunk)
+            hidden = normalize(wave.structure.norm, chunk, wave.workspace)
             labels = tokens[which.to(tokens.device)]
             if parent is None:
                 found.append(self.nll.losses_of(hidden, labels).cpu())

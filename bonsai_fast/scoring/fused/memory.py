@@ -58,10 +58,10 @@ class FusedWorkingSet:
         query = max((block.num_heads * block.head_dim for block in attention), default=0)
         key = max((block.num_kv_heads * block.head_dim for block in attention), default=0)
         channels = max((block.num_channels for block in mlp), default=0)
-        # gathered rows, their norm and its two float32 temporaries, the change
-        common = element * 3 * width + 2 * 4 * width
-        # query and its rotation; K, V and rotated K; attended, K and V spread over heads
-        heads = element * (2 * query + 3 * key + 3 * query)
+        # gathered rows, their norm and its float32 copy, the change
+        common = (3 * element + 4) * width
+        # query and its rotation; K, V and rotated K; norms of heads; attended, K and V spread out
+        heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
         per_token = common + max(heads, element * 2 * channels)
         largest = max(
             (
@@ -73,7 +73,7 @@ class FusedWorkingSet:
         return cls(
             state=length * width * element,
             layer=int(SAFETY * length * per_token),
-            hidden=int(SAFETY * length * (element * 3 * width + 2 * 4 * width)),
+            hidden=int(SAFETY * length * (element * 3 + 4) * width),
             mask=int(SAFETY * length * (length + 4 * 4 * width)),
             slices=int(SAFETY * element * largest),
             logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),

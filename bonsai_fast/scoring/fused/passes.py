@@ -6,18 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bonsai_fast.scoring.fused.attention import attention
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.structure import Norm, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
 
 
-def normalize(norm: Norm, states: Tensor) -> Tensor:
-    """RMS norm of the last dimension."""
-    if norm.adds_one:
-        weight = 1.0 + norm.weight.float()
-        return F.rms_norm(states.float(), weight.shape, weight, norm.eps).to(states.dtype)
-    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.eps)
+def normalize(norm: Norm, states: Tensor, workspace: Workspace, name: str = "normed") -> Tensor:
+    """RMS norm of the last dimension, in float32; lives in the workspace under this name."""
+    out = workspace(name, *states.shape)
+    wide = workspace("float32", *states.shape, dtype=torch.float32)
+    wide.copy_(states)
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    inverse.div_(states.shape[-1]).add_(norm.eps).rsqrt_()
+    weight = 1.0 + norm.weight.float() if norm.adds_one else norm.weight.float()
+    return out.copy_(wide.mul_(inverse).mul_(weight))
 
 
 def inner(operands: Operands, states: Tensor, positions: Positions, workspace: Workspace) -> Tensor:
@@ -31,7 +35,7 @@ def inner(operands: Operands, states: Tensor, positions: Positions, workspace: W
     Returns:
         [R, T, columns of the output projection], contiguous; lives in the workspace.
     """
-    normed = normalize(operands.spec.norm, states)
+    normed = normalize(operands.spec.norm, states, workspace)
     if isinstance(operands, MLPOperands):
         return _gated(operands, normed, workspace)
     return _attend(operands, normed, positions, workspace)
@@ -83,27 +87,16 @@ def _attend(
     key = _project("key", operands.key, normed, workspace).view(shape)
     value = _project("value", operands.value, normed, workspace).view(shape)
     if spec.query_norm is not None:
-        query = normalize(spec.query_norm, query)
+        query = normalize(spec.query_norm, query, workspace, "normed query")
     if spec.key_norm is not None:
-        key = normalize(spec.key_norm, key)
+        key = normalize(spec.key_norm, key, workspace, "normed key")
     query = _rotate("first", query, positions, workspace)
     key = _rotate("rotated key", key, positions, workspace)
     value = value.transpose(1, 2)
     if operands.q_heads_per_kv is None:
         heads = torch.tensor(operands.kv_of_head, device=key.device)
         key, value = key.index_select(1, heads), value.index_select(1, heads)
-    mask = positions.mask(spec.window)
-    attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=spec.scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-    # [R, H, T, K] -> [R, T, H * K]
-    return attended.transpose(1, 2).reshape(rows, length, -1)
+    return attention(query, key, value, scale=spec.scale, mask=positions.mask(spec.window))
 
 
 def _rotate(name: str, heads: Tensor, positions: Positions, workspace: Workspace) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
 class Workspace:
-    """Buffers of one dtype on one device; each grows to the largest shape that was asked for.
+    """Buffers on one device; each grows to the largest shape that was asked for.
 
     Fresh memory costs page faults at every use, which on a CPU take as long as a small product.
     """
@@ -17,7 +18,7 @@ class Workspace:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor of this shape; one that had the name before is overwritten."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
@@ -25,10 +26,5 @@ class Workspace:
             # freed first: old and new together would exceed what was planned for
             self._buffers.pop(name, None)
             del buffer
-            buffer = self._buffers[name] = self._like.new_empty(size)
+            buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
         return buffer[:size].view(shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
