@@ -16,6 +16,7 @@ Method = Literal[
     "flap",
     "taylor",
     "policy-gradient",
+    "mini-llm",
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
@@ -26,6 +27,7 @@ Granularity = Literal["units", "blocks", "layers"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
+Perturbation = Literal["weights", "weights-divided", "gates"]
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -93,7 +95,9 @@ class PruneConfig:
     )
     spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
     granularity: Granularity | None = _option(
-        None, "policy-gradient: what varies: single units, blocks of channels, or whole layers."
+        None,
+        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, or "
+        "whole layers.",
     )
     batch_size: int | None = _option(None, "policy-gradient: sequences of each step.")
     learning_rate: float | None = _option(None, "policy-gradient: of the keep probabilities.")
@@ -104,6 +108,12 @@ class PruneConfig:
     projection: Projection | None = _option(
         None, "policy-gradient: from what they start to probabilities."
     )
+    perturbation: Perturbation | None = _option(
+        None,
+        "mini-llm: what is perturbed; 'weights-divided' is the estimate as its paper prints it.",
+    )
+    perturbation_scale: float | None = _option(None, "mini-llm: size of a perturbation.")
+    directions: int | None = _option(None, "mini-llm: perturbations that are averaged.")
     tasks: str | None = _option(
         None, "Zero-shot tasks for lm-evaluation-harness, separated by commas."
     )
@@ -117,11 +127,13 @@ class PruneConfig:
             _check_choice(name, hint, getattr(self, name))
         for name in (
             *("rounds", "submodels_per_round", "num_sequences", "evaluation_tokens"),
-            "batch_size",
+            *("batch_size", "directions"),
         ):
             _check_at_least(name, getattr(self, name), 1)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        for name in ("learning_rate", "perturbation_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.method == "policy-gradient" and self.sublayers:
             raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
         _check_at_least("sequence_length", self.sequence_length, 2)
@@ -179,6 +191,22 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 # what a method's own paper sets otherwise
 METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
     ("taylor", "paper"): {"spare_first": 4, "spare_last": 2},
+    ("mini-llm", "paper"): {
+        "num_sequences": 128,
+        "sequence_length": 128,
+        "perturbation": "weights-divided",
+        "directions": 1,
+        "granularity": "units",
+        "spare_first": 4,
+        "spare_last": 3,
+    },
+    ("mini-llm", "default"): {
+        "perturbation": "weights",
+        "directions": 8,
+        "granularity": "blocks",
+        "spare_first": 4,
+        "spare_last": 3,
+    },
     # section 4.1, but for the text: one epoch of 120,000 segments there
     ("policy-gradient", "paper"): {
         "num_sequences": 8192,

@@ -66,7 +66,7 @@ class CommandOptions:
     )
 
 
-class _Parser(HfArgumentParser):
+class OneLineParser(HfArgumentParser):
     """Argument errors in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -75,7 +75,7 @@ class _Parser(HfArgumentParser):
 
 def parse(arguments: list[str]) -> tuple[str | None, PruneConfig, CommandOptions]:
     """Command line -> model, configuration, options; a bad one exits with code 2 and one line."""
-    parser = _Parser(
+    parser = OneLineParser(
         cast(Any, (PruneConfig, CommandOptions)),
         prog="python -m bonsai_fast.prune",
         description=__doc__,
@@ -132,11 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         run = open_run(output, task.config, task.layout, model, task.calibration.sha256)
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return fail(error)
     try:
         result = execute(Search(task, run, reporter), tokenizer, evaluation)
     except (OSError, LedgerError, NotRecordedError) as error:
-        return _fail(error)
+        return fail(error)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {run.path}", file=sys.stderr)
         return INTERRUPTED
@@ -161,7 +161,8 @@ def _print_result(result: PruneResult, reporter: Reporter) -> None:
     print(json.dumps(asdict(result)))
 
 
-def _fail(error: Exception) -> int:
+def fail(error: Exception) -> int:
+    """Print an error in one line; returns the exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return USAGE_ERROR
 

@@ -20,7 +20,11 @@ PACKAGE = ROOT / "bonsai_fast"
 LAYERS: dict[str, set[str]] = {
     "tests and benches": {"testing"},
     "public API": {"__init__"},
-    "commands": {"__main__", "prune", "evaluate", "latency", "export", "report", "vllm_plugin"},
+    "commands": {
+        *("__main__", "compare", "prune", "evaluate", "latency", "export", "report"),
+        "vllm_plugin",
+    },
+    "comparison": {"comparison"},
     "pipeline": {"pipeline"},
     "methods": {"methods"},
     "parts": {
@@ -31,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"config", "masks", "models", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "hub", "progress"},
+    "foundation": {"_C", "chart", "hub", "peak_memory", "progress"},
 }
 
 # These import, beside the standard library and their own folder, nothing else.

@@ -2,8 +2,10 @@
 
 from bonsai_fast.methods import one_shot
 from bonsai_fast.methods.bonsai import Bonsai
+from bonsai_fast.methods.budget import within_tokens
 from bonsai_fast.methods.flap import Flap
 from bonsai_fast.methods.layerwise import LayerwisePPL
+from bonsai_fast.methods.mini_llm import MiniLLM
 from bonsai_fast.methods.policy_gradient import PolicyGradient
 from bonsai_fast.methods.search import Compensates, Method, NotRecordedError, Plan, Search, Task
 from bonsai_fast.methods.taylor import Taylor
@@ -18,6 +20,7 @@ METHODS: dict[str, Method] = {
     "flap": Flap(),
     "taylor": Taylor(),
     "policy-gradient": PolicyGradient(),
+    "mini-llm": MiniLLM(),
 }
 
 __all__ = [
@@ -28,4 +31,5 @@ __all__ = [
     "Plan",
     "Search",
     "Task",
+    "within_tokens",
 ]

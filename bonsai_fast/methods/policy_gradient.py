@@ -14,7 +14,6 @@ overflows counts as the worst of its step; equal probabilities are told apart by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,40 +28,15 @@ from bonsai_fast.methods.bernoulli import (
 )
 from bonsai_fast.methods.layerwise import SEQUENCES, layer_losses, layer_of_unit
 from bonsai_fast.methods.one_shot import cut
-from bonsai_fast.methods.search import Plan, Search, Task, group_of_unit
-from bonsai_fast.units import Layout
+from bonsai_fast.methods.search import Plan, Search, Task
+from bonsai_fast.methods.variables import Variables
 
 # random-progressive: the target rises by this share of the decoder at a time (appendix A.12)
 PROGRESS = 0.05
 # how much steeper than the paper's sigmoid ours starts: most units are nearly decided
 SHARPNESS = 4.0
-# channels that vary together, of neighbouring prior
-BLOCK = 32
-# a group is cut into this many blocks at least
-FEWEST_BLOCKS = 8
 # what tells units of equal probability apart; far below any learned difference
 TIE = 1e-9
-
-
-@dataclass(frozen=True, eq=False)
-class _Variables:
-    """What is drawn: one variable a unit, a block of channels, or a decoder layer.
-
-    Attributes:
-        of_unit: int64 [P], variable of each unit.
-        groups: int64 [n], variables that are normalised together.
-        costs: float64 [n], parameters.
-    """
-
-    of_unit: torch.Tensor
-    groups: np.ndarray
-    costs: Array
-
-    def mean(self, of_units: torch.Tensor) -> Array:
-        """float64 [P] -> float64 [n]."""
-        count = len(self.costs)
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, self.of_unit, of_units)
-        return (sums / torch.bincount(self.of_unit, minlength=count)).numpy()
 
 
 class PolicyGradient:
@@ -92,7 +66,8 @@ class PolicyGradient:
         prior = torch.zeros(len(layout), dtype=torch.float64)
         if _needs_prior(task):
             prior = search.prior("parent", everything, task.calibration.input_ids)
-        variables = _variables(task, prior)
+        assert task.config.granularity is not None
+        variables = Variables.of(layout, task.config.granularity, prior)
         probabilities = self._descend(search, variables, self._start(search, variables, prior))
         inside = equal_shares(layout, prior) / layout.num_parameters_per_unit
         level = torch.from_numpy(probabilities)[variables.of_unit] + TIE * inside
@@ -100,7 +75,7 @@ class PolicyGradient:
         search.record_relevance(relevance)
         return cut(search, relevance, task.target)
 
-    def _start(self, search: Search, variables: _Variables, prior: torch.Tensor) -> Array:
+    def _start(self, search: Search, variables: Variables, prior: torch.Tensor) -> Array:
         """Probabilities before the first step (appendices A.11 and A.12)."""
         task, config = search.task, search.task.config
         groups = variables.groups
@@ -125,7 +100,7 @@ class PolicyGradient:
             return score_const(kept)
         return sigmoid_budget(metric, groups, variables.costs, budget, sharpness=SHARPNESS)
 
-    def _descend(self, search: Search, variables: _Variables, start: Array) -> Array:
+    def _descend(self, search: Search, variables: Variables, start: Array) -> Array:
         task, config = search.task, search.task.config
         assert config.rounds and config.submodels_per_round
         assert config.learning_rate is not None and config.baseline is not None
@@ -175,7 +150,7 @@ def _batch(task: Task, step: int) -> torch.Tensor:
     return input_ids[order[place * size : (place + 1) * size]]
 
 
-def _budgets(task: Task, variables: _Variables) -> list[float]:
+def _budgets(task: Task, variables: Variables) -> list[float]:
     """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
     removal, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
     stages = 1
@@ -184,34 +159,3 @@ def _budgets(task: Task, variables: _Variables) -> list[float]:
     total = float(variables.costs.sum())
     removals = [min(removal, PROGRESS * decoder * number) for number in range(1, stages)]
     return [total - gone for gone in (*removals, removal)]
-
-
-def _variables(task: Task, prior: torch.Tensor) -> _Variables:
-    layout = task.layout
-    if task.config.granularity == "layers":
-        of_unit = layer_of_unit(layout)
-    elif task.config.granularity == "blocks":
-        of_unit = _blocks(layout, prior)
-    else:
-        of_unit = torch.arange(len(layout))
-    count = int(of_unit.max()) + 1
-    costs = torch.zeros(count, dtype=torch.float64)
-    costs.index_add_(0, of_unit, layout.num_parameters_per_unit.double())
-    groups = torch.zeros(count, dtype=torch.int64)
-    if task.config.granularity != "layers":
-        groups[of_unit] = group_of_unit(layout)
-    return _Variables(of_unit, groups.numpy(), costs.numpy())
-
-
-def _blocks(layout: Layout, prior: torch.Tensor) -> torch.Tensor:
-    """Channels of a layer in blocks of neighbouring prior; every other unit alone: int64 [P]."""
-    of_unit = torch.empty(len(layout), dtype=torch.int64)
-    first = 0
-    for group in layout.groups:
-        size = 1
-        if group.kind == "channel":
-            size = max(1, min(BLOCK, len(group) // FEWEST_BLOCKS))
-        order = prior[group.start : group.stop].argsort(stable=True)
-        of_unit[group.start + order] = first + torch.arange(len(group)) // size
-        first = int(of_unit[group.start : group.stop].max()) + 1
-    return of_unit
