@@ -12,6 +12,9 @@ _Float64 = NDArray[np.float64]
 _Moments = tuple[_Float64, _Float64, _Float64, NDArray[np.float32]]
 
 def instruction_sets() -> list[Literal["portable", "avx2", "avx512"]]: ...
+def kept_lists(
+    keep: NDArray[np.bool_], *, multiple: int = 1, num_threads: int = 1
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 def take_rows(
     source: NDArray[Any],
     index: NDArray[np.int64],

@@ -72,6 +72,23 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return torch.from_numpy(kept).view(tensor.dtype)
 
 
+def kept_lists(masks: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """The kept units of every sub-model as lists of one length, for kernels that gather by them.
+
+    Args:
+        masks: bool [S, P], on any device.
+        multiple: the length is the largest number kept, rounded up to a multiple of this.
+    Returns:
+        int32 [S, length], ascending positions and then zeros, which are valid positions; int32 [S],
+        how many there are. Both on the CPU.
+    Raises:
+        TypeError, ValueError: `masks` is not bool [S, P], or `multiple` is not positive.
+    """
+    keep = masks.detach().cpu().contiguous().numpy()
+    lists, counts = _C.kept_lists(keep, multiple=multiple, num_threads=torch.get_num_threads())
+    return torch.from_numpy(lists), torch.from_numpy(counts)
+
+
 def channel_moments(x: Tensor) -> ChannelMoments:
     """Sum squares, magnitudes and values, and find the largest magnitude, of every channel.
 
