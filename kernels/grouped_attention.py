@@ -95,7 +95,8 @@ def _attend(
     return acc, peak, total
 
 
-@triton.jit
+# What changes from wave to wave is no reason to compile again.
+@triton.jit(do_not_specialize=["num_slots", "stride_mk"])
 def _grouped_attention_kernel(
     q_ptr, k_ptr, v_ptr, count_ptr, q_to_kv_ptr, tiles_ptr, out_ptr,
     num_slots, factor, softcap,
@@ -182,9 +183,7 @@ def grouped_attention_triton(
     if out.numel() == 0:
         return out
     block_d = max(16, triton.next_power_of_2(head_dim))
-    kernel = tuned(
-        _grouped_attention_kernel, CONFIGS[max(64, block_d)], q, ("num_slots", "HEAD_DIM")
-    )
+    kernel = tuned(_grouped_attention_kernel, CONFIGS[max(64, block_d)], q, ("HEAD_DIM",))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (len(tiles) * (BLOCK_ROWS // meta["BLOCK_Q"]) * num_slots,)

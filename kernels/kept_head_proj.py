@@ -32,7 +32,8 @@ DEEPEST = 64
 WIDTH = 128
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+# What changes from wave to wave is no reason to compile again.
+@triton.jit(do_not_specialize=["num_slots", "num_tiles", "stride_ik"])
 def _kept_head_proj_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr,
     index_ptr, count_ptr, tiles_ptr, out_ptr,
@@ -140,7 +141,7 @@ def kept_head_proj_triton(
         return out
     block_d = max(16, triton.next_power_of_2(head_dim))
     heads = 1 if norm_weight is not None else max(1, WIDTH // block_d)
-    kernel = tuned(_kept_head_proj_kernel, CONFIGS, x, ("hidden_size", "num_slots"))
+    kernel = tuned(_kept_head_proj_kernel, CONFIGS, x, ("hidden_size", "HEAD_DIM"))
     with torch.cuda.device_of(x):
         kernel[(len(tiles) * triton.cdiv(num_slots, heads),)](
             x, weight, bias, norm_weight, cos, sin, positions,

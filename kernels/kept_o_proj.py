@@ -29,7 +29,8 @@ CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+# What changes from wave to wave is no reason to compile again.
+@triton.jit(do_not_specialize=["num_tiles", "stride_ik"])
 def _kept_o_proj_kernel(
     a_ptr, weight_ptr, index_ptr, count_ptr, tiles_ptr, bias_ptr, residual_ptr, out_ptr,
     num_outputs, num_tiles,

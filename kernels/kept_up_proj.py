@@ -110,7 +110,7 @@ def kept_up_proj_triton(
     out = x.new_empty(len(x), width)
     if out.numel() == 0:
         return out
-    kernel = tuned(_kept_up_proj_kernel, CONFIGS, x, ("hidden_size", "width"))
+    kernel = tuned(_kept_up_proj_kernel, CONFIGS, x, ("hidden_size", "num_channels"))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (len(tiles) * triton.cdiv(width, meta["BLOCK_N"] // (2 if gated else 1)),)

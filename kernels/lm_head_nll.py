@@ -150,7 +150,9 @@ def lm_head_nll_triton(
         return nll
     kernel = tuned(_lm_head_nll_partial_kernel, CONFIGS, x, ("hidden_size", "vocab_size"))
     narrowest = min(config.kwargs["BLOCK_N"] for config in kernel.configs)
-    height, stride = triton.cdiv(vocab_size, narrowest), min(num_rows, MAX_ROWS)
+    height = triton.cdiv(vocab_size, narrowest)
+    # Aligned whatever the rows, so that their number is no reason to compile again.
+    stride = triton.cdiv(min(num_rows, MAX_ROWS), BLOCK_ROWS) * BLOCK_ROWS
     peaks, totals = torch.empty((2, height, stride), dtype=torch.float32, device=x.device)
     for begin in range(0, num_rows, MAX_ROWS):
         rows = slice(begin, begin + MAX_ROWS)

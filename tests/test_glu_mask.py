@@ -96,6 +96,19 @@ def test_takes_strided_rows(function, device):
     )
 
 
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits(device):
+    """Row 65536 of 32768 columns lies 2^31 elements away."""
+    gate_up = torch.zeros(65538, 32768, dtype=torch.bfloat16, device=device)
+    gate_up[65536:] = random_tensor(2, 32768, dtype=torch.bfloat16, device=device)
+    keep = torch.ones(1, 16384, dtype=torch.bool, device=device)
+    rows = torch.zeros(65538, dtype=torch.int32, device=device)
+    options = {"activation": "silu", "gated": True}
+    out = glu_mask_triton(gate_up, keep, rows, **options)
+    assert torch.equal(out[65536:], glu_mask_triton(gate_up[65536:], keep, rows[:2], **options))
+    assert out[65535].eq(0).all() and out[65536].ne(0).any()
+
+
 def test_opcheck(device):
     arguments = inputs([3, 2, 1, 4], 90, dtype=torch.float16, device=device)
     torch.library.opcheck(ops.glu_mask, arguments, {"activation": "gelu", "gated": True})

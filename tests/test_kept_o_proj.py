@@ -149,21 +149,14 @@ def test_projections_and_attention_are_the_masked_layer(device):
         for seed, count in enumerate((heads, kv_heads, kv_heads), 1)
     )
     wo = random_tensor(hidden, heads * dim, seed=4, scale=0.1, device=device)
-    # A KV head is needed as long as one of its query heads is.
-    needed = wave.keep.cpu().view(4, kv_heads, -1).any(dim=2)
-    kv = ops.KeptLists.of(needed, device=device)
-    slot_of_kv = needed.cumsum(1) - 1
-    width = wave.kept.width
-    q_heads = wave.kept.index[:, :width].cpu().long()
-    q_to_kv = slot_of_kv.gather(1, q_heads // (heads // kv_heads)).clamp(min=0)
-
+    lists = ops.HeadLists.of(wave.keep.cpu(), num_kv_heads=kv_heads, device=device)
+    kv, q_to_kv = lists.kv, lists.q_to_kv
     q = ops.kept_head_proj(x, wq, *wave.tables, head_dim=dim)
     k, v = (
         ops.kept_head_proj(x, w, kv.index, kv.count, wave.rows.tiles, head_dim=dim)
         for w in (wk, wv)
     )
     tiles = ops.SequencePlan.of(sizes, range(4), device=device).tiles
-    q_to_kv = q_to_kv.to(device, torch.int32)
     attended = ops.grouped_attention(q, k, v, wave.kept.count, q_to_kv, tiles, scale=0.25)
     out = ops.kept_o_proj(attended, wo, *wave.tables, None, x)
 

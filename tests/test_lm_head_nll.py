@@ -160,6 +160,20 @@ def test_takes_strided_rows(function, device):
     )
 
 
+@pytest.mark.gpu
+def test_weights_beyond_32_bits(device):
+    """256k tokens of 8192 numbers each: the last rows lie 2^31 elements away."""
+    weight = torch.zeros(262400, 8192, dtype=torch.bfloat16, device=device)
+    weight[-1] = 1.0
+    x = torch.full((3, 8192), 2.0**-10, dtype=torch.bfloat16, device=device)
+    labels = torch.tensor([0, 262399, 262398], device=device)
+    # All logits are 0, but the last token's, which is 8.
+    total = math.log(262399 + math.exp(8))
+    expected = torch.tensor([total, total - 8, total], device=device)
+    nll = lm_head_nll_triton(x, weight, labels)
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck(device):
     x, weight, labels, bias = make(6, 40, 203, device=device)
     torch.library.opcheck(ops.lm_head_nll, (x, weight, labels))

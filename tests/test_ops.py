@@ -139,3 +139,40 @@ def test_tuning_is_off_unless_asked_for(monkeypatch):
     assert tunable("best", "other") == ["best"]
     monkeypatch.setenv("BONSAI_FAST_AUTOTUNE", "1")
     assert tunable("best", "other") == ["best", "other"]
+
+
+@pytest.mark.parametrize(
+    "capability, family",
+    [((8, 0), "ampere"), ((8, 6), "ampere"), ((9, 0), "hopper"), ((12, 0), "ampere")],
+)
+def test_configurations_go_with_shared_memory(capability, family, monkeypatch):
+    """Consumer GPUs after Hopper have as little shared memory as those before it."""
+    pytest.importorskip("triton")
+    from bonsai_fast.kernels import _configs
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _configs.architecture(torch.device("cuda")) == family
+    assert _configs.architecture(torch.device("cpu")) == "ampere"
+
+
+def test_every_table_serves_every_architecture_and_element():
+    pytest.importorskip("triton")
+    from bonsai_fast.kernels import (
+        grouped_attention,
+        kept_down_proj,
+        kept_head_proj,
+        kept_o_proj,
+        kept_up_proj,
+        lm_head_nll,
+    )
+
+    modules = (kept_up_proj, kept_down_proj, kept_head_proj, kept_o_proj, lm_head_nll)
+    tables = [module.CONFIGS for module in modules] + [*grouped_attention.CONFIGS.values()]
+    places = {(family, size) for family in ("ampere", "hopper") for size in (2, 4)}
+    assert all(set(table) == places for table in tables)
+    # Kernels skip their mask on the last step when the depth divides these.
+    for module in (kept_up_proj, kept_head_proj, lm_head_nll):
+        depths = [c.kwargs["BLOCK_K"] for row in module.CONFIGS.values() for c in row]
+        assert all(module.DEEPEST % depth == 0 for depth in depths)
+    widths = [c.kwargs["BLOCK_N"] for row in kept_down_proj.CONFIGS.values() for c in row]
+    assert all(kept_down_proj.WIDEST % width == 0 for width in widths)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
-from bonsai_fast.ops import KeptLists, RowPlan, SequencePlan
+from bonsai_fast.ops import HeadLists, KeptLists, RowPlan, SequencePlan
 
 SIZES = [
     pytest.param([BLOCK_ROWS, 2 * BLOCK_ROWS], id="aligned"),
@@ -87,9 +87,27 @@ def test_kept_lists_of_nothing():
     assert KeptLists.of(torch.zeros(0, 7, dtype=torch.bool)).index.shape == (0, INDEX_PADDING)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_head_lists(num_kv_heads):
+    """Every kept query head finds the KV head it had, and no KV head is there for nothing."""
+    keep = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep[1], keep[2] = False, True
+    lists = HeadLists.of(keep, num_kv_heads=num_kv_heads)
+    assert lists.q_to_kv.shape == (5, lists.query.width) and lists.q_to_kv.dtype == torch.int32
+    for group in range(5):
+        heads = keep[group].nonzero()[:, 0].tolist()
+        assert lists.query.index[group, : len(heads)].tolist() == heads
+        kv = lists.kv.index[group, : lists.kv.count[group]].tolist()
+        assert kv == sorted({head * num_kv_heads // 6 for head in heads})
+        found = [kv[slot] for slot in lists.q_to_kv[group, : len(heads)].tolist()]
+        assert found == [head * num_kv_heads // 6 for head in heads]
+    assert lists.q_to_kv.min() >= 0 and lists.q_to_kv.max() < max(1, lists.kv.width)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: HeadLists.of(torch.ones(2, 3).bool(), num_kv_heads=2), "divide 3, got 2"),
         (lambda: RowPlan.of([3, -1]), "not be negative, got -1"),
         (lambda: RowPlan.of([2**31]), r"less than 2\^31 rows, got 2147483648"),
         (lambda: SequencePlan.of([3, 4], [0]), "expected 2 groups, one a sequence, got 1"),

@@ -138,7 +138,50 @@ class KeptLists:
         last = (count - 1).clamp(min=0)[:, None]
         index = order.gather(1, torch.minimum(slots, last)) if keep.shape[1] else slots * 0
         index = index.masked_fill(count[:, None] == 0, 0)
-        return cls(index.to(device, torch.int32), count.to(device, torch.int32), width)
+        return cls(index.to(torch.int32), count.to(torch.int32), width).to(device)
+
+    def to(self, device: torch.device | str) -> KeptLists:
+        """The same on another device."""
+        return KeptLists(self.index.to(device), self.count.to(device), self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLists:
+    """Query heads that every sub-model keeps, and the KV heads that those need.
+
+    Attributes:
+        query, kv: lists of both; a KV head is needed as long as one of its query heads is kept.
+        q_to_kv: int32 [K, query.width], the slot in `kv` of every slot in `query`.
+    """
+
+    query: KeptLists
+    kv: KeptLists
+    q_to_kv: Tensor
+
+    @classmethod
+    def of(
+        cls, keep: Tensor, *, num_kv_heads: int, device: torch.device | str = "cpu"
+    ) -> HeadLists:
+        """The lists of a keep mask of query heads.
+
+        Args:
+            keep: bool [K, Hq] on the CPU, True = kept.
+            num_kv_heads: KV heads of the model, each with neighbouring query heads of its own.
+        Raises:
+            ValueError: `keep` is none of this, or the heads do not divide.
+        """
+        query = KeptLists.of(keep)
+        num_heads = keep.shape[1]
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide {num_heads}, got {num_kv_heads}")
+        needed = keep.unflatten(1, (num_kv_heads, -1)).any(dim=2)
+        slot_of_kv = (needed.cumsum(dim=1) - 1).clamp(min=0)
+        kv_of_slot = query.index[:, : query.width].long() // (num_heads // num_kv_heads)
+        return cls(
+            query.to(device),
+            KeptLists.of(needed, device=device),
+            slot_of_kv.gather(1, kv_of_slot).to(device, torch.int32),
+        )
 
 
 def _tile(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
