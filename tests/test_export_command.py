@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,16 @@ import pytest
 from export_cases import save_pruned
 
 import bonsai_fast.export as command
-from bonsai_fast.export import main
-from bonsai_fast.exporting import Agreement, CheckError
+from bonsai_fast.export import main, parse
+from bonsai_fast.exporting import (
+    TOLERANCE,
+    Agreement,
+    CheckError,
+    check_llama_cpp,
+    reference_of,
+    to_gguf,
+)
+from bonsai_fast.exporting.check import run_engine
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -63,6 +73,45 @@ def test_a_missing_engine_is_said(
     assert "not checked" in err and "pip install xllamacpp" in err
 
 
+@pytest.mark.parametrize(
+    "stderr, code, said",
+    [
+        ("x\na.cpp:7: GGML_ASSERT(b) failed\nbacktrace", -6, "a.cpp:7: GGML_ASSERT(b) failed (sig"),
+        ("(E) ERROR ValueError: no head\nRuntimeError: Engine core initialization failed.", 1,
+         "ValueError: no head (exit code 1)"),
+        ("", 1, "no message (exit code 1)"),
+    ],
+)  # fmt: skip
+def test_what_a_failed_engine_said(
+    stderr: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess([], code, "", stderr)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
+    with pytest.raises(CheckError) as caught:
+        run_engine("the engine", Path("script.py"), {})
+    assert f"the engine does not run it: {said}" in str(caught.value)
+
+
+def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    save_pruned(tmp_path / "model", "llama3")
+    reference = reference_of(tmp_path / "model")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(CheckError, match=r"does not run it: .*exit code|signal"):
+        check_llama_cpp(tmp_path / "broken.gguf", reference, tolerance=1.0)
+
+
+def test_a_file_of_another_model(tmp_path: Path) -> None:
+    """The comparison can fail."""
+    pytest.importorskip("xllamacpp")
+    save_pruned(tmp_path / "model", "llama3")
+    save_pruned(tmp_path / "other", "llama3", "mlp of layer 1")
+    reference = reference_of(tmp_path / "model")
+    to_gguf(tmp_path / "other", tmp_path / "other.gguf", precision="f32")
+    with pytest.raises(CheckError, match=r"accepted is a mean of|is not among its"):
+        check_llama_cpp(tmp_path / "other.gguf", reference, tolerance=TOLERANCE["f32"])
+
+
 def test_a_result_that_differs_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +122,15 @@ def test_a_result_that_differs_is_an_error(
     monkeypatch.setattr(command, "check", differs)
     code, out, err = run(capsys, tmp_path / "model", "--check")
     assert code == 1 and out == "" and "error: llama.cpp says something else" in err
+
+
+def test_commands_of_the_documentation_parse() -> None:
+    page = Path(__file__).parents[1] / "docs" / "export.md"
+    commands = re.findall(r"python -m bonsai_fast\.export ([^`\n]+)", page.read_text())
+    assert len(commands) >= 5
+    for command_line in commands:
+        model, options = parse(command_line.split())
+        assert model == "RUN" and options.format in ("gguf", "padded", "decilm")
 
 
 BAD = {

@@ -22,7 +22,7 @@ from bonsai_fast.units import Layout
     "family, mask",
     [
         *((family, "irregular") for family in FAMILIES),
-        *((family, "middle layer gone") for family in FAMILIES),
+        *((family, "middle layer gone") for family in ("llama_bias", "qwen2", "phi", "opt_post")),
         *((family, "half") for family in ("llama3", "phi_gqa", "bloom")),
         *((family, "everything gone") for family in ("llama3", "phi_gqa", "bloom", "qwen2")),
     ],

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -151,9 +152,15 @@ def run_engine(engine: str, script: Path, request: dict[str, Any]) -> Any:
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a failed process said: the assertion that failed, the engine's error, the last line."""
+    """What a failed process said: the assertion that failed, its error, or its last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     asserted = [line for line in lines if "GGML_ASSERT" in line]
-    refused = [line for line in lines if " E " in line or line.startswith("E ")]
+    # vLLM's engine fails in a process of its own, whose error comes before this one
+    errors = [
+        found[0]
+        for line in lines
+        if "Engine core initialization failed" not in line
+        and (found := re.search(r"\b\w+Error: .+", line))
+    ]
     end = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    return f"{(asserted or refused or lines[-1:] or ['no message'])[0]} ({end})"
+    return f"{(asserted[:1] or errors[-1:] or lines[-1:] or ['no message'])[0]} ({end})"
