@@ -24,7 +24,12 @@ OPTIONS: dict[str, dict[str, object]] = {
     "layerwise-ppl": {},
     "flap": {},
     "taylor": {},
-    "policy-gradient": {"rounds": 5, "submodels_per_round": 4, "batch_size": 2},
+    "policy-gradient": {
+        "rounds": 5,
+        "submodels_per_round": 4,
+        "batch_size": 2,
+        "learning_rate": 0.2,  # few steps shall matter
+    },
     "mini-llm": {"directions": 2},
 }
 SEEDED = {"random", "policy-gradient", "mini-llm"}
