@@ -28,7 +28,9 @@ OPTIONS: dict[str, dict[str, object]] = {
         "rounds": 5,
         "submodels_per_round": 4,
         "batch_size": 2,
-        "learning_rate": 0.2,  # few steps shall matter
+        # few steps shall matter
+        "learning_rate": 0.1,
+        "granularity": "units",
     },
     "mini-llm": {"directions": 2},
 }
