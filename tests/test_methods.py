@@ -24,7 +24,14 @@ OPTIONS: dict[str, dict[str, object]] = {
     "layerwise-ppl": {},
     "flap": {},
     "taylor": {},
-    "policy-gradient": {"rounds": 5, "submodels_per_round": 4, "batch_size": 2},
+    "policy-gradient": {
+        "rounds": 5,
+        "submodels_per_round": 4,
+        "batch_size": 2,
+        # few steps shall matter
+        "learning_rate": 0.1,
+        "granularity": "units",
+    },
     "mini-llm": {"directions": 2},
 }
 SEEDED = {"random", "policy-gradient", "mini-llm"}
