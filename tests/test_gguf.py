@@ -453,6 +453,16 @@ def _no_report(directory: Path) -> None:
     (directory / "bonsai_report.json").unlink()
 
 
+def _compensated(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"output_bias": True}))
+    weights = load_file(directory / "model.safetensors")
+    projections = [n for n in weights if n.endswith(("o_proj.weight", "down_proj.weight"))]
+    for name in projections:
+        weights[name.replace("weight", "bias")] = torch.ones(len(weights[name]))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 WRONG_PARENTS = {
     "quantized": (lambda t: dense_file(t / "p", "llama3", "q8_0"), None, "is quantized"),
     "other heads": (lambda t: dense_file(t / "p", "llama"), None, "has other widths"),
@@ -461,6 +471,11 @@ WRONG_PARENTS = {
         lambda t: dense_file(t / "p", "llama3"),
         _other_weights,
         r"blk\.1\.ffn_down\.weight is off by 9\.1%; leave out --gguf-parent",
+    ),
+    "biases that are not in it": (
+        lambda t: dense_file(t / "p", "llama3"),
+        _compensated,
+        "has biases that .* has not; leave out --gguf-parent",
     ),
     "no report": (lambda t: dense_file(t / "p", "llama3"), _no_report, "says what is kept"),
     "no file": (lambda t: t / "none.gguf", None, "not readable as GGUF"),

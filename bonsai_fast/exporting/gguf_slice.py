@@ -78,6 +78,8 @@ def to_gguf_from_parent(
     saved = open_saved(model)
     check_model(saved)
     dense = DenseGGUF(parent)
+    if saved.has_output_biases and not dense.has_output_biases:
+        raise ValueError(f"{saved.directory} has biases that {parent} has not; {LEAVE_OUT}")
     kept = kept_layers(saved)
     dense.keep(kept)
     if tuple(dense.shapes()) != saved.shapes:
