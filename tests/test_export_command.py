@@ -108,7 +108,7 @@ def test_a_file_of_another_model(tmp_path: Path) -> None:
     save_pruned(tmp_path / "other", "llama3", "mlp of layer 1")
     reference = reference_of(tmp_path / "model")
     to_gguf(tmp_path / "other", tmp_path / "other.gguf", precision="f32")
-    with pytest.raises(CheckError, match=r"accepted is a mean of|is not among its"):
+    with pytest.raises(CheckError, match="accepted is a mean of"):
         check_llama_cpp(tmp_path / "other.gguf", reference, tolerance=TOLERANCE["f32"])
 
 
