@@ -125,8 +125,8 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
 
 def command(parent: Path, run: Path) -> list[str]:
     flags = "--preset paper --rounds 3 --sparsity 0.25 --submodels-per-round 50"
-    # one sub-model a batch, so that there is something to interrupt
-    flags += " --num-sequences 4 --sequence-length 64 --memory-budget 4MiB --evaluation-tokens 256"
+    # few sub-models a batch, so that there is something to interrupt
+    flags += " --num-sequences 4 --sequence-length 64 --memory-budget 600KB --evaluation-tokens 256"
     return [
         sys.executable,
         "-P",
