@@ -14,7 +14,7 @@ from bonsai_fast.exporting.gguf_dense import PARENTS, DenseGGUF, KeptLayer
 from bonsai_fast.exporting.gguf_file import Precision, write_gguf
 from bonsai_fast.exporting.gguf_metadata import layer_fields, prefixed
 from bonsai_fast.exporting.gguf_tensors import pair_order, tensor_specs
-from bonsai_fast.exporting.gguf_weights import SavedTensors
+from bonsai_fast.exporting.gguf_weights import BLOCK, TOP, SavedTensors
 from bonsai_fast.exporting.result import Exported
 from bonsai_fast.exporting.source import SavedModel, open_saved
 
@@ -116,9 +116,14 @@ def kept_layers(saved: SavedModel) -> list[KeptLayer]:
 def _compare(saved: SavedModel, dense: DenseGGUF) -> None:
     """Make sure that what is cut out is the model."""
     own = SavedTensors(saved)
-    top = ("token_embd.weight", "output_norm.weight", "output.weight")
-    names = [*top, *(name for name in dense.tensors if name.startswith("blk."))]
-    for name in names:
+    own.check_complete()
+    blocks = (
+        f"blk.{layer}.{role}.{kind}"
+        for layer in range(dense.num_layers)
+        for role in BLOCK
+        for kind in ("weight", "bias")
+    )
+    for name in (*TOP, *blocks):
         if own.has(name) != dense.has(name):
             raise ValueError(f"{dense.path} is of another model: only one of them has {name}")
         if not own.has(name):
