@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from export_cases import (
     windowless,
 )
 from families import FAMILIES, VOCABULARY
+from full_disk import small_files
 from gguf_cases import Read, dense_file, exported
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -322,18 +321,10 @@ def test_existing_files_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "model.gguf").read_text() == "precious"
 
 
-@pytest.fixture
-def small_files() -> Iterator[Any]:
-    """Call it, and no file may grow beyond 8 KiB: to the code that writes weights, a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_no_debris(small_files: Any, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_debris(tmp_path: Path) -> None:
     save_pruned(tmp_path / "model", "llama")
-    small_files()
-    with pytest.raises(OSError, match=r"could not write .*model\.gguf: ") as caught:
+    message = r"could not write .*model\.gguf: "
+    with small_files(), pytest.raises(OSError, match=message) as caught:
         to_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from families import FAMILIES
+from full_disk import small_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from surgery_cases import MASKS, TOLERANCE, difference, logits_of, tokens
@@ -451,19 +450,10 @@ def test_quantized_models_are_refused(tmp_path: Path) -> None:
         save_pretrained(model, tmp_path / "model")
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 8 KiB: to the code that writes weights, a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_leaves_no_debris(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"could not save the model to .*model: ") as caught:
-        save_pretrained(pruned("gemma"), tmp_path / "model")
+    model, message = pruned("gemma"), r"could not save the model to .*model: "
+    with small_files(), pytest.raises(OSError, match=message) as caught:
+        save_pretrained(model, tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

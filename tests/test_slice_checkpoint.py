@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from full_disk import small_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -321,17 +321,8 @@ def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
         slice_checkpoint(parent, keep, tmp_path / "short")
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 8 KiB: to the code that writes weights, a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_said_before_and_during_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, model = saved("llama", tmp_path)
     keep = keep_for(model, "half")
@@ -339,8 +330,8 @@ def test_a_full_disk_is_said_before_and_during_the_work(
         patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
         with pytest.raises(OSError, match=r"could not save .*: the disk is full: .* are needed"):
             slice_checkpoint(parent, keep, tmp_path / "short")
-    request.getfixturevalue("small_files")
-    with pytest.raises(OSError, match=r"could not save the model to .*short: ") as caught:
+    message = r"could not save the model to .*short: "
+    with small_files(), pytest.raises(OSError, match=message) as caught:
         slice_checkpoint(parent, keep, tmp_path / "short")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
