@@ -18,11 +18,10 @@ from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequen
 from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
-from bonsai_fast.models import AttentionBlock
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.surgery import remove_units, save_pretrained, verify_saved
+from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
 from bonsai_fast.timing import measure_latency
 from bonsai_fast.units import Layout
 
@@ -267,17 +266,14 @@ def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
 def _report(search: Search, keep: torch.Tensor) -> dict[str, Any]:
     """What bonsai_report.json says: which parts of the parent are left, by layer."""
     config = search.task.config
-    kept: dict[str, dict[str, list[int]]] = {}
-    for block, mask in search.task.layout.keep_by_block(keep):
-        part = "heads" if isinstance(block, AttentionBlock) else "channels"
-        kept.setdefault(str(block.layer), {})[part] = mask.nonzero().flatten().tolist()
+    kept = kept_positions(search.task.layout, keep)
     return {
         "parent": search.run.identity["parent"],
         **{
             name: getattr(config, name)
             for name in ("target_text", "method", "preset", "head_layout", "round_to", "seed")
         },
-        "kept": kept,
+        "kept": {str(layer): parts for layer, parts in enumerate(kept)},
     }
 
 

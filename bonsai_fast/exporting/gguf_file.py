@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import gguf
 import numpy
@@ -19,7 +19,6 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from bonsai_fast.exporting.gguf_tensors import TensorSpec
 
 Precision = Literal["f32", "f16", "bf16", "q8_0"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),

@@ -21,7 +21,7 @@ from bonsai_fast.allocation import Target, standardised
 from bonsai_fast.hub import takes_output_biases
 from bonsai_fast.methods.one_shot import cut
 from bonsai_fast.methods.search import Plan, Search, Task
-from bonsai_fast.models import AttentionBlock, family_of
+from bonsai_fast.models import family_of
 from bonsai_fast.prior import column_importance
 from bonsai_fast.statistics import collect_statistics
 
@@ -48,8 +48,7 @@ class Flap:
             cast(Any, smaller.base_model).add_output_biases()
         without: list[str] = []
         for block, kept in layout.keep_by_block(keep):
-            width = block.head_dim if isinstance(block, AttentionBlock) else 1
-            gone = ~kept.repeat_interleave(width)
+            gone = ~kept.repeat_interleave(block.part_width)
             if not bool(gone.any()):
                 continue
             bias = cast(nn.Linear, smaller.get_submodule(block.output)).bias

@@ -55,6 +55,11 @@ class AttentionBlock:
     norm: str | None
 
     @property
+    def part_width(self) -> int:
+        """Columns of the output projection that one query head feeds."""
+        return self.head_dim
+
+    @property
     def num_heads(self) -> int:
         return len(self.kv_of_head)
 
@@ -93,6 +98,11 @@ class MLPBlock:
     num_channels: int
     cuts: tuple[Cut, ...]
     norm: str | None
+
+    @property
+    def part_width(self) -> int:
+        """Columns of the output projection that one channel feeds."""
+        return 1
 
     def kept_parts(self, keep_channels: torch.Tensor) -> torch.Tensor:
         """bool [I] -> bool [I]; a channel is its own part."""

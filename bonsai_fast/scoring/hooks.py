@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from bonsai_fast.models import AttentionBlock, Block
+from bonsai_fast.models import Block
 from bonsai_fast.scoring.engine import Progress
 from bonsai_fast.scoring.memory import rows_within
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
@@ -89,8 +89,8 @@ class HooksEngine:
 
     @contextmanager
     def _masked(self, block: Block, keep: torch.Tensor) -> Iterator[None]:
-        width = block.head_dim if isinstance(block, AttentionBlock) else 1
-        removed = ~keep.repeat_interleave(width, dim=1).unsqueeze(1)  # (R, 1, in_features)
+        columns = keep.repeat_interleave(block.part_width, dim=1)
+        removed = ~columns.unsqueeze(1)  # (R, 1, in_features)
 
         def zero_removed(
             module: nn.Module, inputs: tuple[torch.Tensor, ...]

@@ -174,8 +174,7 @@ class _Step:
     def _columns(self, removed: Tensor) -> Tensor:
         """Parts, bool [..., parts] -> columns of the output projection, on the device."""
         block = self.sublayer.block
-        width = block.head_dim if isinstance(block, AttentionBlock) else 1
-        return removed.repeat_interleave(width, dim=-1).to(self.rows.device)
+        return removed.repeat_interleave(block.part_width, dim=-1).to(self.rows.device)
 
     @property
     def _num_parts(self) -> int:
