@@ -2,7 +2,7 @@
 
 from bonsai_fast.methods import one_shot
 from bonsai_fast.methods.bonsai import Bonsai
-from bonsai_fast.methods.budget import within_tokens
+from bonsai_fast.methods.budget import KNOBS, within_tokens
 from bonsai_fast.methods.flap import Flap
 from bonsai_fast.methods.layerwise import LayerwisePPL
 from bonsai_fast.methods.mini_llm import MiniLLM
@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
 }
 
 __all__ = [
+    "KNOBS",
     "METHODS",
     "Compensates",
     "Method",
