@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bonsai_fast.allocation import Target
+from bonsai_fast.allocation import TOLERANCE, Target
 from bonsai_fast.chart import Panel, draw
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
@@ -74,6 +74,11 @@ class Cell:
     peak_bytes: int | None
     protocol: dict[str, Any]
     tasks: dict[str, dict[str, float]]
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether the sparsity is what was asked for, to 0.5 % of it."""
+        return abs(self.asked - self.sparsity) <= TOLERANCE * self.asked
 
 
 class Comparison:
@@ -286,7 +291,7 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
     for cell in sorted(cells, key=lambda cell: (cell.asked, cell.perplexity)):
         table.add_row(
             cell.method,
-            f"{cell.sparsity:.2%}",
+            f"{cell.sparsity:.2%}" + ("" if cell.within_tolerance else "*"),
             f"{cell.perplexity:.2f}",
             f"x{cell.perplexity / dense.value:.2f}",
             f"{cell.tokens:,}",
@@ -297,4 +302,6 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
         f"{dense.dataset}, {dense.tokens:,} predicted tokens, window {dense.window}; "
         "peak memory is the search's beside the weights"
     )
+    if not all(cell.within_tolerance for cell in cells):
+        table.caption += f"; * off by more than {TOLERANCE:.1%}: the layers allow no finer steps"
     return table

@@ -173,6 +173,22 @@ def test_what_is_told_is_not_fitted_to_the_budget(parent: Path, tmp_path: Path, 
     assert config["config"]["rounds"] == 1
 
 
+def test_the_table_marks_what_misses_its_target(parent: Path, tmp_path: Path, capsys) -> None:
+    """Widths in steps of 32 are too coarse for so small a model, single channels are not."""
+    for round_to, misses in (("32", True), ("1", False)):
+        code, out, err = compare(
+            capsys, parent, "--methods", "wanda-sp,flap,random", "--sparsity", "0.3,0.45",
+            "--round-to", round_to, "--output", tmp_path / round_to, *FLAGS,
+        )  # fmt: skip
+        assert code == 0, err
+        off = [
+            abs(cell["asked"] - cell["sparsity"]) > 0.005 * cell["asked"]
+            for cell in json.loads(out.splitlines()[-1])["cells"]
+        ]
+        assert any(off) == misses and err.count("%*") == sum(off)
+        assert ("off by more than 0.5%" in " ".join(err.split())) == misses
+
+
 def test_chart_places_points_inside_and_skips_what_it_cannot_show() -> None:
     series = {
         "a <b> & c": [(0.5, 100.0), (0.0, 10.0), (0.9, math.inf), (0.7, math.nan)],
