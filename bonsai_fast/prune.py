@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Literal, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,13 @@ from bonsai_fast.pipeline import (
 )
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
+from bonsai_fast.scoring import default_budget, parse_bytes
+from bonsai_fast.streaming import (
+    device_memory,
+    local_directory,
+    open_streamed,
+    weight_bytes,
+)
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -61,6 +69,13 @@ class CommandOptions:
         metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
     )
     plan: bool = field(default=False, metadata={"help": "Print what would be done, and stop."})
+    stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the layers from disk in turns instead of loading the model; done by "
+            "itself if the weights and --memory-budget exceed the device's memory."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a checkpoint carries."}
     )
@@ -114,6 +129,52 @@ def load_parent(
     return cast(Any, model).to(device).eval(), tokenizer
 
 
+def open_parent(
+    name: str | None, config: PruneConfig, options: CommandOptions, reporter: Reporter
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent, or stream it if that is asked for or it does not fit.
+
+    Raises:
+        ValueError, OSError: as `load_parent`.
+    """
+    directory = _streamed_from(name, config, options)
+    if directory is None:
+        return load_parent(name, options)
+    trust = options.trust_remote_code
+    try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust)  # has the clearest errors
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name or NAME} cannot be opened: {error}") from error
+    model = open_streamed(
+        directory,
+        device=_device(options.device),
+        dtype=DTYPES.get(options.dtype),
+        trust_remote_code=trust,
+    )
+    # the run is the same as that of the loaded model
+    model.config.name_or_path = NAME if name is None else name
+    if not options.stream:
+        reporter.note(f"{name or NAME} does not fit into memory: its layers are streamed from disk")
+    return model, tokenizer
+
+
+def _streamed_from(name: str | None, config: PruneConfig, options: CommandOptions) -> Path | None:
+    """The directory that a parent is to be streamed from; None if it is to be loaded."""
+    path = str(embedded_model()) if name is None else name
+    device = _device(options.device)
+    if options.stream:
+        return local_directory(path, download=True)
+    asked = config.memory_budget
+    budget = default_budget(device) if asked is None else parse_bytes(asked)
+    try:
+        directory = local_directory(path, download=False)
+        needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget
+    except (OSError, ValueError, SafetensorError):
+        return None  # loading says what is wrong, or knows other formats
+    return directory if needed > device_memory(device) else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -122,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         with reporter.busy(f"loading {name or NAME} and its text"):
-            model, tokenizer = load_parent(name, options)
+            model, tokenizer = open_parent(name, config, options, reporter)
             task, evaluation = prepare(model, tokenizer, config)
         if options.plan:
             return _print_plan(task, reporter)

@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"pipeline"},
+    "pipeline": {"delivery", "pipeline"},
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "ledger"),
