@@ -183,9 +183,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
         scorer = MaskScorer(model, engine="fused", route=route)
         counted: Counter[str] = Counter()
 
-        def counting(operands, states, positions, workspace):
+        def counting(operands, states, *arguments, **options):
             counted[operands.spec.block.output.removeprefix("model.layers.")] += len(states)
-            return inner(operands, states, positions, workspace)
+            return inner(operands, states, *arguments, **options)
 
         inner = wave_module.inner
         monkeypatch.setattr(wave_module, "inner", counting)

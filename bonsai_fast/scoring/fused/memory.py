@@ -62,14 +62,15 @@ class FusedWorkingSet:
         common = (3 * element + 4) * width
         # query and its rotation; K, V and rotated K; norms of heads; attended, K and V spread out
         heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
-        per_token = common + max(heads, element * 2 * channels)
+        device = nll.head.weight.device.type
+        # gate and up; where one pass makes the activation of both, that as well
+        per_token = common + max(heads, element * (3 if device == "cuda" else 2) * channels)
         largest = max(
             (
                 _parameters(2 * query + 2 * key, query, width),
                 _parameters(3 * channels, channels, width),
             )
         )
-        device = nll.head.weight.device.type
         return cls(
             state=length * width * element,
             layer=int(SAFETY * length * per_token),

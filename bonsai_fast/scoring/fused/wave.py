@@ -13,12 +13,10 @@ from bonsai_fast.scoring.fused.operands import Operands, Slicer, dense
 from bonsai_fast.scoring.fused.passes import inner, project_out
 from bonsai_fast.scoring.fused.policy import Route, choose
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
 from bonsai_fast.scoring.fused.tree import MaskTree, Node
 from bonsai_fast.scoring.fused.workspace import Workspace
-
-# a node on which no mask is put: all is kept, or what is not has been sliced away
-WHOLE = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +31,7 @@ class Wave:
         chunk_rows: (sub-model, sequence) pairs that go through a sub-layer at once.
         route: see `policy`.
         workspace: shared by all waves.
+        kernels: whether the project's own ops do what PyTorch's functions could do as well.
     """
 
     structure: Structure
@@ -43,6 +42,7 @@ class Wave:
     chunk_rows: int
     route: Route
     workspace: Workspace
+    kernels: bool = False
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Where the states of all leaves are going to be: [leaves, B, T, D].
@@ -117,7 +117,7 @@ class _Step:
         for begin in range(0, self.sequences, wave.chunk_rows):
             here = slice(begin, min(begin + wave.chunk_rows, self.sequences))
             source = self.states[node.slot, here]
-            inputs = inner(operands, source, wave.positions, wave.workspace)
+            inputs = self._inner(operands, source, None)
             # the first child has the node's own slot, which the others read: it comes last
             children = list(range(len(node.children)))[::-1]
             together = max(1, wave.chunk_rows // len(source))
@@ -143,6 +143,7 @@ class _Step:
     def _run(self, operands: Operands, nodes: list[tuple[int, int]]) -> None:
         """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time."""
         wave, sequences = self.wave, self.sequences
+        table = self._table([mask for _, mask in nodes])
         rows = [slot * sequences + number for slot, _ in nodes for number in range(sequences)]
         for begin in range(0, len(rows), wave.chunk_rows):
             chunk = rows[begin : begin + wave.chunk_rows]
@@ -154,15 +155,19 @@ class _Step:
             else:
                 source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
                 torch.index_select(self.rows, 0, index, out=source)
-            inputs = inner(operands, source, wave.positions, wave.workspace)
-            if any(mask != WHOLE for mask in masks):
-                kept = self._kept(masks)
-                kept[torch.tensor(masks) == WHOLE] = True
-                # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
-                inputs.masked_fill_(self._columns(~kept)[:, None], 0)
+            inputs = self._inner(operands, source, table.of_rows(masks))
             source.add_(project_out(operands, inputs, self._out(len(chunk))))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
+
+    def _inner(self, operands: Operands, source: Tensor, masks: RowMasks | None) -> Tensor:
+        wave = self.wave
+        return inner(operands, source, wave.positions, wave.workspace, masks, kernels=wave.kernels)
+
+    def _table(self, masks: list[int]) -> MaskTable:
+        different = sorted(set(masks) - {WHOLE})
+        width = self.sublayer.block.part_width
+        return MaskTable(different, self._kept(different), width, self.rows.device)
 
     def _out(self, rows: int) -> Tensor:
         return self.wave.workspace("out", rows, *self.rows.shape[1:])
