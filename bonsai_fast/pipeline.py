@@ -18,8 +18,6 @@ from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequen
 from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.streaming import named_weights
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
@@ -73,33 +71,6 @@ class PruneResult:
     def keep_mask(self) -> torch.Tensor:
         """bool [P], the units of the run's layout (its attention and sublayers) that were kept."""
         return load_mask(Path(self.run) / "masks" / "final.safetensors").keep
-
-
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig | None = None,
-    *,
-    output_dir: str | Path,
-    reporter: Reporter | None = None,
-) -> PruneResult:
-    """Prune a model, save the result and compare it with its parent.
-
-    Args:
-        model: the parent; unchanged when this returns.
-        tokenizer: its tokenizer, saved with the result.
-        config: what to do; the default configuration if None.
-        output_dir: the run's directory. The same call there resumes; another target there, once the
-            run has finished, is met from the recorded evaluations alone. The model is saved in its
-            folder `model`.
-        reporter: where progress is shown; stderr if None.
-    Raises:
-        ValueError: anything about the request that cannot be met, before any work is done.
-        OSError: a file could not be written.
-    """
-    task, evaluation = prepare(model, tokenizer, config or PruneConfig())
-    run = open_run(Path(output_dir), task.config, task.layout, model, task.calibration.sha256)
-    return execute(Search(task, run, reporter or Reporter()), tokenizer, evaluation)
 
 
 def prepare(
@@ -223,7 +194,7 @@ def _deliver(
     with torch.inference_mode():
         logits = smaller(input_ids=tokens.to(smaller.device), use_cache=False).logits.float().cpu()
     difference = verify_saved(
-        directory, tokens, logits, tolerance=_tolerance(logits, smaller.dtype)
+        directory, tokens, logits, tolerance=logit_tolerance(logits, smaller.dtype)
     )
     reporter.note(f"it gives the same logits there (largest difference {difference:.2g})")
     reporter.note(f"measuring perplexity on {evaluation.source}: {evaluation.description}")
@@ -258,7 +229,7 @@ def _deliver(
     )
 
 
-def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
+def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
     """Largest difference that is rounding: the same weights, perhaps other kernels."""
     share = 1e-4 if dtype == torch.float32 else 3e-2
     return share * float(logits.abs().max())
