@@ -21,7 +21,7 @@ from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.streaming import named_weights
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
-from bonsai_fast.timing import measure_latency
+from bonsai_fast.timing import Workload, measure_latency
 from bonsai_fast.units import Layout
 
 # windows for calibration and evaluation are no longer than this unless asked for
@@ -60,7 +60,7 @@ class PruneResult:
     dense_perplexity: float
     pruned_perplexity: float
     protocol: dict[str, Any]
-    latency: dict[str, dict[str, float]]
+    latency: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, dict[str, float]]]
     submodels_scored: int
     tokens_scored: int
@@ -200,7 +200,8 @@ def _deliver(
     reporter.note(f"measuring perplexity on {evaluation.source}: {evaluation.description}")
     dense, pruned = perplexity(model, evaluation), perplexity(smaller, evaluation)
     reporter.note("measuring latency, dense and pruned in turns")
-    latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
+    models = {"dense": model, "pruned": smaller}
+    latency = measure_latency(models, Workload.fitting(models))
     tasks = {}
     if task.config.tasks is not None:
         names = task.config.task_names
@@ -273,13 +274,17 @@ def result_table(result: PruneResult) -> Table:
         ("decode_tokens_per_s", "decode, tokens/s"),
     ):
         table.add_row(
-            label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{pruned[name] / dense[name]:.2f}"
+            label,
+            f"{dense[name]:.1f}",
+            f"{pruned[name]:.1f}",
+            f"x{pruned[name.replace('tokens_per_s', 'speedup')]:.2f}",
         )
     protocol = result.protocol
     table.caption = (
         f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
         f"window {protocol['window']}, "
-        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns"
+        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns, "
+        f"{dense['decode_tokens']} tokens behind a prompt of {dense['prefill_tokens']}"
     )
     return table
 

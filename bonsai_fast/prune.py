@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -90,20 +92,39 @@ def load_parent(
     Raises:
         ValueError, OSError: no such model, unknown model type, or no such device.
     """
-    device = _device(options.device)
-    path = str(embedded_model()) if name is None else name
-    trust = options.trust_remote_code
-    dtype = DTYPES.get(options.dtype, "auto")
-    try:
+    with _loading(name):
         # first, because it has the clearest errors
-        AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name or path} cannot be loaded: {error}") from error
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            _path(name), trust_remote_code=options.trust_remote_code
+        )
+    return load_model(name, options), tokenizer
+
+
+def load_model(name: str | None, options: CommandOptions) -> PreTrainedModel:
+    """Load a model alone; arguments and errors as in `load_parent`."""
+    device = _device(options.device)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
+        )
     if name is None:
         model.config.name_or_path = NAME  # the same wherever the cache lies
-    return cast(Any, model).to(device).eval(), tokenizer
+    return cast(PreTrainedModel, cast(Any, model).to(device).eval())
+
+
+def _path(name: str | None) -> str:
+    return str(embedded_model()) if name is None else name
+
+
+@contextmanager
+def _loading(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name or NAME} cannot be loaded: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,7 +30,15 @@ LAYERS: dict[str, set[str]] = {
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
         *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "run_directory"),
-        *("scoring", "selection", "statistics", "streaming", "surgery", "timing"),
+        *(
+            "scoring",
+            "selection",
+            "semi_structured",
+            "statistics",
+            "streaming",
+            "surgery",
+            "timing",
+        ),
     },
     "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
