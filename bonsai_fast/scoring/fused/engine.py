@@ -44,6 +44,9 @@ class FusedEngine:
         nll: the model and its loss.
         memory_budget: bytes.
         route: how masked sub-layers are computed.
+    Attributes:
+        kernels: whether the project's own ops do what PyTorch's functions could do as well: on
+            CUDA, where those are kernels; True elsewhere runs their plain versions.
     Raises:
         UnsupportedStructureError: the model is of another kind.
     """
@@ -54,6 +57,7 @@ class FusedEngine:
         self, layout: Layout, nll: SequenceNLL, memory_budget: int, route: Route = "auto"
     ) -> None:
         self.layout, self.nll, self.route = layout, nll, route
+        self.kernels = nll.head.weight.device.type == "cuda"
         self._budget = memory_budget
         self._hooks = HooksEngine(layout, nll, memory_budget)
         structure = self._structure()
@@ -94,7 +98,7 @@ class FusedEngine:
             route = self.route if schedule.slices else "dense"
             wave = Wave(
                 structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows, route,
-                workspace,
+                workspace, self.kernels,
             )  # fmt: skip
             pairs = (leaves.stop - leaves.start) * len(tokens)
             states = wave.embed(tokens)
@@ -121,7 +125,10 @@ class FusedEngine:
         )
         parts = []
         for rows in input_ids.split(min(schedule.wave_rows, schedule.chunk_rows)):
-            wave = Wave(structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace)
+            wave = Wave(
+                structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace,
+                self.kernels,
+            )  # fmt: skip
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock, Block, MLPBlock
+from bonsai_fast.scoring.fused.activations import kernel_name
 from bonsai_fast.streaming import LayerStream, stream_of
 from bonsai_fast.units import Layout
 
@@ -79,7 +80,11 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """One gated MLP: output(activation(gate(x)) * up(x))."""
+    """One gated MLP: output(activation(gate(x)) * up(x)).
+
+    Attributes:
+        activation_name: what the ops call it; None if they do not have it.
+    """
 
     block: MLPBlock
     norm: Norm
@@ -87,6 +92,7 @@ class MLP:
     up: Projection
     output: Projection
     activation: Callable[[Tensor], Tensor]
+    activation_name: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +257,8 @@ def _mlp(layer: nn.Module, path: str, block: MLPBlock, seen: set[str]) -> MLP:
     )
     if activation is None:
         raise UnsupportedStructureError(f"{path}.{name} has none of {ACTIVATION_NAMES}")
-    return MLP(block, norm, gate, up, _linear(layer, output, seen), activation)
+    down = _linear(layer, output, seen)
+    return MLP(block, norm, gate, up, down, activation, kernel_name(activation))
 
 
 def _removed(layer: nn.Module, path: str, name: str, seen: set[str]) -> Removed:
