@@ -4,6 +4,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.hub import register
 from bonsai_fast.pipeline import PruneResult, prune
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.streaming import open_streamed, stream_layers
 from bonsai_fast.surgery import remove_units, save_pretrained
 from bonsai_fast.units import Layout, Unit
 
@@ -14,9 +15,11 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "Unit",
+    "open_streamed",
     "prune",
     "remove_units",
     "save_pretrained",
+    "stream_layers",
 ]
 
 # so that AutoModelForCausalLM.from_pretrained finds pruned models

@@ -21,6 +21,7 @@ from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.streaming import named_weights
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
 from bonsai_fast.timing import measure_latency
 from bonsai_fast.units import Layout
@@ -184,7 +185,7 @@ def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
 
 def check_finite(model: PreTrainedModel) -> None:
     """Raise ValueError if a weight is NaN or Inf."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from bonsai_fast.config import PruneConfig, as_dict
 from bonsai_fast.ledger import Ledger, write_json
 from bonsai_fast.mask_files import save_mask
+from bonsai_fast.streaming import named_weights
 from bonsai_fast.units import Layout
 
 FORMAT = 1
@@ -146,7 +147,7 @@ def run_identity(
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash of a model's parameter names, shapes, dtypes and a spread of their values."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         flat = parameter.detach().flatten()
         step = max(1, len(flat) // FINGERPRINT_VALUES)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
