@@ -21,7 +21,7 @@ from bonsai_fast.surgery import (
     slice_checkpoint,
     verify_saved,
 )
-from bonsai_fast.timing import measure_latency
+from bonsai_fast.timing import Workload, measure_latency
 
 VERIFIED_TOKENS = 64
 
@@ -42,7 +42,7 @@ class Delivery:
     parameters: int
     dense: Perplexity
     pruned: Perplexity
-    latency: dict[str, dict[str, float]]
+    latency: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, dict[str, float]]]
     max_logit_difference: float
 
@@ -69,12 +69,13 @@ def deliver(
     tokens = evaluation.input_ids[:1, :VERIFIED_TOKENS]
     logits = _logits(smaller, tokens)
     difference = verify_saved(
-        directory, tokens, logits, tolerance=_tolerance(logits, smaller.dtype)
+        directory, tokens, logits, tolerance=logit_tolerance(logits, smaller.dtype)
     )
     reporter.note(f"it gives the same logits there (largest difference {difference:.2g})")
     dense, pruned = _perplexities(search, smaller, evaluation)
     reporter.note("measuring latency, dense and pruned in turns")
-    latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
+    models = {"dense": model, "pruned": smaller}
+    latency = measure_latency(models, Workload.fitting(models))
     tasks = {}
     if task.config.tasks is not None:
         names = task.config.task_names
@@ -132,7 +133,7 @@ def _deliver_streamed(
     with masked(model, layout, keep[None].to(model.device)):
         expected = _logits(model, tokens)
     difference = float((_logits(smaller, tokens) - expected).abs().max())
-    tolerance = _tolerance(expected, model.dtype)
+    tolerance = logit_tolerance(expected, model.dtype)
     if not difference <= tolerance:  # NaN is not
         raise SavedModelError(
             f"{directory} opens, but its logits differ by {difference:.3g}, "
@@ -163,7 +164,7 @@ def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().cpu()
 
 
-def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
+def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
     """Largest difference that is rounding: the same weights, perhaps other kernels."""
     share = 1e-4 if dtype == torch.float32 else 3e-2
     return share * float(logits.abs().max())

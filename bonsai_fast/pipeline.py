@@ -18,19 +18,9 @@ from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequen
 from bonsai_fast.delivery import Delivery, deliver
 from bonsai_fast.evaluation import check_tasks
 from bonsai_fast.mask_files import load_mask
-<<<<<<< HEAD
 from bonsai_fast.methods import METHODS, Plan, Search, Task
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.streaming import named_weights, stream_of
-=======
-from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
-from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.streaming import named_weights
-from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
-from bonsai_fast.timing import Workload, measure_latency
->>>>>>> main
 from bonsai_fast.units import Layout
 
 # windows for calibration and evaluation are no longer than this unless asked for
@@ -200,7 +190,6 @@ def _comment(search: Search, keep: torch.Tensor) -> None:
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
 
 
-<<<<<<< HEAD
 def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:
     """Refuse what needs the whole model in memory."""
     stream = stream_of(model)
@@ -212,81 +201,6 @@ def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:
         f"method {config.method}": config.method in NEED_THE_MODEL,
         "calibration 'self'": config.calibration == "self",
         "tasks": config.tasks is not None,
-=======
-def _deliver(
-    search: Search,
-    tokenizer: PreTrainedTokenizerBase,
-    keep: torch.Tensor,
-    evaluation: Sequences,
-    started: float,
-) -> PruneResult:
-    """Cut, save, reload in a fresh process, compare, measure."""
-    task, reporter = search.task, search.reporter
-    model, layout = task.model, task.layout
-    smaller = pruned_model(search, keep)
-    directory = search.run.model_directory
-    save_pretrained(
-        smaller, directory, tokenizer=tokenizer, report=_report(search, keep), overwrite=True
-    )
-    reporter.note(f"saved to {directory}; loading it again in a fresh process")
-    tokens = evaluation.input_ids[:1, :VERIFIED_TOKENS]
-    with torch.inference_mode():
-        logits = smaller(input_ids=tokens.to(smaller.device), use_cache=False).logits.float().cpu()
-    difference = verify_saved(
-        directory, tokens, logits, tolerance=logit_tolerance(logits, smaller.dtype)
-    )
-    reporter.note(f"it gives the same logits there (largest difference {difference:.2g})")
-    reporter.note(f"measuring perplexity on {evaluation.source}: {evaluation.description}")
-    dense, pruned = perplexity(model, evaluation), perplexity(smaller, evaluation)
-    reporter.note("measuring latency, dense and pruned in turns")
-    models = {"dense": model, "pruned": smaller}
-    latency = measure_latency(models, Workload.fitting(models))
-    tasks = {}
-    if task.config.tasks is not None:
-        names = task.config.task_names
-        tasks = {
-            "dense": evaluate_tasks(model, tokenizer, names),
-            "pruned": evaluate_tasks(smaller, tokenizer, names),
-        }
-    parameters = smaller.num_parameters()
-    removed = layout.num_model_parameters - parameters
-    return PruneResult(
-        output=str(directory),
-        run=str(search.run.path),
-        sparsity=removed / layout.num_decoder_parameters,
-        sparsity_total=removed / layout.num_model_parameters,
-        parameters=parameters,
-        parameters_dense=layout.num_model_parameters,
-        dense_perplexity=dense.value,
-        pruned_perplexity=pruned.value,
-        protocol=dense.protocol,
-        latency={name: asdict(value) for name, value in latency.items()},
-        tasks=tasks,
-        submodels_scored=search.submodels_scored,
-        tokens_scored=search.tokens_scored,
-        max_logit_difference=difference,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
-    """Largest difference that is rounding: the same weights, perhaps other kernels."""
-    share = 1e-4 if dtype == torch.float32 else 3e-2
-    return share * float(logits.abs().max())
-
-
-def _report(search: Search, keep: torch.Tensor) -> dict[str, Any]:
-    """What bonsai_report.json says: which parts of the parent are left, by layer."""
-    config = search.task.config
-    kept = kept_positions(search.task.layout, keep)
-    return {
-        "parent": search.run.identity["parent"],
-        **{
-            name: getattr(config, name)
-            for name in ("target_text", "method", "preset", "head_layout", "round_to", "seed")
-        },
-        "kept": {str(layer): parts for layer, parts in enumerate(kept)},
->>>>>>> main
     }
     for what in (what for what, is_wanted in wanted.items() if is_wanted):
         raise ValueError(f"{what}: needs the whole model in memory, but its layers are streamed")
@@ -310,29 +224,10 @@ def result_table(result: PruneResult) -> Table:
         f"{result.pruned_perplexity:.2f}",
         f"x{ratio:.2f}",
     )
-<<<<<<< HEAD
     protocol = result.protocol
     table.caption = (
         f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
         f"window {protocol['window']}, stride {protocol['stride']}"
-=======
-    for name, label in (
-        ("prefill_tokens_per_s", "prefill, tokens/s"),
-        ("decode_tokens_per_s", "decode, tokens/s"),
-    ):
-        table.add_row(
-            label,
-            f"{dense[name]:.1f}",
-            f"{pruned[name]:.1f}",
-            f"x{pruned[name.replace('tokens_per_s', 'speedup')]:.2f}",
-        )
-    protocol = result.protocol
-    table.caption = (
-        f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
-        f"window {protocol['window']}, "
-        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns, "
-        f"{dense['decode_tokens']} tokens behind a prompt of {dense['prefill_tokens']}"
->>>>>>> main
     )
     if result.latency:
         dense, pruned = result.latency["dense"], result.latency["pruned"]
@@ -340,9 +235,12 @@ def result_table(result: PruneResult) -> Table:
             ("prefill_tokens_per_s", "prefill, tokens/s"),
             ("decode_tokens_per_s", "decode, tokens/s"),
         ):
-            ratio = pruned[name] / dense[name]
-            table.add_row(label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{ratio:.2f}")
-        table.caption += "; speeds: batch 1, medians, measured in turns"
+            speedup = pruned[name.replace("tokens_per_s", "speedup")]
+            table.add_row(label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{speedup:.2f}")
+        table.caption += (
+            f"; speeds: batch 1, medians, measured in turns, {dense['decode_tokens']} tokens "
+            f"behind a prompt of {dense['prefill_tokens']}"
+        )
     return table
 
 

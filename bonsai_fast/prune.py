@@ -34,8 +34,6 @@ from bonsai_fast.layer_major import NotFiniteError
 from bonsai_fast.ledger import LedgerError
 from bonsai_fast.methods import NotRecordedError
 from bonsai_fast.progress import Reporter
-<<<<<<< HEAD
-from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import default_budget, parse_bytes
 from bonsai_fast.streaming import (
     device_memory,
@@ -43,8 +41,6 @@ from bonsai_fast.streaming import (
     open_streamed,
     weight_bytes,
 )
-=======
->>>>>>> main
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -158,11 +154,9 @@ def open_parent(
     if directory is None:
         return load_parent(name, options)
     trust = options.trust_remote_code
-    try:
+    with _loading(name):
         AutoConfig.from_pretrained(directory, trust_remote_code=trust)  # has the clearest errors
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name or NAME} cannot be opened: {error}") from error
     model = open_streamed(
         directory,
         device=_device(options.device),
@@ -178,8 +172,11 @@ def open_parent(
 
 def _streamed_from(name: str | None, config: PruneConfig, options: CommandOptions) -> Path | None:
     """The directory that a parent is to be streamed from; None if it is to be loaded."""
-    path = str(embedded_model()) if name is None else name
-    device = _device(options.device)
+    path, device = _path(name), _device(options.device)
+    if config.prunes_weights:
+        if options.stream:
+            raise ValueError(f"stream: method {config.method} needs the model in the host's memory")
+        return None
     if options.stream:
         return local_directory(path, download=True)
     asked = config.memory_budget
@@ -203,13 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
         # where layers take turns on the device, the model waits outside
         loading = replace(options, device="cpu") if config.prunes_weights else options
         with reporter.busy(f"loading {name or NAME} and its text"):
-<<<<<<< HEAD
-            model, tokenizer = open_parent(name, config, options, reporter)
-            task, evaluation = prepare(model, tokenizer, config)
-=======
-            model, tokenizer = load_parent(name, loading)
+            model, tokenizer = open_parent(name, config, loading, reporter)
             job = job_of(model, tokenizer, config, device)
->>>>>>> main
         if options.plan:
             print(json.dumps(job.plan(reporter)))
             return 0

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
+from bonsai_fast.delivery import VERIFIED_TOKENS, logit_tolerance
 from bonsai_fast.evaluation import Perplexity, check_tasks, evaluate_tasks
 from bonsai_fast.layer_major import (
     InputRecorder,
@@ -27,13 +28,7 @@ from bonsai_fast.layer_major import (
 )
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.models import find_decoder
-from bonsai_fast.pipeline import (
-    EVALUATION_LENGTH,
-    MAX_LENGTH,
-    VERIFIED_TOKENS,
-    check_finite,
-    logit_tolerance,
-)
+from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import WeightRun
 from bonsai_fast.surgery import SavedModelError, save_pretrained, verify_saved
