@@ -22,11 +22,12 @@ from bonsai_fast.allocation import TOLERANCE, Target
 from bonsai_fast.chart import Panel, draw
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.evaluation import Perplexity, evaluate_tasks, perplexity
 from bonsai_fast.ledger import write_atomically, write_json
 from bonsai_fast.methods import KNOBS, METHODS, Search, Task, within_tokens
 from bonsai_fast.peak_memory import PeakMemory
-from bonsai_fast.pipeline import prepare, pruned_model
+from bonsai_fast.pipeline import prepare
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
 

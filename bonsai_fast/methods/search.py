@@ -147,6 +147,8 @@ class Search:
         with bar as advance:
             for chunk in keep.split(step):
                 losses = self.run.ledger.find(text, chunk)
+                if losses is None and self.recorded_only:
+                    losses = self.run.ledger.find_each(text, chunk)
                 if losses is None:
                     if self.recorded_only:
                         raise NotRecordedError(f"{stage}: not recorded; this needs a new run")

@@ -1,10 +1,12 @@
-"""Which route a sub-layer takes: all of it with its masked part zeroed, or a slice of it."""
+"""Which route a sub-layer takes: all of it with its masked part zeroed, a slice of it, or kernels
+that gather what is kept."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Route = Literal["auto", "dense", "slice"]
+ConcreteRoute = Literal["dense", "slice", "gather"]
+Route = Literal["auto", "dense", "slice", "gather"]
 
 # Copying a weight takes as long as multiplying so many tokens by it. A table, not a measurement at
 # run time: an interrupted run must go on with the same routes, or its last bits would differ.
@@ -13,7 +15,7 @@ COPY_TOKENS = {"cpu": 80.0, "cuda": 354.0}
 SELECT_SHARE = {"cpu": 0.03, "cuda": 0.0}
 
 
-def choose(route: Route, device: str, kept_share: float, tokens: int) -> Literal["dense", "slice"]:
+def choose(route: Route, device: str, kept_share: float, tokens: int) -> ConcreteRoute:
     """Route for the rows of one mask in one sub-layer.
 
     Args:
