@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequen
 from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
+from bonsai_fast.peak_memory import PeakMemory
 from bonsai_fast.progress import Reporter
+from bonsai_fast.reporting import complete, save_completions, write_report
 from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
@@ -50,6 +52,10 @@ class PruneResult:
         max_logit_difference: the pruned model in memory against the saved one, loaded in a fresh
             process.
         seconds: wall time of the last start.
+        rounds: name, sparsity and perplexity of what each round before the last one left.
+        peak_bytes: memory of the search beside the weights, in the last start; None where it cannot
+            be measured.
+        warnings: what the last start warned of.
     """
 
     output: str
@@ -67,6 +73,9 @@ class PruneResult:
     tokens_scored: int
     max_logit_difference: float
     seconds: float
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def keep_mask(self) -> torch.Tensor:
@@ -165,11 +174,21 @@ def execute(
         reporter.note(
             f"{run.path} is finished: meeting {search.task.config.target_text} from its ledger"
         )
-    keep = METHODS[search.task.config.method].find(search)
+    warnings_before = len(reporter.warnings)
+    with PeakMemory(search.task.model.device) as peak:
+        keep = METHODS[search.task.config.method].find(search)
+    rounds = list(run.saved_masks)
     run.save_mask("final", keep)
     _comment(search, keep)
-    result = _deliver(search, tokenizer, keep, evaluation, started)
+    result = replace(
+        _deliver(search, tokenizer, keep, evaluation),
+        rounds=_trajectory(search, rounds, keep, evaluation),
+        peak_bytes=peak.bytes,
+        warnings=reporter.warnings[warnings_before:],
+        seconds=time.perf_counter() - started,
+    )
     run.record("finished", result=asdict(result))
+    reporter.note(f"the report is {write_report(run.path)}")
     return result
 
 
@@ -202,12 +221,32 @@ def _comment(search: Search, keep: torch.Tensor) -> None:
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
 
 
+def _trajectory(
+    search: Search, names: list[str], final: torch.Tensor, evaluation: Sequences
+) -> list[dict[str, Any]]:
+    """Perplexities of what the rounds left, as sub-models of the parent."""
+    layout, found = search.task.layout, []
+    for name in names:
+        mask = load_mask(search.run.path / "masks" / f"{name}.safetensors")
+        if torch.equal(mask.keep, final):
+            continue
+        search.reporter.note(f"measuring perplexity of {name}")
+        loss = search.task.scorer.score(mask.keep[None], evaluation.input_ids).double().mean()
+        found.append(
+            {
+                "name": name,
+                "sparsity": mask.removed / layout.num_decoder_parameters,
+                "perplexity": float(loss.exp()),
+            }
+        )
+    return found
+
+
 def _deliver(
     search: Search,
     tokenizer: PreTrainedTokenizerBase,
     keep: torch.Tensor,
     evaluation: Sequences,
-    started: float,
 ) -> PruneResult:
     """Cut, save, reload in a fresh process, compare, measure."""
     task, reporter = search.task, search.reporter
@@ -229,6 +268,7 @@ def _deliver(
     dense, pruned = perplexity(model, evaluation), perplexity(smaller, evaluation)
     reporter.note("measuring latency, dense and pruned in turns")
     latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
+    save_completions(search.run.path, complete(model, smaller, tokenizer))
     tasks = {}
     if task.config.tasks is not None:
         names = task.config.task_names
@@ -253,7 +293,7 @@ def _deliver(
         submodels_scored=search.submodels_scored,
         tokens_scored=search.tokens_scored,
         max_logit_difference=difference,
-        seconds=time.perf_counter() - started,
+        seconds=0.0,  # known when all is done
     )
 
 

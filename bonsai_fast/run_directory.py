@@ -1,11 +1,15 @@
 """The directory of one run: what was asked, what was found, and how a second start goes on.
 
     run.json                  identity (config, parent, text, versions), target, status
+    layout.json               the parent's units
     ledger/                   every evaluation
     priors/STAGE.safetensors  what one forward pass said about each unit
+    regressions/STAGE.safetensors   what was estimated from the evaluations of a round
     masks/round-XX.safetensors   the units kept after each round
     relevance.safetensors     what the result was selected by
     model/                    the saved result
+    samples.json              what both models write
+    report.html               all of it, to be read
 
 A run is identified by everything that its sub-models' losses depend on. The same identity resumes;
 the same identity with another target, once finished, is re-targeted from the ledger alone; another
@@ -18,7 +22,7 @@ import hashlib
 import json
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +34,7 @@ from transformers import PreTrainedModel
 from bonsai_fast.config import PruneConfig, as_dict
 from bonsai_fast.ledger import Ledger, write_json
 from bonsai_fast.mask_files import save_mask
-from bonsai_fast.units import Layout
+from bonsai_fast.units import Layout, describe_layout
 
 FORMAT = 1
 # what a finished run may be asked again, differently, without scoring anything
@@ -55,6 +59,7 @@ class RunDirectory:
             "retarget" (finished before, now toward another target or with another last step).
         ledger: its evaluations.
         layout: the parent's units.
+        saved_masks: names of the masks that this start has saved, in that order.
     """
 
     path: Path
@@ -63,6 +68,7 @@ class RunDirectory:
     start: Start
     ledger: Ledger
     layout: Layout
+    saved_masks: list[str] = field(default_factory=list)
 
     @property
     def model_directory(self) -> Path:
@@ -79,6 +85,7 @@ class RunDirectory:
         folder = self.path / "masks"
         folder.mkdir(exist_ok=True)
         save_mask(folder / f"{name}.safetensors", self.layout, keep)
+        self.saved_masks.append(name)
 
     def record(self, status: Literal["running", "finished"], **content: Any) -> None:
         """Write run.json."""
@@ -120,6 +127,7 @@ def open_run(
         shutil.rmtree(unfinished, ignore_errors=True)
     run = RunDirectory(path, identity, request, start, Ledger(path / "ledger", len(layout)), layout)
     if start in ("new", "resume"):
+        write_json(path / "layout.json", describe_layout(layout))
         run.record("running")
     return run
 
