@@ -166,8 +166,7 @@ def _read(path: Path, num_units: int) -> Entry:
         )
     if int(metadata["num_units"]) != num_units:
         raise LedgerError(
-            f"ledger entry {path}: expected {num_units} units, "
-            f"found {metadata['num_units']}"
+            f"ledger entry {path}: expected {num_units} units, found {metadata['num_units']}"
         )
     return Entry(
         metadata["stage"],

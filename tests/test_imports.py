@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "ledger"),
         *("mask_files", "prior", "recovery", "regression", "run_directory", "scoring"),
-        *("statistics", "surgery", "timing"),
+        *("reporting", "statistics", "surgery", "timing"),
     },
     "model": {"config", "masks", "models", "units"},
     "ops": {"ops"},

@@ -2,7 +2,7 @@
 
 from bonsai_fast.chart.axes import Axes
 from bonsai_fast.chart.lines import Panel, draw
-from bonsai_fast.chart.scale import Scale, number
+from bonsai_fast.chart.scale import Scale, fits, number, numbers
 from bonsai_fast.chart.svg import document, element, text
 from bonsai_fast.chart.theme import COLOURS, DARK, LIGHT, Theme
 
@@ -17,6 +17,8 @@ __all__ = [
     "document",
     "draw",
     "element",
+    "fits",
     "number",
+    "numbers",
     "text",
 ]

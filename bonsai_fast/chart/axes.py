@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bonsai_fast.chart.scale import Scale, number
+from bonsai_fast.chart.scale import Scale, numbers
 from bonsai_fast.chart.svg import element, text
 
 # what stands outside the axes, in pixels
@@ -33,8 +33,7 @@ class Axes:
         y_label: str,
         *,
         title: str = "",
-        x_text: Callable[[float], str] = number,
-        y_text: Callable[[float], str] = number,
+        x_text: Callable[[float], str] | None = None,
         x_ticks: list[float] | None = None,
     ) -> list[str]:
         """Everything but the data; the y axis is named above it, where it can be read."""
@@ -43,14 +42,16 @@ class Axes:
         if title:
             parts += [text(left, top - 26, title, "strong")]
         parts += [text(left, top - 10, y_label, "muted")]
-        for value in self.y.ticks():
+        for value, words in zip(self.y.ticks(), numbers(self.y.ticks()), strict=True):
             at = self.y(value)
             parts += [element("line", x1=left, x2=right, y1=at, y2=at, class_="grid")]
-            parts += [text(left - 6, at + 4, y_text(value), "muted", "end")]
-        for value in self.x.ticks() if x_ticks is None else x_ticks:
+            parts += [text(left - 6, at + 4, words, "muted", "end")]
+        across = self.x.ticks() if x_ticks is None else x_ticks
+        written = [x_text(value) for value in across] if x_text else numbers(across)
+        for value, words in zip(across, written, strict=True):
             at = self.x(value)
             parts += [element("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis")]
-            parts += [text(at, bottom + 17, x_text(value), "muted", "middle")]
+            parts += [text(at, bottom + 17, words, "muted", "middle")]
         parts += [element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis")]
         parts += [text((left + right) / 2, bottom + 34, x_label, "muted", "middle")]
         return parts

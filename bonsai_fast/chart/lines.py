@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bonsai_fast.chart.axes import BOTTOM, LEFT, RIGHT, TOP, Axes
-from bonsai_fast.chart.scale import Scale
+from bonsai_fast.chart.scale import Scale, fits
 from bonsai_fast.chart.svg import document, element, text
 from bonsai_fast.chart.theme import LIGHT, colour_class, dash
 
@@ -51,7 +51,12 @@ def draw(panels: list[Panel]) -> str:
 
 
 def _panel(panel: Panel, names: list[str]) -> list[str]:
-    everything = [point for values in panel.series.values() for point in values]
+    everything = [
+        (x, y)
+        for values in panel.series.values()
+        for x, y in values
+        if fits(x, panel.log_x) and fits(y, panel.log_y)
+    ]
     x = Scale.of((x for x, _ in everything), LEFT, PANEL_WIDTH - RIGHT, log=panel.log_x)
     y = Scale.of((y for _, y in everything), PANEL_HEIGHT - BOTTOM, TOP, log=panel.log_y)
     if x is None or y is None:

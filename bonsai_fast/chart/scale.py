@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MARGIN = 0.05
+MOST_DIGITS = 9
 # a step between ticks is one of these, times a power of ten
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -32,7 +33,7 @@ class Scale:
         cls, values: Iterable[float], start: float, stop: float, *, log: bool = False
     ) -> Scale | None:
         """An axis on which all values fit that it can show, with a little room; None if none."""
-        shown = [math.log10(v) if log else v for v in values if _fits(v, log)]
+        shown = [math.log10(v) if log else v for v in values if fits(v, log)]
         if not shown:
             return None
         low, high = min(shown), max(shown)
@@ -40,8 +41,8 @@ class Scale:
         return cls(low - margin, high + margin, start, stop, log)
 
     def shows(self, value: float) -> bool:
-        """Whether a value has a place: finite, and with a logarithm if there must be one."""
-        return _fits(value, self.log)
+        """Whether a value has a place."""
+        return fits(value, self.log)
 
     def __call__(self, value: float) -> float:
         """Where a value lies; one beyond the ends lies at the end."""
@@ -63,15 +64,26 @@ class Scale:
         return inner if len(inner) >= 3 else _round_values(bottom, top, count)
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands and millions by letter."""
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, thousands and millions by letter."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+            return f"{value / (1e3 if letter == 'k' else size):.{digits}g}{letter}"
+    return f"{value:.{digits}g}" if abs(value) < 1000 or digits > 3 else f"{value:.0f}"
 
 
-def _fits(value: float, log: bool) -> bool:
+def numbers(values: list[float]) -> list[str]:
+    """Values that belong together, with as many digits as tell them apart."""
+    written = [number(value) for value in values]
+    for digits in range(4, MOST_DIGITS + 1):
+        if len(set(written)) == len(values):
+            break
+        written = [number(value, digits) for value in values]
+    return written
+
+
+def fits(value: float, log: bool) -> bool:
+    """Whether an axis can show a value: finite, and with a logarithm if there must be one."""
     return math.isfinite(value) and (value > 0 or not log)
 
 

@@ -72,4 +72,6 @@ def load_regression(path: Path) -> RecordedRegression:
         numbers = {name: about[name] for name in NUMBERS}
         return RecordedRegression(quantity=about["quantity"], **tensors, **numbers)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected a regression written by bonsai_fast: {error}") from error
+        raise ValueError(
+            f"{path}: expected a regression written by bonsai_fast: {error}"
+        ) from error

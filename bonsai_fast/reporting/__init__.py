@@ -1,12 +1,11 @@
 """A run as one page of HTML, and what is measured for it alone."""
 
-from pathlib import Path
+from bonsai_fast.reporting.completions import (
+    PROMPTS,
+    complete,
+    save_completions,
+)
+from bonsai_fast.reporting.page import write_report
+from bonsai_fast.reporting.record import RunRecord
 
-from bonsai_fast.reporting.completions import complete, save_completions
-
-
-def write_report(run: Path) -> Path:
-    return run / "report.html"
-
-
-__all__ = ["complete", "save_completions", "write_report"]
+__all__ = ["PROMPTS", "RunRecord", "complete", "save_completions", "write_report"]
