@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     directory = Path(rest.run)
     try:
         run = RunRecord.read(directory)
+        if options.prompt and not run.finished:
+            raise ValueError(f"{directory} is not finished: there is no pruned model to prompt yet")
         if not options.no_samples and run.finished and (options.prompt or not run.completions):
             _sample(run, options, reporter)
         page = write_report(

@@ -7,6 +7,10 @@ import math
 # between a number and its unit; a line does not break there
 GAP = "\N{NO-BREAK SPACE}"
 MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+# as the minus sign and digits of an exponent
+SUPERSCRIPT = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -49,10 +53,13 @@ def decimal(value: float, digits: int = 2) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """So many significant digits."""
+    """So many significant digits; powers of ten where there would be many zeros."""
     if not math.isfinite(value):
         return decimal(value)
-    return f"{value:.{digits}g}".replace("-", MINUS)
+    mantissa, _, power = f"{value:.{digits}g}".partition("e")
+    if power:
+        mantissa += f"{TIMES}10{str(int(power)).translate(SUPERSCRIPT)}"
+    return mantissa.replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:
