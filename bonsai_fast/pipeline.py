@@ -19,12 +19,11 @@ from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
 from bonsai_fast.peak_memory import PeakMemory
-from bonsai_fast.progress import Reporter
 from bonsai_fast.reporting import complete, save_completions, write_report
-from bonsai_fast.run_directory import open_run
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.streaming import named_weights
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
-from bonsai_fast.timing import measure_latency
+from bonsai_fast.timing import Workload, measure_latency
 from bonsai_fast.units import Layout
 
 # windows for calibration and evaluation are no longer than this unless asked for
@@ -67,7 +66,7 @@ class PruneResult:
     dense_perplexity: float
     pruned_perplexity: float
     protocol: dict[str, Any]
-    latency: dict[str, dict[str, float]]
+    latency: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, dict[str, float]]]
     submodels_scored: int
     tokens_scored: int
@@ -81,33 +80,6 @@ class PruneResult:
     def keep_mask(self) -> torch.Tensor:
         """bool [P], the units of the run's layout (its attention and sublayers) that were kept."""
         return load_mask(Path(self.run) / "masks" / "final.safetensors").keep
-
-
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig | None = None,
-    *,
-    output_dir: str | Path,
-    reporter: Reporter | None = None,
-) -> PruneResult:
-    """Prune a model, save the result and compare it with its parent.
-
-    Args:
-        model: the parent; unchanged when this returns.
-        tokenizer: its tokenizer, saved with the result.
-        config: what to do; the default configuration if None.
-        output_dir: the run's directory. The same call there resumes; another target there, once the
-            run has finished, is met from the recorded evaluations alone. The model is saved in its
-            folder `model`.
-        reporter: where progress is shown; stderr if None.
-    Raises:
-        ValueError: anything about the request that cannot be met, before any work is done.
-        OSError: a file could not be written.
-    """
-    task, evaluation = prepare(model, tokenizer, config or PruneConfig())
-    run = open_run(Path(output_dir), task.config, task.layout, model, task.calibration.sha256)
-    return execute(Search(task, run, reporter or Reporter()), tokenizer, evaluation)
 
 
 def prepare(
@@ -203,7 +175,7 @@ def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
 
 def check_finite(model: PreTrainedModel) -> None:
     """Raise ValueError if a weight is NaN or Inf."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
 
@@ -261,13 +233,14 @@ def _deliver(
     with torch.inference_mode():
         logits = smaller(input_ids=tokens.to(smaller.device), use_cache=False).logits.float().cpu()
     difference = verify_saved(
-        directory, tokens, logits, tolerance=_tolerance(logits, smaller.dtype)
+        directory, tokens, logits, tolerance=logit_tolerance(logits, smaller.dtype)
     )
     reporter.note(f"it gives the same logits there (largest difference {difference:.2g})")
     reporter.note(f"measuring perplexity on {evaluation.source}: {evaluation.description}")
     dense, pruned = perplexity(model, evaluation), perplexity(smaller, evaluation)
     reporter.note("measuring latency, dense and pruned in turns")
-    latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
+    models = {"dense": model, "pruned": smaller}
+    latency = measure_latency(models, Workload.fitting(models))
     save_completions(search.run.path, complete(model, smaller, tokenizer))
     tasks = {}
     if task.config.tasks is not None:
@@ -297,7 +270,7 @@ def _deliver(
     )
 
 
-def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
+def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
     """Largest difference that is rounding: the same weights, perhaps other kernels."""
     share = 1e-4 if dtype == torch.float32 else 3e-2
     return share * float(logits.abs().max())
@@ -341,13 +314,17 @@ def result_table(result: PruneResult) -> Table:
         ("decode_tokens_per_s", "decode, tokens/s"),
     ):
         table.add_row(
-            label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{pruned[name] / dense[name]:.2f}"
+            label,
+            f"{dense[name]:.1f}",
+            f"{pruned[name]:.1f}",
+            f"x{pruned[name.replace('tokens_per_s', 'speedup')]:.2f}",
         )
     protocol = result.protocol
     table.caption = (
         f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
         f"window {protocol['window']}, "
-        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns"
+        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns, "
+        f"{dense['decode_tokens']} tokens behind a prompt of {dense['prefill_tokens']}"
     )
     return table
 

@@ -183,9 +183,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
         scorer = MaskScorer(model, engine="fused", route=route)
         counted: Counter[str] = Counter()
 
-        def counting(operands, states, positions, workspace):
+        def counting(operands, states, *arguments, **options):
             counted[operands.spec.block.output.removeprefix("model.layers.")] += len(states)
-            return inner(operands, states, positions, workspace)
+            return inner(operands, states, *arguments, **options)
 
         inner = wave_module.inner
         monkeypatch.setattr(wave_module, "inner", counting)
@@ -355,7 +355,7 @@ def test_without_room_for_slices_the_dense_route_is_taken(
     assert tight == Schedule(wave_rows=1, chunk_rows=1, slices=False)
     assert needs.schedule(2**30).slices
     monkeypatch.setattr(FusedWorkingSet, "schedule", lambda *_: tight)
-    monkeypatch.delattr(wave_module, "Slicer")
+    monkeypatch.delattr(wave_module, "sliced")
     torch.testing.assert_close(scorer.score(masks, tokens()), expected, rtol=0, atol=1e-5)
 
 

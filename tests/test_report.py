@@ -33,6 +33,7 @@ CONFIGS = {
     "paper": PAPER,
     "one-shot": {"method": "flap", "sparsity": 0.3},
     "descent": {"method": "policy-gradient", "rounds": 6, "submodels_per_round": 4},
+    "weights": {"method": "wanda", "pattern": "2:4"},
     "interrupted": PAPER,
 }
 
@@ -48,7 +49,8 @@ def runs(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         # loading in a fresh process is tested elsewhere, and takes longer than all of the run
-        patch.setattr("bonsai_fast.pipeline.verify_saved", lambda *_, **__: 0.0)
+        for module in ("pipeline", "weight_pipeline"):
+            patch.setattr(f"bonsai_fast.{module}.verify_saved", lambda *_, **__: 0.0)
         for name in CONFIGS:
             if name != "interrupted":
                 prune(parent, folder / name, name)
@@ -117,7 +119,7 @@ def test_the_command_writes_the_same_page_as_the_run(
         assert (tmp_path / name).read_text() == (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "interrupted"])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("interrupted", "weights")])
 def test_headline_and_text_say_what_run_json_says(name: str, runs: dict[str, Path]) -> None:
     page, result = page_of(runs[name]), result_of(runs[name])
     dense, pruned = result["dense_perplexity"], result["pruned_perplexity"]
@@ -135,8 +137,10 @@ def test_headline_and_text_say_what_run_json_says(name: str, runs: dict[str, Pat
         speeds = [
             result["latency"][model][f"{phase}_tokens_per_s"] for model in ("dense", "pruned")
         ]
-        shown = page.row("result", f"{phase}, tokens/s")[1:3]
-        assert shown == [f"{speed:,.1f}" for speed in speeds]
+        gain = result["latency"]["pruned"][f"{phase}_speedup"]
+        assert page.row("result", f"{phase}, tokens/s")[1:] == [
+            *(f"{speed:,.1f}" for speed in speeds), f"\N{MULTIPLICATION SIGN}{gain:.2f}",
+        ]  # fmt: skip
         assert [f"{speed:,.1f}" in page.words["latency"] for speed in speeds] == [True, True]
     manifest = json.loads((runs[name] / "run.json").read_text())
     for said in (result["protocol"]["sha256"], manifest["calibration_sha256"]):
@@ -150,7 +154,7 @@ def test_headline_and_text_say_what_run_json_says(name: str, runs: dict[str, Pat
     assert result["peak_bytes"] is None or "beside the weights" in page.words["result"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "weights"])
 def test_layers_are_those_of_the_saved_model(name: str, runs: dict[str, Path]) -> None:
     run = runs[name]
     page = page_of(run)
@@ -284,12 +288,23 @@ def test_methods_without_a_search_leave_sections_out_with_a_word(runs: dict[str,
     ]
 
 
+def test_weights_that_are_zero(runs: dict[str, Path]) -> None:
+    page, result = page_of(runs["weights"]), result_of(runs["weights"])
+    cells = page.row("result", "zero weights")
+    assert [integer(cell) for cell in cells[1:3]] == [0, result["zeros"]] and result["zeros"] > 0
+    assert cells[3].startswith(f"{100 * result['sparsity']:.1f}")
+    assert page.row("result", "perplexity")[2] == f"{result['pruned_perplexity']:,.2f}"
+    assert "every layer keeps its shape" in page.words["left-out"]
+    assert not {"layers", "rounds", "search", "relevance", "latency"} & set(page.words)
+    assert "--method wanda" in page.words["reproduce"] and "2:4" in page.words["reproduce"]
+
+
 def test_an_interrupted_run_says_so_and_is_not_touched(runs: dict[str, Path]) -> None:
     run = runs["interrupted"]
     page = page_of(run)
     assert "not finished" in page.words["result"] and "result" not in page.tables
     evaluations = sum(len(stage.keep) for stage in RunRecord.read(run).stages.values())
-    assert f"{evaluations} scored sub-models and 1 rounds" in page.words["result"]
+    assert f"{evaluations} scored sub-models, 1 of the rounds" in page.words["result"]
     assert page.count("mark", "agreement-round-01") == 12
     assert not {"latency", "completions", "rounds"} & set(page.words)
     # a run may be writing its next entry
@@ -355,6 +370,7 @@ LATENCY = {
     "results": [
         {
             "model": "<i>a", "batch": 8, "prefill_tokens_per_s": 1234.56, "prefill_speedup": 1.0,
+            "prefill_spread": 0.04,
             "decode_tokens_per_s": 9.87, "decode_speedup": 1.5, "time_to_first_token_s": 0.0123,
             "peak_bytes": 3 * 2**30, "prefill_tokens": 512, "decode_tokens": 32,
         },
@@ -371,10 +387,10 @@ def test_latency_of_the_other_command(runs: dict[str, Path], tmp_path: Path) -> 
         assert report.main([*arguments, "--output", str(output)]) == 0
         page = Page(output.read_text())
         assert page.row("latency", "<i>a")[1:] == [
-            *("8", "1,234.6", "\N{MULTIPLICATION SIGN}1.00", "12.3", "9.9"),
-            *("\N{MULTIPLICATION SIGN}1.50", "3\N{NO-BREAK SPACE}GiB"),
+            *("8", "1,234.6", "4\N{NO-BREAK SPACE}%", "\N{MULTIPLICATION SIGN}1.00", "12.3"),
+            *("9.9", "", "\N{MULTIPLICATION SIGN}1.50", "3\N{NO-BREAK SPACE}GiB"),
         ]
-        assert page.row("latency", "b")[1:] == ["1", "2.0", "", "", "1.0", "", ""]
+        assert page.row("latency", "b")[1:] == ["1", "2.0", "", "", "", "1.0", "", "", ""]
         assert "device cpu, threads 2, rounds 5, prompt 512, new tokens 32" in page.words["latency"]
 
 

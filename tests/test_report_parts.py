@@ -20,7 +20,7 @@ from bonsai_fast.reporting import words
 from bonsai_fast.reporting.command_line import command_line, recorded_config
 from bonsai_fast.reporting.evidence import Estimate, Step
 from bonsai_fast.reporting.figures import LayerRow, by_layer, descent, head_cells, ranked
-from bonsai_fast.run_directory import NOT_IDENTITY
+from bonsai_fast.run_directory import MEASURED, NOT_IDENTITY
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -28,10 +28,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 def manifest_of(config: PruneConfig, name: str, dtype: str = "bfloat16") -> dict[str, object]:
     """What run.json holds of a configuration."""
     values = as_dict(config.resolved())
-    request = {name: values[name] for name in NOT_IDENTITY if name not in ("sparsity", "target")}
+    without = MEASURED if config.prunes_weights else NOT_IDENTITY
+    request = {name: values[name] for name in without if name not in ("sparsity", "target")}
+    if not config.prunes_weights:
+        request["target"] = config.target_text
     return {
-        "config": {name: item for name, item in values.items() if name not in NOT_IDENTITY},
-        "request": {**request, "target": config.target_text},
+        "config": {name: item for name, item in values.items() if name not in without},
+        "request": request,
         "parent": {"name": name, "dtype": dtype, "device": "cpu"},
     }
 
@@ -44,6 +47,8 @@ def manifest_of(config: PruneConfig, name: str, dtype: str = "bfloat16") -> dict
         {"method": "mini-llm", "preset": "paper", "perturbation": "gates", "directions": 5},
         {"method": "policy-gradient", "learning_rate": 0.125, "baseline": "antithetic"},
         {"target": "params=1.1B", "uniform": True, "sublayers": True, "round_to": "64"},
+        {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "wanda", "sparsity": 0.6, "preset": "paper", "compare_within": "layer"},
         {"calibration": "a file; rm -rf.txt", "evaluation": "c4", "seed": 3, "tasks": "a,b"},
     ],
     ids=str,
@@ -51,7 +56,7 @@ def manifest_of(config: PruneConfig, name: str, dtype: str = "bfloat16") -> dict
 def test_the_command_of_a_run_asks_for_the_same(options: dict[str, object]) -> None:
     config = PruneConfig(**options)  # type: ignore[arg-type]
     for name in ("SmolLM2-135M-Instruct", "my models/it's"):
-        typed = shlex.split(command_line(manifest_of(config, name)))
+        typed = shlex.split(" ".join(command_line(manifest_of(config, name))))
         assert typed[:3] == ["python", "-m", "bonsai_fast.prune"]
         model, asked, how = parse(typed[3:])
         assert model == (None if name.startswith("Smol") else name)

@@ -14,27 +14,27 @@ SAID = ("target", "method", "preset", "seed")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def command_line(manifest: dict[str, Any]) -> str:
-    """The command, as one would type it, from run.json.
+def command_line(manifest: dict[str, Any]) -> list[str]:
+    """The command, as one would type it, from run.json: its start, then each flag with its value.
 
     What the preset sets is left to it; `prune.parse` reads the same configuration back.
     """
     config = recorded_config(manifest)
     usual = PruneConfig(method=config.method, preset=config.preset).resolved()
-    words = ["python", "-m", "bonsai_fast.prune"]
     parent = manifest["parent"]
+    words = [["python", "-m", "bonsai_fast.prune"]]
     if parent["name"] != NAME:
-        words.append(str(parent["name"]) or "MODEL")
+        words[0].append(str(parent["name"]) or "MODEL")
     for item in fields(PruneConfig):
         value = getattr(config, item.name)
         if value is None or (value == getattr(usual, item.name) and item.name not in SAID):
             continue
         flag = "--" + item.name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
+        words.append([flag] if value is True else [flag, str(value)])
     if parent["dtype"] in DTYPES:
-        words += ["--dtype", parent["dtype"]]
-    words += ["--device", parent["device"]]
-    return shlex.join(words)
+        words.append(["--dtype", parent["dtype"]])
+    words.append(["--device", parent["device"]])
+    return [shlex.join(chunk) for chunk in words]
 
 
 def recorded_config(manifest: dict[str, Any]) -> PruneConfig:

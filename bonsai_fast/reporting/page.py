@@ -91,6 +91,8 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
         "lead": headline.lead(run),
         "finished": run.finished,
         "rows": headline.rows(run),
+        "facts": headline.facts(run),
+        "warnings": run.result.get("warnings", []),
         "result": run.result,
         "method": config.method,
         "preset": config.preset,
@@ -99,13 +101,9 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
         "kept": kept,
         "search": search,
         "relevance": relevance,
-        "ratios": headline.speed_ratios(run.result),
-        "latency": latency
-        and {
-            "header": speed.HEADER,
-            "rows": speed.latency_rows(latency),
-            "protocol": speed.latency_protocol(latency),
-        },
+        "speed_header": speed.HEADER,
+        "speed": speed.of_run(run),
+        "other_speed": None if latency is None else speed.of_command(latency),
         "completions": run.completions,
         "manifest": run.manifest,
         "command": command_line(run.manifest),
@@ -118,6 +116,8 @@ def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     result = run.result
     if not result:
         why = "it is measured at the end of a run."
+    elif "zeros" in result:
+        why = "weights are zeroed layer by layer, without rounds."
     elif not result.get("rounds"):
         why = "one round led to the result: its two points are in the first table."
     else:
@@ -133,7 +133,10 @@ def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
 def _kept(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     found = run.kept
     if run.layout is None or found is None:
-        left_out.append(LeftOut("What is left of each layer", "no round is recorded yet."))
+        why = "no round is recorded yet."
+        if recorded_config(run.manifest).prunes_weights:
+            why = "single weights are zeroed; every layer keeps its shape."
+        left_out.append(LeftOut("What is left of each layer", why))
         return None
     name, mask = found
     rows = layer_rows(run.layout, mask.keep)

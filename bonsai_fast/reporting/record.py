@@ -140,7 +140,7 @@ class RunRecord:
             manifest=manifest,
             layout=layout,
             masks={file.stem: load_mask(file) for file in masks},
-            stages=_stages(path / "ledger", int(manifest["parent"]["num_units"])),
+            stages=_stages(path / "ledger", int(manifest["parent"].get("num_units", 0))),
             regressions={file.stem: load_regression(file) for file in regressions},
             relevance=relevance.get("relevance"),
             completions=load_completions(path),

@@ -20,11 +20,10 @@ from bonsai_fast.reporting.evidence import (
 from bonsai_fast.reporting.figures import Pair, agreement, by_layer, descent, ranked
 from bonsai_fast.reporting.layers import unit_name
 from bonsai_fast.reporting.record import LayoutRecord, RunRecord
-from bonsai_fast.reporting.words import count, decimal, percent, significant
+from bonsai_fast.reporting.words import PLUS_MINUS, count, decimal, percent, significant
 
 # of a ranking, this many units at either end are listed
 LISTED = 8
-PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 KINDS = {
     "head": "query heads",
     "kv_group": "KV groups",

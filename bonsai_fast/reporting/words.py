@@ -6,7 +6,9 @@ import math
 
 # between a number and its unit; a line does not break there
 GAP = "\N{NO-BREAK SPACE}"
-MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+MINUS, PLUS_MINUS = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}"
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # as the minus sign and digits of an exponent
 SUPERSCRIPT = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
@@ -27,6 +29,11 @@ def percent(share: float, digits: int = 1) -> str:
 def less(share: float) -> str:
     """A share that is gone: 0.2 -> "-20.0 %"."""
     return percent(-share)
+
+
+def change(share: float) -> str:
+    """What has become of a quantity, with its sign: 0.5 -> "+50.0 %"."""
+    return ("+" if share > 0 else "") + percent(share)
 
 
 def times(ratio: float) -> str:

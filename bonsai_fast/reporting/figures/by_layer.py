@@ -8,7 +8,7 @@ from bonsai_fast.chart import Axes, Scale, document, element
 from bonsai_fast.chart.axes import BOTTOM, LEFT, TOP
 from bonsai_fast.chart.svg import title
 from bonsai_fast.reporting.evidence import Estimate
-from bonsai_fast.reporting.words import significant
+from bonsai_fast.reporting.words import PLUS_MINUS, significant
 
 WIDTH, HEIGHT = 340, 260
 RIGHT = 10
@@ -48,7 +48,7 @@ def by_layer(
         low_at = y(low) if y.shows(low) else y.start
         words = f"layer {layer}: {significant(value.value)}"
         if math.isfinite(value.standard_error):
-            words += f" \N{PLUS-MINUS SIGN} {significant(value.standard_error, 2)}"
+            words += f" {PLUS_MINUS} {significant(value.standard_error, 2)}"
             bar = {"x1": at, "x2": at, "y1": low_at, "y2": y(high)}
             parts += [element("line", **bar, class_=f"error line line{series}")]
         dot = {"cx": at, "cy": y(value.value), "r": 3}

@@ -8,7 +8,7 @@ from bonsai_fast.chart import Axes, Scale, document, element
 from bonsai_fast.chart.axes import BOTTOM, LEFT, TOP
 from bonsai_fast.chart.svg import title
 from bonsai_fast.reporting.evidence import binned
-from bonsai_fast.reporting.words import count, significant
+from bonsai_fast.reporting.words import PLUS_MINUS, count, significant
 
 WIDTH, HEIGHT = 340, 260
 RIGHT = 10
@@ -62,7 +62,7 @@ def ranked(
         at = x(start + size / 2)
         start += size
         series = 0 if 2 * stay >= size else 1
-        words = f"{significant(value)} \N{PLUS-MINUS SIGN} {significant(error, 2)}: "
+        words = f"{significant(value)} {PLUS_MINUS} {significant(error, 2)}: "
         words += (
             f"{count(stay)} of {count(size)} kept" if size > 1 else ("kept" if stay else "gone")
         )

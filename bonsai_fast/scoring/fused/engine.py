@@ -20,6 +20,7 @@ from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.scoring.hooks import HooksEngine
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.streaming import stream_of
 from bonsai_fast.units import Layout
 
 # leaves of a wave, if sequences have to be split: so many share prefixes well
@@ -27,8 +28,9 @@ MIN_LEAVES = 16
 # a stretch of text is scored under so many sub-models in one call at most, so that little is lost
 # when a run is interrupted
 MAX_SUBMODELS_PER_CALL = 16
-# the one hook that pruned models carry; it only spreads K and V, as this engine does itself
-KNOWN_HOOK = "share_kv_heads"
+# pruned models carry the first, which only spreads K and V, as this engine does itself; streamed
+# ones the second, which only brings weights in
+KNOWN_HOOKS = {"share_kv_heads", "bring_in"}
 
 
 class FusedEngine:
@@ -42,6 +44,9 @@ class FusedEngine:
         nll: the model and its loss.
         memory_budget: bytes.
         route: how masked sub-layers are computed.
+    Attributes:
+        kernels: whether the project's own ops do what PyTorch's functions could do as well: on
+            CUDA, where those are kernels; True elsewhere runs their plain versions.
     Raises:
         UnsupportedStructureError: the model is of another kind.
     """
@@ -52,6 +57,7 @@ class FusedEngine:
         self, layout: Layout, nll: SequenceNLL, memory_budget: int, route: Route = "auto"
     ) -> None:
         self.layout, self.nll, self.route = layout, nll, route
+        self.kernels = nll.head.weight.device.type == "cuda"
         self._budget = memory_budget
         self._hooks = HooksEngine(layout, nll, memory_budget)
         structure = self._structure()
@@ -64,7 +70,10 @@ class FusedEngine:
 
     def submodels_per_call(self, sequences: int, length: int) -> int:
         """Sub-models that are worth scoring together on so many sequences."""
-        return max(1, min(MAX_SUBMODELS_PER_CALL, self.rows_per_batch(length) // sequences))
+        submodels = self.rows_per_batch(length) // sequences
+        if stream_of(self.nll.model) is None:  # else every call reads all weights
+            submodels = min(MAX_SUBMODELS_PER_CALL, submodels)
+        return max(1, submodels)
 
     @torch.inference_mode()
     def score(
@@ -89,7 +98,7 @@ class FusedEngine:
             route = self.route if schedule.slices else "dense"
             wave = Wave(
                 structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows, route,
-                workspace,
+                workspace, self.kernels,
             )  # fmt: skip
             pairs = (leaves.stop - leaves.start) * len(tokens)
             states = wave.embed(tokens)
@@ -116,7 +125,10 @@ class FusedEngine:
         )
         parts = []
         for rows in input_ids.split(min(schedule.wave_rows, schedule.chunk_rows)):
-            wave = Wave(structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace)
+            wave = Wave(
+                structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace,
+                self.kernels,
+            )  # fmt: skip
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
@@ -168,7 +180,7 @@ class FusedEngine:
 def _is_hooked(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     names = {getattr(hook, "__name__", None) for hook in hooks}
-    return "forward" in vars(module) or not names <= {KNOWN_HOOK}
+    return "forward" in vars(module) or not names <= KNOWN_HOOKS
 
 
 def _rows(parent: ParentReference, sequences: slice) -> ParentReference:
