@@ -29,8 +29,9 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
-        *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "run_directory"),
+        *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
         *(
+            "run_directory",
             "scoring",
             "selection",
             "semi_structured",
