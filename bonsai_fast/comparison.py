@@ -24,7 +24,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
 from bonsai_fast.evaluation import Perplexity, evaluate_tasks, perplexity
 from bonsai_fast.ledger import write_atomically, write_json
-from bonsai_fast.methods import METHODS, Search, Task, within_tokens
+from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task, within_tokens
 from bonsai_fast.peak_memory import PeakMemory
 from bonsai_fast.pipeline import prepare, pruned_model
 from bonsai_fast.progress import Reporter
@@ -111,9 +111,14 @@ class Comparison:
         """The task of a cell; `name` is METHOD or METHOD:PRESET.
 
         Raises:
-            ValueError: unknown method or preset, or an impossible sparsity.
+            ValueError: unknown method or preset, one that zeroes weights, or an impossible
+                sparsity.
         """
         method, _, preset = name.partition(":")
+        if method in WEIGHT_METHODS:
+            raise ValueError(
+                f"methods: expected methods that remove units, {method} zeroes weights"
+            )
         shared = {field: getattr(self.base, field) for field in SHARED}
         values: dict[str, Any] = {"method": method, "preset": preset or "default"}
         config = PruneConfig(**values, **shared, sparsity=sparsity).resolved()

@@ -21,6 +21,7 @@ from weight_cases import task_of
 
 import bonsai_fast as bf
 from bonsai_fast import weight_pipeline
+from bonsai_fast.compare import main as compare
 from bonsai_fast.layer_major import sweep
 from bonsai_fast.pattern import CompareWithin
 from bonsai_fast.progress import Reporter
@@ -130,6 +131,23 @@ def test_every_family_and_its_fused_projections(
             unchanged = torch.equal(weight[weight != 0], before[name][weight != 0])
             assert unchanged == (method == "wanda"), name
         assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+
+
+def test_a_model_that_lost_units_before(tmp_path: Path) -> None:
+    """Layers of other widths, one of them without its attention."""
+    parent = tiny_llama()
+    layout = bf.Layout.of(parent, sublayers=True)
+    keep = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < 0.8
+    for number, unit in enumerate(layout.units):
+        if unit.kind in ("attention", "mlp"):
+            keep[number] = (unit.layer, unit.kind) != (1, "attention")
+    smaller = bf.remove_units(parent, layout, keep)
+    weights = pruned_weights(task_of(smaller, method="wanda"), tmp_path / "run")
+    assert weights.keys() == {
+        name for name, x in smaller.named_parameters() if x.dim() == 2 and ".layers." in name
+    }
+    for name, weight in weights.items():
+        assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), name
 
 
 @pytest.mark.parametrize(
@@ -346,6 +364,14 @@ def test_bad_requests_end_in_one_line(
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert not list(tmp_path.rglob("*"))
+
+
+def test_methods_compared_remove_units(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--methods", "wanda", *FLAGS, "--output", str(tmp_path / "all")]
+    assert compare([str(parent), *flags]) == 2
+    assert "expected methods that remove units, wanda zeroes weights" in capsys.readouterr().err
 
 
 def test_overflow_and_damage_end_in_one_line(
