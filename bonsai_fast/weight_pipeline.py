@@ -190,7 +190,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
 
     Raises:
         LedgerError: a recorded layer is damaged.
-        NotFiniteError: a layer's inputs hold NaN or Inf.
+        UnusableInputsError: a layer's inputs hold NaN or Inf, or it has none.
         OSError: something cannot be written.
     """
     started = time.perf_counter()
