@@ -2,6 +2,7 @@
 
     run.json                  identity (config, parent, text, versions), target, status
     ledger/                   every evaluation
+    rates.json                speeds of the GPU, if any, by which routes were chosen
     priors/STAGE.safetensors  what one forward pass said about each unit
     masks/round-XX.safetensors   the units kept after each round
     relevance.safetensors     what the result was selected by
