@@ -123,7 +123,14 @@ def prepare(
         length=min(EVALUATION_LENGTH, longest, config.evaluation_tokens),
         calibration=config.calibration,
     )
-    scorer = MaskScorer(model, layout=layout, memory_budget=config.memory_budget)
+    scorer = MaskScorer(
+        model, layout=layout, route=config.route or "auto", memory_budget=config.memory_budget
+    )
+    if config.route is not None and scorer.engine.name != "fused":
+        raise ValueError(
+            f"route: {type(model).__name__} is scored as it is, which leaves no choice; "
+            f"expected none, got {config.route}"
+        )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
     return Task(model, scorer, calibration, config, target), evaluation
 

@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "chart", "hub", "peak_memory", "progress"},
+    "foundation": {"_C", "cache_directory", "chart", "hub", "peak_memory", "progress"},
 }
 
 # These import, beside the standard library and their own folder, nothing else.
