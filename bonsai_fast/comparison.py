@@ -25,7 +25,7 @@ from bonsai_fast.data import Sequences
 from bonsai_fast.delivery import pruned_model
 from bonsai_fast.evaluation import Perplexity, evaluate_tasks, perplexity
 from bonsai_fast.ledger import write_atomically, write_json
-from bonsai_fast.methods import KNOBS, METHODS, Search, Task, within_tokens
+from bonsai_fast.methods import KNOBS, METHODS, WEIGHT_METHODS, Search, Task, within_tokens
 from bonsai_fast.peak_memory import PeakMemory
 from bonsai_fast.pipeline import prepare
 from bonsai_fast.progress import Reporter
@@ -117,11 +117,16 @@ class Comparison:
         """The task of a cell; `name` is METHOD[:PRESET][:OPTION=VALUE]..., as `variant` reads it.
 
         Raises:
-            ValueError: unknown method, preset or option, or an impossible sparsity.
+            ValueError: unknown method, preset or option, one that zeroes weights, or an impossible
+                sparsity.
         """
         shared = {field: getattr(self.base, field) for field in SHARED}
         values = variant(name)
         method = values["method"]
+        if method in WEIGHT_METHODS:
+            raise ValueError(
+                f"methods: expected methods that remove units, {method} zeroes weights"
+            )
         config = PruneConfig(**{**shared, **values, "sparsity": sparsity}).resolved()
         target = Target(sparsity=sparsity)
         target.removal_budget(self._task.layout)

@@ -26,6 +26,7 @@ Method = Literal[
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
+RouteName = Literal["dense", "slice", "gather"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
@@ -97,6 +98,11 @@ class PruneConfig:
         None,
         "Memory for scoring beside the weights, e.g. 800MB. "
         "Default 2GiB on a CPU, half of a GPU's memory.",
+    )
+    route: RouteName | None = _option(
+        None,
+        "How masked layers are computed: whole with zeros, from copies of what is kept, or by "
+        "kernels that gather it. Default: what costs less.",
     )
     spare_first: int | None = _option(
         None, "First decoder layers that a one-shot method leaves whole if the target allows it."

@@ -180,7 +180,7 @@ class _Step:
         for begin in range(0, len(rows), wave.chunk_rows):
             chunk = rows[begin : begin + wave.chunk_rows]
             masks = [nodes[(begin + place) // sequences][1] for place in range(len(chunk))]
-            adjacent = chunk[-1] - chunk[0] + 1 == len(chunk)
+            adjacent = chunk == list(range(chunk[0], chunk[0] + len(chunk)))
             index = torch.tensor(chunk, device=self.rows.device)
             if adjacent:
                 source = self.rows[chunk[0] : chunk[-1] + 1]
@@ -239,6 +239,5 @@ class _Step:
         """How so many kept parts are computed for so many rows."""
         if kept == self._num_parts:
             return "dense"
-        device, share = self.rows.device.type, kept / self._num_parts
-        route = choose(self.wave.route, device, share, rows * self.length)
+        route = choose(self.wave.route, kept / self._num_parts, rows * self.length)
         return "dense" if route == "gather" and not gathers(self.sublayer) else route
