@@ -81,6 +81,21 @@ class Ledger:
         entry = self._by_key.get(_key(text, keep))
         return None if entry is None else entry.losses
 
+    def find_each(self, text: str, keep: torch.Tensor) -> torch.Tensor | None:
+        """The same where sub-models were recorded in other company: recorded one by one, or None.
+
+        The same to rounding: what shares a batch may change the last bits.
+        """
+        rows: dict[bytes, torch.Tensor] = {}
+        for entry in self._entries:
+            if entry.text == text:
+                masks = pack(entry.keep).numpy()
+                rows.update(zip(map(bytes, masks), entry.losses, strict=True))
+        wanted = [bytes(mask) for mask in pack(keep).numpy()]
+        if any(mask not in rows for mask in wanted):
+            return None
+        return torch.stack([rows[mask] for mask in wanted])
+
     def append(self, stage: str, text: str, keep: torch.Tensor, losses: torch.Tensor) -> None:
         """Record scored sub-models durably.
 

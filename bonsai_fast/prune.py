@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Literal, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,10 +30,17 @@ from transformers.utils import logging
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.embedded import NAME, embedded_model
 from bonsai_fast.jobs import Result, job_of, prune, table_of
-from bonsai_fast.layer_major import NotFiniteError
+from bonsai_fast.layer_major import UnusableInputsError
 from bonsai_fast.ledger import LedgerError
 from bonsai_fast.methods import NotRecordedError
 from bonsai_fast.progress import Reporter
+from bonsai_fast.scoring import default_budget, parse_bytes
+from bonsai_fast.streaming import (
+    device_memory,
+    local_directory,
+    open_streamed,
+    weight_bytes,
+)
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -55,6 +63,13 @@ class CommandOptions:
         metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
     )
     plan: bool = field(default=False, metadata={"help": "Print what would be done, and stop."})
+    stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the layers from disk in turns instead of loading the model; done by "
+            "itself if the weights and --memory-budget exceed the device's memory."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a checkpoint carries."}
     )
@@ -127,6 +142,53 @@ def _loading(name: str | None) -> Iterator[None]:
         raise ValueError(f"model {name or NAME} cannot be loaded: {error}") from error
 
 
+def open_parent(
+    name: str | None, config: PruneConfig, options: CommandOptions, reporter: Reporter
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent, or stream it if that is asked for or it does not fit.
+
+    Raises:
+        ValueError, OSError: as `load_parent`.
+    """
+    directory = _streamed_from(name, config, options)
+    if directory is None:
+        return load_parent(name, options)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust)  # has the clearest errors
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
+    model = open_streamed(
+        directory,
+        device=_device(options.device),
+        dtype=DTYPES.get(options.dtype),
+        trust_remote_code=trust,
+    )
+    # the run is the same as that of the loaded model
+    model.config.name_or_path = NAME if name is None else name
+    if not options.stream:
+        reporter.note(f"{name or NAME} does not fit into memory: its layers are streamed from disk")
+    return model, tokenizer
+
+
+def _streamed_from(name: str | None, config: PruneConfig, options: CommandOptions) -> Path | None:
+    """The directory that a parent is to be streamed from; None if it is to be loaded."""
+    path, device = _path(name), _device(options.device)
+    if config.prunes_weights:
+        if options.stream:
+            raise ValueError(f"stream: method {config.method} needs the model in the host's memory")
+        return None
+    if options.stream:
+        return local_directory(path, download=True)
+    asked = config.memory_budget
+    budget = default_budget(device) if asked is None else parse_bytes(asked)
+    try:
+        directory = local_directory(path, download=False)
+        needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget
+    except (OSError, ValueError, SafetensorError):
+        return None  # loading says what is wrong, or knows other formats
+    return directory if needed > device_memory(device) else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -138,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         # where layers take turns on the device, the model waits outside
         loading = replace(options, device="cpu") if config.prunes_weights else options
         with reporter.busy(f"loading {name or NAME} and its text"):
-            model, tokenizer = load_parent(name, loading)
+            model, tokenizer = open_parent(name, config, loading, reporter)
             job = job_of(model, tokenizer, config, device)
         if options.plan:
             print(json.dumps(job.plan(reporter)))
@@ -149,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error)
     try:
         result = execute()
-    except (OSError, LedgerError, NotRecordedError, NotFiniteError) as error:
+    except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
         return fail(error)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {output}", file=sys.stderr)

@@ -8,6 +8,7 @@ and, where units are removed,
 
     layout.json               the parent's units
     ledger/                   every evaluation
+    rates.json                speeds of the GPU, if any, by which routes were chosen
     priors/STAGE.safetensors  what one forward pass said about each unit
     regressions/STAGE.safetensors   what was estimated from the evaluations of a round
     masks/round-XX.safetensors   the units kept after each round

@@ -13,6 +13,8 @@ from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
 
 Kind = Literal["head", "kv_group", "channel", "attention", "mlp"]
 AttentionUnit = Literal["head", "kv_group"]
+# kinds whose units are parts of an attention sub-layer, or all of it
+ATTENTION: tuple[Kind, ...] = ("head", "kv_group", "attention")
 
 
 @dataclass(frozen=True, slots=True)

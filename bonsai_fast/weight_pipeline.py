@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
+from bonsai_fast.delivery import VERIFIED_TOKENS, logit_tolerance
 from bonsai_fast.evaluation import Perplexity, check_tasks, evaluate_tasks
 from bonsai_fast.layer_major import (
     InputRecorder,
@@ -27,13 +28,7 @@ from bonsai_fast.layer_major import (
 )
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.models import find_decoder
-from bonsai_fast.pipeline import (
-    EVALUATION_LENGTH,
-    MAX_LENGTH,
-    VERIFIED_TOKENS,
-    check_finite,
-    logit_tolerance,
-)
+from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
 from bonsai_fast.progress import Reporter
 from bonsai_fast.reporting import write_report
 from bonsai_fast.run_directory import WeightRun
@@ -195,7 +190,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
 
     Raises:
         LedgerError: a recorded layer is damaged.
-        NotFiniteError: a layer's inputs hold NaN or Inf.
+        UnusableInputsError: a layer's inputs hold NaN or Inf, or it has none.
         OSError: something cannot be written.
     """
     started = time.perf_counter()

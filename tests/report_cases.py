@@ -54,7 +54,7 @@ def make_runs(folder: Path) -> dict[str, Path]:
 
 def without_fresh_processes(patch: pytest.MonkeyPatch) -> None:
     """Loading in a fresh process is tested elsewhere, and takes longer than all of a tiny run."""
-    for module in ("pipeline", "weight_pipeline"):
+    for module in ("delivery", "weight_pipeline"):
         patch.setattr(f"bonsai_fast.{module}.verify_saved", lambda *_, **__: 0.0)
 
 

@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"jobs", "pipeline", "weight_pipeline", "weight_tables"},
+    "pipeline": {"delivery", "jobs", "pipeline", "weight_pipeline", "weight_tables"},
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "chart", "hub", "peak_memory", "progress"},
+    "foundation": {"_C", "cache_directory", "chart", "hub", "peak_memory", "progress"},
 }
 
 # These import, beside the standard library and their own folder, nothing else.

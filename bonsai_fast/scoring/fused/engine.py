@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from bonsai_fast.models import MLPBlock
 from bonsai_fast.scoring.engine import Progress
 from bonsai_fast.scoring.fused.check import check_structure
+from bonsai_fast.scoring.fused.gather import gathers_heads
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.passes import normalize
-from bonsai_fast.scoring.fused.policy import Route
+from bonsai_fast.scoring.fused.policy import Route, cheapest, without_logits
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.rates import Rates, rates_of
 from bonsai_fast.scoring.fused.structure import Structure, read_structure
 from bonsai_fast.scoring.fused.tree import MaskTree
 from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.scoring.hooks import HooksEngine
+from bonsai_fast.scoring.memory import MAX_TOKENS
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
 from bonsai_fast.streaming import stream_of
 from bonsai_fast.units import Layout
@@ -60,6 +65,7 @@ class FusedEngine:
         self.kernels = nll.head.weight.device.type == "cuda"
         self._budget = memory_budget
         self._hooks = HooksEngine(layout, nll, memory_budget)
+        self._rates: Rates | None = None
         structure = self._structure()
         with evaluation_mode(nll.model):
             check_structure(nll.model, layout, structure)
@@ -72,8 +78,36 @@ class FusedEngine:
         """Sub-models that are worth scoring together on so many sequences."""
         submodels = self.rows_per_batch(length) // sequences
         if stream_of(self.nll.model) is None:  # else every call reads all weights
-            submodels = min(MAX_SUBMODELS_PER_CALL, submodels)
+            most = MAX_SUBMODELS_PER_CALL
+            if self.kernels:  # a GPU is done with few in no time
+                most = max(most, MAX_TOKENS["cuda"] // (sequences * length))
+            submodels = min(most, submodels)
         return max(1, submodels)
+
+    @property
+    def rates(self) -> Rates | None:
+        """Speeds by which routes are chosen on a GPU, measured when first asked for; else None."""
+        head = self.nll.head.weight
+        if self._rates is None and head.device.type == "cuda":
+            mlps = self.layout.decoder.mlp.values()
+            channels = max((block.num_channels for block in mlps), default=head.shape[1])
+            self.rates = rates_of(head.detach(), channels, self.nll.logit_rows)
+        return self._rates
+
+    @rates.setter
+    def rates(self, rates: Rates) -> None:
+        self._rates = rates
+        self.nll.without_logits = without_logits(rates)
+
+    @contextmanager
+    def one_route(self, keep: Tensor, sequences: int, length: int) -> Iterator[None]:
+        """See `Engine.one_route`."""
+        before = self.route
+        self.route = self._cheapest(keep, sequences, length)
+        try:
+            yield
+        finally:
+            self.route = before
 
     @torch.inference_mode()
     def score(
@@ -87,6 +121,7 @@ class FusedEngine:
         if self._is_hooked():
             return self._hooks.score(keep, input_ids, parent, progress)
         structure, keep = self._structure(), keep.cpu()
+        route = self._cheapest(keep, *input_ids.shape)
         schedule = self._schedule(input_ids.shape[1])
         tree = MaskTree(self.layout, structure.blocks, keep)
         positions = Positions(structure, input_ids.shape[1])
@@ -95,10 +130,9 @@ class FusedEngine:
         report = _Report(progress, keep.shape[0] * len(input_ids), found.numel())
         for leaves, sequences in _waves(tree.num_leaves, len(input_ids), schedule.wave_rows):
             tokens = input_ids[sequences].to(self.nll.head.weight.device)
-            route = self.route if schedule.slices else "dense"
             wave = Wave(
-                structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows, route,
-                workspace, self.kernels,
+                structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows,
+                route if schedule.slices else "dense", workspace, self.kernels,
             )  # fmt: skip
             pairs = (leaves.stop - leaves.start) * len(tokens)
             states = wave.embed(tokens)
@@ -158,6 +192,22 @@ class FusedEngine:
                 found.append(self.nll.divergence_of(hidden, labels, reference).cpu())
         return torch.cat(found).view(states.shape[:2])
 
+    def _cheapest(self, keep: Tensor, sequences: int, length: int) -> Route:
+        """The route that is wanted; on a GPU, where that is "auto", the one that should be best."""
+        rates = self.rates
+        if self.route != "auto" or rates is None:
+            return self.route
+        together = _sequences_together(len(keep), sequences, self.rows_per_batch(length))
+        return cheapest(
+            rates,
+            kept_share=_kept_share(self.layout, keep.cpu()),
+            tokens=together * length,
+            element_size=self.nll.head.weight.element_size(),
+            gathers=all(
+                gathers_heads(block.head_dim) for block in self.layout.decoder.attention.values()
+            ),
+        )
+
     def _structure(self) -> Structure:
         return read_structure(self.nll.model, self.layout)
 
@@ -187,12 +237,30 @@ def _rows(parent: ParentReference, sequences: slice) -> ParentReference:
     return parent.rows(torch.arange(sequences.start, sequences.stop))
 
 
+def _kept_share(layout: Layout, keep: Tensor) -> float:
+    """Of the weights of sub-layers that are masked, but not gone: how much is kept, on average."""
+    kept = total = 0.0
+    for block, parts in layout.keep_by_block(keep):
+        share = parts.float().mean(dim=1)
+        share = share[(share > 0) & (share < 1)]
+        # rows of the projections beside each other: gate, up and down, or q and o
+        size = (3 if isinstance(block, MLPBlock) else 2) * parts.shape[1] * block.part_width
+        kept += size * float(share.sum())
+        total += size * len(share)
+    return kept / total if total else 1.0
+
+
+def _sequences_together(leaves: int, sequences: int, rows: int) -> int:
+    """Sequences of a wave of at most so many rows."""
+    return min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))
+
+
 def _waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[slice, slice]]:
     """Ranges of leaves and of sequences, at most `rows` pairs each.
 
     Sequences are split first: sub-models share what they have in common on every sequence alike.
     """
-    some = min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))
+    some = _sequences_together(leaves, sequences, rows)
     many = max(1, rows // some)
     for first in range(0, sequences, some):
         for start in range(0, leaves, many):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from bonsai_fast import ops
 from bonsai_fast.scoring.fused.attention import attention
+from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.row_masks import RowMasks
@@ -49,7 +50,9 @@ def inner(
         in the workspace.
     """
     normed = normalize(operands.spec.norm, states, workspace)
-    if isinstance(operands, AttentionOperands):
+    if isinstance(operands, GatherOperands):
+        inputs = operands.inner(normed, positions)
+    elif isinstance(operands, AttentionOperands):
         inputs = _attend(operands, normed, positions, workspace)
     elif kernels and operands.spec.activation_name is not None:
         return _gated_and_masked(operands, normed, masks, operands.spec.activation_name, workspace)
@@ -64,8 +67,12 @@ def project_out(operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
     Args:
         operands: weights.
         inputs: [R, T, columns], contiguous.
-        out: [R, T, D], contiguous, is overwritten and returned.
+        out: [R, T, D], contiguous, may be overwritten.
+    Returns:
+        [R, T, D], contiguous; `out`, or a new tensor.
     """
+    if isinstance(operands, GatherOperands):
+        return operands.project_out(inputs)
     flat = out.view(-1, out.shape[-1])
     torch.mm(inputs.view(-1, inputs.shape[-1]), operands.output_rows, out=flat)
     bias = operands.spec.output.bias

@@ -64,21 +64,21 @@ class CompactSlices:
         if isinstance(spec, MLP):
             self._multiple = CHANNEL_MULTIPLE
             self._sources = {"gate": spec.gate, "up": spec.up}
-            self._index = {"gate": _Index(keep, 1, device)}
+            self._index = {"gate": _Index(ops.KeptLists.of(keep), 1, device)}
             self._index["up"] = self._index["output"] = self._index["gate"]
         else:
             width = spec.block.head_dim
             # heads must stay whole
             self._multiple = 1
-            kv_of_head = torch.tensor(spec.block.kv_of_head)
-            keep_kv = torch.zeros(len(keep), spec.block.num_kv_heads, dtype=torch.bool)
-            for row, kept in zip(keep_kv, keep, strict=True):
-                needed, slots = kv_of_head[kept].unique(return_inverse=True)
-                row[needed] = True
-                self._kv_of_kept.append(tuple(slots.tolist()))
+            heads = ops.HeadLists.reading(keep, spec.block.kv_of_head)
+            counts = heads.query.count.tolist()
+            self._kv_of_kept = [
+                tuple(slots[:count].tolist())
+                for slots, count in zip(heads.q_to_kv, counts, strict=True)
+            ]
             self._sources = {"query": spec.query, "key": spec.key, "value": spec.value}
-            self._index = {"query": _Index(keep, width, device)}
-            self._index["key"] = self._index["value"] = _Index(keep_kv, width, device)
+            self._index = {"query": _Index(heads.query, width, device)}
+            self._index["key"] = self._index["value"] = _Index(heads.kv, width, device)
             self._index["output"] = self._index["query"]
         for place in range(2):
             self._reserve(place)
@@ -131,8 +131,7 @@ class CompactSlices:
 class _Index:
     """Rows that belong to each mask's kept parts: int32 lists, moved to the device together."""
 
-    def __init__(self, keep: Tensor, width: int, device: torch.device) -> None:
-        lists = ops.KeptLists.of(keep)
+    def __init__(self, lists: ops.KeptLists, width: int, device: torch.device) -> None:
         parts = lists.index[:, : lists.width]
         rows = parts[:, :, None] * width + torch.arange(width, dtype=torch.int32)
         self._rows = rows.flatten(1).to(device)

@@ -6,15 +6,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bonsai_fast.models import AttentionBlock
+from bonsai_fast.scoring.fused.gather import Bank, gathers
 from bonsai_fast.scoring.fused.operands import Operands, dense
 from bonsai_fast.scoring.fused.passes import inner, project_out
-from bonsai_fast.scoring.fused.policy import Route, choose
+from bonsai_fast.scoring.fused.policy import ConcreteRoute, Route, choose
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
 from bonsai_fast.scoring.fused.slices import sliced
@@ -79,10 +81,11 @@ class _Step:
         self.states = states
         self.rows = states.flatten(0, 1)  # [leaves * B, T, D]
         self.sequences, self.length = states.shape[1:3]
+        self._bank: Bank | None = None
 
     def advance(self, nodes: list[Node]) -> None:
         """Nodes whose sub-models part here one by one; of the others, those of one mask together,
-        or all that run densely."""
+        or all that run densely, or all that are gathered."""
         slots_of_mask: dict[int, list[int]] = defaultdict(list)
         copies: list[tuple[Tensor, Callable[[Operands], None]]] = []
         for node in nodes:
@@ -91,24 +94,33 @@ class _Step:
                 continue
             kept = self._kept([mask for mask, _ in node.children])
             union = kept.any(dim=0)
-            if self._slices(int(union.sum()), self.sequences):
+            route = self._route(int(union.sum()), self.sequences)
+            if route == "slice":
                 copies.append((union, partial(self._fork, node, kept[:, union])))
+            elif route == "gather":
+                self._fork(node, kept[:, union], self._gathering.operands(union[None], None))
             else:
                 self._fork(node, kept, dense(self.sublayer))
         masks = list(slots_of_mask)
         sizes = self._kept(masks).sum(dim=1).tolist()
         whole: list[tuple[int, int]] = []
+        gathered: list[tuple[int, int]] = []
         for mask, size in zip(masks, sizes, strict=True):
             slots = slots_of_mask[mask]
             if size == 0:
                 for slot in slots:
                     self._add_bias(self.states[slot])
-            elif self._slices(size, len(slots) * self.sequences):
+                continue
+            route = self._route(size, len(slots) * self.sequences)
+            if route == "slice":
                 alone = [(slot, WHOLE) for slot in slots]
                 copies.append((self._kept([mask])[0], partial(self._run, alone)))
+            elif route == "gather":
+                gathered += [(slot, mask) for slot in slots]
             else:
                 whole += [(slot, mask if size < self._num_parts else WHOLE) for slot in slots]
         self._run(sorted(whole), dense(self.sublayer))
+        self._run(gathered, None)
         if copies:
             self._run_copies(copies)
 
@@ -128,7 +140,7 @@ class _Step:
         """
         wave = self.wave
         # operands may be padded, by parts that give 0
-        padding = len(operands.output_rows) // self.sublayer.block.part_width - kept.shape[1]
+        padding = operands.columns // self.sublayer.block.part_width - kept.shape[1]
         removed = self._columns(~F.pad(kept, (0, padding)))
         empty = (~kept.any(dim=1)).tolist()
         for begin in range(0, self.sequences, wave.chunk_rows):
@@ -157,29 +169,46 @@ class _Step:
         out = self._out(count * rows)
         return project_out(operands, masked.flatten(0, 1), out).view(count, *inputs.shape[:2], -1)
 
-    def _run(self, nodes: list[tuple[int, int]], operands: Operands) -> None:
-        """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time."""
+    def _run(self, nodes: list[tuple[int, int]], operands: Operands | None) -> None:
+        """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time.
+
+        Without operands what each chunk's masks keep is gathered; nodes of one mask are neighbours.
+        """
         wave, sequences = self.wave, self.sequences
-        table = self._table([mask for _, mask in nodes])
+        table = None if operands is None else self._table([mask for _, mask in nodes])
         rows = [slot * sequences + number for slot, _ in nodes for number in range(sequences)]
         for begin in range(0, len(rows), wave.chunk_rows):
             chunk = rows[begin : begin + wave.chunk_rows]
             masks = [nodes[(begin + place) // sequences][1] for place in range(len(chunk))]
-            adjacent = chunk[-1] - chunk[0] + 1 == len(chunk)
+            adjacent = chunk == list(range(chunk[0], chunk[0] + len(chunk)))
             index = torch.tensor(chunk, device=self.rows.device)
             if adjacent:
                 source = self.rows[chunk[0] : chunk[-1] + 1]
             else:
                 source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
                 torch.index_select(self.rows, 0, index, out=source)
-            inputs = self._inner(operands, source, table.of_rows(masks))
-            source.add_(project_out(operands, inputs, self._out(len(chunk))))
+            weights = self._gathered(masks) if operands is None else operands
+            on_rows = None if table is None else table.of_rows(masks)
+            inputs = self._inner(weights, source, on_rows)
+            source.add_(project_out(weights, inputs, self._out(len(chunk))))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
 
     def _inner(self, operands: Operands, source: Tensor, masks: RowMasks | None) -> Tensor:
         wave = self.wave
         return inner(operands, source, wave.positions, wave.workspace, masks, kernels=wave.kernels)
+
+    @property
+    def _gathering(self) -> Bank:
+        if self._bank is None:
+            self._bank = Bank(self.sublayer, self.wave.workspace)
+        return self._bank
+
+    def _gathered(self, masks: list[int]) -> Operands:
+        """Operands of rows whose masks these are, equal ones side by side."""
+        runs = [(mask, len(list(rows))) for mask, rows in groupby(masks)]
+        keep = self._kept([mask for mask, _ in runs])
+        return self._gathering.operands(keep, [count for _, count in runs])
 
     def _table(self, masks: list[int]) -> MaskTable:
         different = sorted(set(masks) - {WHOLE})
@@ -206,9 +235,9 @@ class _Step:
     def _kept(self, masks: list[int]) -> Tensor:
         return self.wave.tree.kept(self.depth, masks)
 
-    def _slices(self, kept: int, rows: int) -> bool:
-        """Whether so many kept parts are computed from a copy of them, for so many rows."""
+    def _route(self, kept: int, rows: int) -> ConcreteRoute:
+        """How so many kept parts are computed for so many rows."""
         if kept == self._num_parts:
-            return False
-        device, share = self.rows.device.type, kept / self._num_parts
-        return choose(self.wave.route, device, share, rows * self.length) == "slice"
+            return "dense"
+        route = choose(self.wave.route, kept / self._num_parts, rows * self.length)
+        return "dense" if route == "gather" and not gathers(self.sublayer) else route
