@@ -34,7 +34,9 @@ class MaskScorer:
             "auto" is "fused" where that is possible.
         route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
             set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
-            each sub-model keeps where it lies; "auto" decides by what costs less.
+            each sub-model keeps where it lies, "pack" from one copy a wave of what any sub-model of
+            the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it; "auto" decides
+            by what costs less.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
             CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
             once for as many tokens as it allows, give it what can be spared.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bonsai_fast.scoring.engine import Progress
 from bonsai_fast.scoring.fused.check import check_structure
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.packed import PackedSublayers, PackedTree, packs_of
 from bonsai_fast.scoring.fused.passes import normalize
 from bonsai_fast.scoring.fused.policy import Route
 from bonsai_fast.scoring.fused.positions import Positions
@@ -91,9 +93,24 @@ class FusedEngine:
         tree = MaskTree(self.layout, structure.blocks, keep)
         positions = Positions(structure, input_ids.shape[1])
         workspace = Workspace(self.nll.head.weight)
+        waves = list(_waves(tree.num_leaves, len(input_ids), schedule.wave_rows))
+        if schedule.packs:
+            packs = packs_of(
+                tree,
+                structure,
+                self.route,
+                self.nll.head.weight.device.type,
+                tokens=input_ids.numel(),
+                waves=len(waves),
+            )
+            tree = PackedTree(tree, packs)
+            sublayers = PackedSublayers(
+                structure.sublayers, packs, workspace, contiguous=self.kernels
+            )
+            structure = replace(structure, sublayers=sublayers)
         found = torch.empty(tree.num_leaves, len(input_ids))
         report = _Report(progress, keep.shape[0] * len(input_ids), found.numel())
-        for leaves, sequences in _waves(tree.num_leaves, len(input_ids), schedule.wave_rows):
+        for leaves, sequences in waves:
             tokens = input_ids[sequences].to(self.nll.head.weight.device)
             route = self.route if schedule.slices else "dense"
             wave = Wave(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring.fused.gather import Bank, gathers
 from bonsai_fast.scoring.fused.operands import Operands, dense
+from bonsai_fast.scoring.fused.packed import PackedMLP, slice_order
 from bonsai_fast.scoring.fused.passes import inner, project_out
 from bonsai_fast.scoring.fused.policy import ConcreteRoute, Route, choose
 from bonsai_fast.scoring.fused.positions import Positions
@@ -96,7 +97,8 @@ class _Step:
             union = kept.any(dim=0)
             route = self._route(int(union.sum()), self.sequences)
             if route == "slice":
-                copies.append((union, partial(self._fork, node, kept[:, union])))
+                order = slice_order(self.sublayer, union)
+                copies.append((union, partial(self._fork, node, kept[:, order])))
             elif route == "gather":
                 self._fork(node, kept[:, union], self._gathering.operands(union[None], None))
             else:
@@ -240,5 +242,9 @@ class _Step:
         if kept == self._num_parts:
             return "dense"
         device, share = self.rows.device.type, kept / self._num_parts
-        route = choose(self.wave.route, device, share, rows * self.length)
+        copied = None
+        if isinstance(self.sublayer, PackedMLP):
+            fixed = self._num_parts - self.sublayer.candidates
+            copied = (kept - fixed) / self._num_parts
+        route = choose(self.wave.route, device, share, rows * self.length, copied)
         return "dense" if route == "gather" and not gathers(self.sublayer) else route
