@@ -26,11 +26,13 @@ Method = Literal[
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
+RouteName = Literal["dense", "slice", "gather", "pack", "tail"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
-Granularity = Literal["units", "blocks", "layers"]
+Granularity = Literal["units", "blocks", "shares", "layers"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
+Precision = Literal["int8", "fp8"]
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
 Perturbation = Literal["weights", "weights-divided", "gates"]
@@ -98,14 +100,25 @@ class PruneConfig:
         "Memory for scoring beside the weights, e.g. 800MB. "
         "Default 2GiB on a CPU, half of a GPU's memory.",
     )
+    route: RouteName | None = _option(
+        None,
+        "How masked layers are computed: whole with zeros (dense), from copies of what each "
+        "sub-model keeps (slice), by kernels that gather it (gather), from one copy of what any "
+        "keeps (pack), or with each one's part of that (tail). Default: what costs less.",
+    )
+    precision: Precision | None = _option(
+        None,
+        "8-bit products while scoring: int8 (CPU or CUDA) or fp8 (CUDA from compute capability 8.9 "
+        "on). Its ranking is compared with full precision first.",
+    )
     spare_first: int | None = _option(
         None, "First decoder layers that a one-shot method leaves whole if the target allows it."
     )
     spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
     granularity: Granularity | None = _option(
         None,
-        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, or "
-        "whole layers.",
+        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, the "
+        "share of each layer's attention and MLP that goes (policy-gradient), or whole layers.",
     )
     batch_size: int | None = _option(None, "policy-gradient: sequences of each step.")
     learning_rate: float | None = _option(None, "policy-gradient: of the keep probabilities.")
@@ -158,6 +171,11 @@ class PruneConfig:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.method == "policy-gradient" and self.sublayers:
             raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
+        if self.granularity == "shares":
+            if self.method != "policy-gradient":
+                raise ValueError(f"granularity: expected another than shares for {self.method}")
+            if self.initial == "layerwise-ppl":
+                raise ValueError("granularity=shares: expected another start than layerwise-ppl")
         _check_at_least("sequence_length", self.sequence_length, 2)
         for name in ("seed", "spare_first", "spare_last"):
             _check_at_least(name, getattr(self, name), 0)
@@ -287,11 +305,11 @@ METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
         "projection": "sigmoid-norm",
     },
     ("policy-gradient", "default"): {
-        "rounds": 100,
-        "batch_size": 2,
+        "rounds": 20,
+        "batch_size": 1,
         "submodels_per_round": 32,
-        "learning_rate": 0.02,
-        "granularity": "blocks",
+        "learning_rate": 0.03,
+        "granularity": "shares",
         "baseline": "leave-one-out",
         "initial": "wanda-sp",
         "projection": "sigmoid-budget",

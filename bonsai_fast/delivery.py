@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.data import Sequences
 from bonsai_fast.evaluation import Perplexity, evaluate_tasks, perplexity
 from bonsai_fast.methods import METHODS, Compensates, Search
+from bonsai_fast.reporting import complete, save_completions
 from bonsai_fast.scoring import masked
 from bonsai_fast.streaming import LayerStream, open_streamed, stream_of
 from bonsai_fast.surgery import (
@@ -76,6 +77,7 @@ def deliver(
     reporter.note("measuring latency, dense and pruned in turns")
     models = {"dense": model, "pruned": smaller}
     latency = measure_latency(models, Workload.fitting(models))
+    save_completions(search.run.path, complete(model, smaller, tokenizer))
     tasks = {}
     if task.config.tasks is not None:
         names = task.config.task_names

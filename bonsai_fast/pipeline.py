@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from bonsai_fast.delivery import Delivery, deliver
 from bonsai_fast.evaluation import check_tasks
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Plan, Search, Task
-from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.peak_memory import PeakMemory
+from bonsai_fast.reporting import write_report
+from bonsai_fast.scoring import MaskScorer, check_precision
 from bonsai_fast.streaming import named_weights, stream_of
 from bonsai_fast.units import Layout
 
@@ -30,6 +32,8 @@ EVALUATION_LENGTH = 512
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
 # sub-models of the batch that a plan is timed by
 TIMED_SUBMODELS = 16
+# what precisions are compared on
+CHECKED_SUBMODELS, CHECKED_SEQUENCES = 12, 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class PruneResult:
         max_logit_difference: the pruned model in memory against the saved one, loaded in a fresh
             process; of a streamed model, the masked parent against the saved one.
         seconds: wall time of the last start.
+        rounds: name, sparsity and perplexity of what each round before the last one left.
+        peak_bytes: memory of the search beside the weights, in the last start; None where it cannot
+            be measured.
+        warnings: what the last start warned of.
     """
 
     output: str
@@ -68,6 +76,9 @@ class PruneResult:
     tokens_scored: int
     max_logit_difference: float
     seconds: float
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def keep_mask(self) -> torch.Tensor:
@@ -114,7 +125,18 @@ def prepare(
         length=min(EVALUATION_LENGTH, longest, config.evaluation_tokens),
         calibration=config.calibration,
     )
-    scorer = MaskScorer(model, layout=layout, memory_budget=config.memory_budget)
+    scorer = MaskScorer(
+        model,
+        layout=layout,
+        route=config.route or "auto",
+        precision=config.precision or "full",
+        memory_budget=config.memory_budget,
+    )
+    if config.route is not None and scorer.engine.name != "fused":
+        raise ValueError(
+            f"route: {type(model).__name__} is scored as it is, which leaves no choice; "
+            f"expected none, got {config.route}"
+        )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
     return Task(model, scorer, calibration, config, target), evaluation
 
@@ -140,15 +162,28 @@ def execute(
         reporter.note(
             f"{run.path} is finished: meeting {search.task.config.target_text} from its ledger"
         )
-    keep = METHODS[search.task.config.method].find(search)
+    warnings_before = len(reporter.warnings)
+    if search.task.config.precision is not None and run.start == "new":
+        _check_precision(search)
+    with PeakMemory(search.task.model.device) as peak:
+        keep = METHODS[search.task.config.method].find(search)
+    rounds = list(run.saved_masks)
     run.save_mask("final", keep)
     _comment(search, keep)
-    result = _result(search, deliver(search, tokenizer, keep, evaluation), started)
+    result = _result(
+        search,
+        deliver(search, tokenizer, keep, evaluation),
+        rounds=_trajectory(search, rounds, keep, evaluation),
+        peak_bytes=peak.bytes,
+        warnings=reporter.warnings[warnings_before:],
+        seconds=time.perf_counter() - started,
+    )
     run.record("finished", result=asdict(result))
+    reporter.note(f"the report is {write_report(run.path)}")
     return result
 
 
-def _result(search: Search, delivery: Delivery, started: float) -> PruneResult:
+def _result(search: Search, delivery: Delivery, **measured: Any) -> PruneResult:
     layout = search.task.layout
     removed = layout.num_model_parameters - delivery.parameters
     return PruneResult(
@@ -166,7 +201,7 @@ def _result(search: Search, delivery: Delivery, started: float) -> PruneResult:
         submodels_scored=search.submodels_scored,
         tokens_scored=search.tokens_scored,
         max_logit_difference=delivery.max_logit_difference,
-        seconds=time.perf_counter() - started,
+        **measured,
     )
 
 
@@ -175,6 +210,21 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in named_weights(model):
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
+
+
+def _check_precision(search: Search) -> None:
+    """Say whether the precision that was asked for ranks sub-models as full precision does."""
+    task = search.task
+    generator = torch.Generator().manual_seed(task.config.seed)
+    share = task.target.removal_budget(task.layout) / task.layout.num_decoder_parameters
+    draw = torch.rand(CHECKED_SUBMODELS, len(task.layout), generator=generator)
+    tokens = task.calibration.input_ids[:CHECKED_SEQUENCES]
+    with search.reporter.busy("comparing precisions"):
+        found = check_precision(task.scorer, draw >= share, tokens)
+    if found.is_sound:
+        search.reporter.note(str(found))
+    else:
+        search.reporter.warn(f"{found}: expect worse choices than in full precision")
 
 
 def _comment(search: Search, keep: torch.Tensor) -> None:
@@ -188,6 +238,27 @@ def _comment(search: Search, keep: torch.Tensor) -> None:
         )
     if task.config.round_to == "1":
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
+
+
+def _trajectory(
+    search: Search, names: list[str], final: torch.Tensor, evaluation: Sequences
+) -> list[dict[str, Any]]:
+    """Perplexities of what the rounds left, as sub-models of the parent."""
+    layout, found = search.task.layout, []
+    for name in names:
+        mask = load_mask(search.run.path / "masks" / f"{name}.safetensors")
+        if torch.equal(mask.keep, final):
+            continue
+        search.reporter.note(f"measuring perplexity of {name}")
+        loss = search.task.scorer.score(mask.keep[None], evaluation.input_ids).double().mean()
+        found.append(
+            {
+                "name": name,
+                "sparsity": mask.removed / layout.num_decoder_parameters,
+                "perplexity": float(loss.exp()),
+            }
+        )
+    return found
 
 
 def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.embedded import NAME, embedded_model
 from bonsai_fast.jobs import Result, job_of, prune, table_of
-from bonsai_fast.layer_major import NotFiniteError
+from bonsai_fast.layer_major import UnusableInputsError
 from bonsai_fast.ledger import LedgerError
 from bonsai_fast.methods import NotRecordedError
 from bonsai_fast.progress import Reporter
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error)
     try:
         result = execute()
-    except (OSError, LedgerError, NotRecordedError, NotFiniteError) as error:
+    except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
         return fail(error)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {output}", file=sys.stderr)

@@ -30,6 +30,7 @@ from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.models import find_decoder
 from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
 from bonsai_fast.progress import Reporter
+from bonsai_fast.reporting import write_report
 from bonsai_fast.run_directory import WeightRun
 from bonsai_fast.surgery import SavedModelError, save_pretrained, verify_saved
 
@@ -189,7 +190,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
 
     Raises:
         LedgerError: a recorded layer is damaged.
-        NotFiniteError: a layer's inputs hold NaN or Inf.
+        UnusableInputsError: a layer's inputs hold NaN or Inf, or it has none.
         OSError: something cannot be written.
     """
     started = time.perf_counter()
@@ -244,6 +245,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
     )
     run.record("finished", result=asdict(result))
     run.drop_layers()
+    reporter.note(f"the report is {write_report(run.path)}")
     return result
 
 

@@ -175,6 +175,18 @@ def test_one_batch_for_all_masks(llama3: PreTrainedModel) -> None:
     assert calls.counts["kept_up_proj"] == calls.counts["kept_down_proj"] == 3
 
 
+def test_masks_that_return_after_others(llama3: PreTrainedModel) -> None:
+    """Rows of one mask lie apart: those between them are not theirs."""
+    layout = Layout.of(llama3)
+    masks = torch.ones(4, len(layout), dtype=torch.bool)
+    first, last = layout.groups[0], layout.groups[-2]
+    masks[:, first.start : first.stop] = torch.eye(6, dtype=torch.bool)[:4]
+    for number in range(4):
+        masks[number, last.start + number % 2] = False
+    hooks = MaskScorer(llama3, engine="hooks").score(masks, tokens())
+    torch.testing.assert_close(gathering(llama3).score(masks, tokens()), hooks, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["phi3", "llama_bias"])
 def test_fused_gate_and_up_are_read_where_they_lie(family: str) -> None:

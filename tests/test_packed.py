@@ -39,8 +39,8 @@ def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models gain nothing: decide as if copies cost nothing."""
-    free = {"cpu": 0.0, "cuda": 0.0}
-    monkeypatch.setattr("bonsai_fast.scoring.fused.policy.COPY_TOKENS", free)
+    for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
+        monkeypatch.setattr(f"bonsai_fast.scoring.fused.policy.{cost}", 0.0)
 
 
 @pytest.mark.usefixtures("always", "poisoned_empty")
@@ -161,14 +161,14 @@ def test_a_poisoned_channel_spoils_only_those_that_keep_it(kept_by: str, route: 
 def test_policy_packs_where_that_is_cheaper() -> None:
     """30 % gone from all, 5 % more from each: one copy for 16 sub-models, or none for one."""
     kept, used, fixed = 0.66, 0.7, 0.63
-    for device in ("cpu", "cuda"):
-        assert packing_pays("auto", device, [kept] * 16, used, fixed, 512, 1)
-        assert not packing_pays("auto", device, [1.0] * 16, 1.0, 1.0, 4096, 1)
-        assert not packing_pays("auto", device, [kept] * 2, used, fixed, 4, 1)
-        assert choose("auto", device, kept / used, 4096, copied_share=0.05) == "slice"
-        assert choose("auto", device, kept / used, 16, copied_share=0.05) == "dense"
-    assert not packing_pays("pack", "cpu", [0.9], 1.0, 0.5, 4096, 1)
-    assert packing_pays("tail", "cpu", [0.9], 1.0, 0.5, 1, 1)
+    assert packing_pays("auto", [kept] * 16, used, fixed, 512, 1)
+    assert not packing_pays("auto", [1.0] * 16, 1.0, 1.0, 4096, 1)
+    assert not packing_pays("auto", [kept] * 2, used, fixed, 4, 1)
+    assert choose("auto", kept / used, 4096, copied_share=0.05) == "slice"
+    assert choose("auto", kept / used, 128, copied_share=0.05) == "dense"
+    assert not packing_pays("dense", [kept] * 16, used, fixed, 4096, 1)
+    assert not packing_pays("pack", [0.9], 1.0, 0.5, 4096, 1)
+    assert packing_pays("tail", [0.9], 1.0, 0.5, 1, 1)
 
 
 def test_a_packed_sublayer_must_fit_into_the_budget() -> None:

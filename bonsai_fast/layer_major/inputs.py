@@ -17,8 +17,8 @@ from bonsai_fast import ops
 Needs = Literal["nothing", "moments", "gram"]
 
 
-class NotFiniteError(ValueError):
-    """A layer's inputs hold NaN or Inf."""
+class UnusableInputsError(ValueError):
+    """A layer's inputs hold NaN or Inf, or it has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +78,15 @@ class InputRecorder:
         """What a layer read.
 
         Raises:
-            NotFiniteError: NaN or Inf.
-            ValueError: the layer was never called.
+            UnusableInputsError: NaN or Inf, or the layer was never called.
         """
         if name not in self._leader:
-            raise ValueError(f"{name} takes no part in the forward pass")
+            raise UnusableInputsError(f"{name} takes no part in the forward pass")
         leader = self._leader[name]
         mean = self._sums[leader] / self._tokens[leader]
         squares = mean.diagonal() if mean.dim() == 2 else mean
         if not bool(squares.isfinite().all()):
-            raise NotFiniteError(
+            raise UnusableInputsError(
                 f"{name}: its inputs hold NaN or Inf; the model is broken or overflows in its dtype"
             )
         return LinearInputs(

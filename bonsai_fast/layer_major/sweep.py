@@ -87,13 +87,14 @@ class Sweep:
             self._returns_tuple = self._probe(input_ids[:1, :PROBE_TOKENS])
             first = self._calls_of(input_ids[:1])[0]
             size = first.numel() * sequences * first.element_size()
-            rest = budget - size if needs.rows_within(budget - size) >= 1 else budget
-            if needs.rows_within(rest) < 1:
+            least = max(needs.mask + needs.layer, needs.logits + needs.hidden)
+            if budget < least:
                 raise ValueError(
                     f"memory budget: one sequence of {length} tokens needs about "
-                    f"{-(-needs.least_budget // 2**20)} MiB beside the weights, "
+                    f"{-(-least // 2**20)} MiB beside the weights, "
                     f"got a budget of {budget / 2**20:.0f} MiB"
                 )
+            rest = budget - size if budget - size >= least else budget
             limit = MAX_TOKENS.get(self.device.type, MAX_TOKENS["cpu"]) // length
             rows = max(1, min(needs.rows_within(rest), limit, sequences))
             self.batches = [

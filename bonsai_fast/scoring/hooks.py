@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -33,6 +33,12 @@ class HooksEngine:
     def submodels_per_call(self, sequences: int, length: int) -> int:
         """As many as share a batch: they have nothing else in common."""
         return max(1, self.rows_per_batch(length) // sequences)
+
+    def one_route(
+        self, keep: torch.Tensor, sequences: int, length: int
+    ) -> AbstractContextManager[None]:
+        """There is but one."""
+        return nullcontext()
 
     def score(
         self,

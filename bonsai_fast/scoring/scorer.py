@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,7 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.scoring.engine import Engine, Progress
-from bonsai_fast.scoring.fused import FusedEngine, Route, UnsupportedStructureError
+from bonsai_fast.scoring.fused import (
+    FusedEngine,
+    Precision,
+    Rates,
+    Route,
+    UnsupportedStructureError,
+)
 from bonsai_fast.scoring.hooks import HooksEngine
 from bonsai_fast.scoring.memory import default_budget, logit_bytes_within, parse_bytes
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
@@ -37,6 +45,9 @@ class MaskScorer:
             each sub-model keeps where it lies, "pack" from one copy a wave of what any sub-model of
             the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it; "auto" decides
             by what costs less.
+        precision: of the products in layers: "full" is the model's own, "int8" (CPU, or CUDA from
+            compute capability 8.0 on) and "fp8" (CUDA from 8.9 on) have 8 bits and a scale for each
+            token and each output, and need the fused engine; see `check_precision`.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
             CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
             once for as many tokens as it allows, give it what can be spared.
@@ -51,13 +62,18 @@ class MaskScorer:
         layout: Layout | None = None,
         engine: EngineName = "auto",
         route: Route = "auto",
+        precision: Precision = "full",
         memory_budget: int | str | None = None,
     ) -> None:
         if engine not in get_args(EngineName):
             raise ValueError(f"engine: expected one of {get_args(EngineName)}, got {engine!r}")
         if route not in get_args(Route):
             raise ValueError(f"route: expected one of {get_args(Route)}, got {route!r}")
-        self.model = model
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+        if precision != "full" and route == "gather":
+            raise ValueError(f"precision {precision}: route gather has full precision only")
+        self.model, self.precision = model, precision
         self.layout = layout if layout is not None else Layout.of(model)
         self.memory_budget = (
             default_budget(model.device) if memory_budget is None else parse_bytes(memory_budget)
@@ -80,6 +96,37 @@ class MaskScorer:
         Fewer would compute twice what sub-models have in common; more would only be lost together.
         """
         return self.engine.submodels_per_call(sequences, length)
+
+    @property
+    def rates(self) -> dict[str, float] | None:
+        """Speeds of the GPU by which routes are chosen, measured once; None where a table does.
+
+        What was measured before can be set, so that scores come out as they did then. A ValueError
+        says that it was something else.
+        """
+        rates = self.engine.rates if isinstance(self.engine, FusedEngine) else None
+        return None if rates is None else asdict(rates)
+
+    @rates.setter
+    def rates(self, rates: dict[str, float]) -> None:
+        if isinstance(self.engine, FusedEngine):
+            self.engine.rates = Rates.read(rates)
+
+    def one_route(
+        self, keep: torch.Tensor, input_ids: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """While this holds, sub-models are scored by the one route that suits these on average.
+
+        Scores of different routes differ by rounding, which in 16 bits is more than some sub-models
+        differ by: what is to be compared should share a route. On a GPU "auto" otherwise decides
+        for each call of `score` by itself; on a CPU each mask has its route by a fixed table.
+
+        Args:
+            keep: bool [S, P].
+            input_ids: int64 [B, T].
+        """
+        self.layout.check_mask(keep, dims=2)
+        return self.engine.one_route(keep, *input_ids.shape)
 
     def score(
         self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
@@ -166,13 +213,17 @@ class MaskScorer:
     def _make_engine(self, engine: EngineName, route: Route) -> Engine:
         if engine != "hooks":
             try:
-                return FusedEngine(self.layout, self._nll, self.memory_budget, route)
+                return FusedEngine(
+                    self.layout, self._nll, self.memory_budget, route, self.precision
+                )
             except UnsupportedStructureError as error:
-                if engine == "fused":
+                if engine == "fused" or self.precision != "full":
                     name = type(self.model).__name__
                     raise ValueError(
                         f"{name} cannot be scored by the fused engine: {error}"
                     ) from error
+        elif self.precision != "full":
+            raise ValueError(f"precision {self.precision}: engine hooks has full precision only")
         return HooksEngine(self.layout, self._nll, self.memory_budget)
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:

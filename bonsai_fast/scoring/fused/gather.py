@@ -23,8 +23,12 @@ def gathers(spec: Attention | MLP) -> bool:
     """Whether the kernels can compute a sub-layer."""
     if isinstance(spec, MLP):
         return spec.activation_name is not None
-    width = spec.block.head_dim
-    return width % HEAD_MULTIPLE == 0 and width <= MAX_HEAD_DIM
+    return gathers_heads(spec.block.head_dim)
+
+
+def gathers_heads(head_dim: int) -> bool:
+    """Whether the kernels can compute heads of this width."""
+    return head_dim % HEAD_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,8 @@ from bonsai_fast.scoring.fused.structure import (
 from bonsai_fast.scoring.fused.tree import MaskTree
 from bonsai_fast.scoring.fused.workspace import Workspace
 
+PACKING: tuple[Route, ...] = ("auto", "pack", "tail")
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
@@ -207,7 +209,7 @@ class PackedSublayers(Sequence[SubLayer]):
 
 
 def packs_of(
-    tree: MaskTree, structure: Structure, route: Route, device: str, *, tokens: int, waves: int
+    tree: MaskTree, structure: Structure, route: Route, *, tokens: int, waves: int
 ) -> dict[int, Pack]:
     """Which sub-layers are worth packing in a call, and how; see `policy.packing_pays`.
 
@@ -215,13 +217,12 @@ def packs_of(
         tree: of the call's sub-models.
         structure: the model.
         route: what the user wants.
-        device: its type.
         tokens: of all sequences.
         waves: how many there are.
     """
     packs = {}
     for depth, block in enumerate(structure.blocks):
-        if block is None or route not in ("auto", "pack", "tail"):
+        if block is None or route not in PACKING:
             continue
         groups = [
             tree.kept(depth, [mask for mask, _ in node.children]).any(dim=0)
@@ -234,7 +235,7 @@ def packs_of(
         is_attention = isinstance(block, AttentionBlock)
         fixed = 0 if is_attention else int(common.sum())
         used_share, fixed_share = int(used.sum()) / kept.shape[1], fixed / kept.shape[1]
-        if not packing_pays(route, device, shares, used_share, fixed_share, tokens, waves):
+        if not packing_pays(route, shares, used_share, fixed_share, tokens, waves):
             continue
         if is_attention:
             packs[depth] = Pack(used.nonzero().flatten(), 0)

@@ -6,29 +6,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from bonsai_fast.scoring.fused.rates import Rates
+
 ConcreteRoute = Literal["dense", "slice", "gather"]
 Route = Literal["auto", "dense", "slice", "gather", "pack", "tail"]
 
-# Copying a weight takes as long as multiplying so many tokens by it. A table, not a measurement at
-# run time: an interrupted run must go on with the same routes, or its last bits would differ.
-COPY_TOKENS = {"cpu": 80.0, "cuda": 354.0}
-# what zeroing costs beside the products it follows
-SELECT_SHARE = {"cpu": 0.03, "cuda": 0.0}
-# what products of one mask alone lose beside those of a chunk of rows, in tokens
-ALONE_TOKENS = {"cpu": 32.0, "cuda": 0.0}
+# A CPU copies a weight in the time in which it multiplies so many tokens by it. A table, not a
+# measurement at run time: an interrupted run must go on with the same routes, or its last bits
+# would differ.
+COPY_TOKENS = 80.0
+# what zeroing costs there beside the products it follows
+SELECT_SHARE = 0.03
+# what products of one mask alone lose there beside those of a chunk of rows, in tokens
+ALONE_TOKENS = 32.0
+# of the shorter of two things that a GPU does at once, so much is not hidden behind the other
+OVERLAP_LOSS = 0.15
+# one op without logits needs so much less memory that it may be this much slower
+NLL_TIE = 0.95
 
 
 def choose(
-    route: Route, device: str, kept_share: float, tokens: int, copied_share: float | None = None
+    route: Route, kept_share: float, tokens: int, copied_share: float | None = None
 ) -> ConcreteRoute:
-    """Route for the rows of one mask in one sub-layer.
+    """Route for the rows of one mask in one sub-layer, on a CPU or where one was chosen before.
 
     Args:
-        route: what the user wants; "auto" decides.
-        device: its type.
+        route: what is wanted; "auto" decides.
         kept_share: of the sub-layer's parts, in (0, 1).
         tokens: that have this mask.
-        copied_share: what a slice copies; all that is kept if None.
+        copied_share: what a slice of a packed sub-layer copies; None: it is not packed.
     """
     if route == "pack":
         return "dense"
@@ -36,17 +42,15 @@ def choose(
         return "dense" if copied_share is None else "slice"
     if route != "auto":
         return route
-    share = kept_share if copied_share is None else copied_share
-    copied = COPY_TOKENS.get(device, COPY_TOKENS["cuda"]) * share
+    lost = COPY_TOKENS * kept_share
     if copied_share is not None:
-        copied += ALONE_TOKENS.get(device, 0.0)
-    saved = tokens * (1 - kept_share + SELECT_SHARE.get(device, 0.0))
-    return "slice" if saved > copied else "dense"
+        lost = COPY_TOKENS * copied_share + ALONE_TOKENS
+    saved = tokens * (1 - kept_share + SELECT_SHARE)
+    return "slice" if saved > lost else "dense"
 
 
 def packing_pays(
     route: Route,
-    device: str,
     kept_shares: Sequence[float],
     used_share: float,
     fixed_share: float,
@@ -56,8 +60,7 @@ def packing_pays(
     """Whether a sub-layer is packed in every wave of a call; see `packed`.
 
     Args:
-        route: what the user wants; "auto" decides.
-        device: its type.
+        route: what is wanted; "auto" decides, for a CPU.
         kept_shares: of the sub-layer's parts, for every group of sub-models with the same states.
         used_share: of parts that any of them keeps.
         fixed_share: of parts that all of them keep, if slices of a packed sub-layer spare them.
@@ -68,12 +71,46 @@ def packing_pays(
         return fixed_share > 0 or used_share < 1
     if route == "pack":
         return used_share < 1
-    copy = COPY_TOKENS.get(device, COPY_TOKENS["cuda"])
-    select, alone = SELECT_SHARE.get(device, 0.0), ALONE_TOKENS.get(device, 0.0)
-    whole, packed = 0.0, waves * copy * used_share
+    if route != "auto":
+        return False
+    whole, packed = 0.0, waves * COPY_TOKENS * used_share
     for share in kept_shares:
         computed = tokens * share
-        whole += min(tokens * (1 + select), computed + copy * share) if share < 1 else tokens
-        tail = computed + copy * (share - fixed_share) + alone
-        packed += min(tokens * (used_share + select), tail)
+        alone = computed + COPY_TOKENS * share
+        whole += min(tokens * (1 + SELECT_SHARE), alone) if share < 1 else tokens
+        tail = computed + COPY_TOKENS * (share - fixed_share) + ALONE_TOKENS
+        packed += min(tokens * (used_share + SELECT_SHARE), tail)
     return packed < whole
+
+
+def cheapest(
+    rates: Rates, *, kept_share: float, tokens: int, element_size: int, gathers: bool = True
+) -> ConcreteRoute:
+    """The route that a GPU should take for sub-models of this kind.
+
+    Times are those of one weight, in seconds, of the parent's: what is left out, attention between
+    tokens and the LM head, is the same by all routes.
+
+    Args:
+        rates: of the GPU.
+        kept_share: of the weights of masked sub-layers, on average.
+        tokens: of every sub-model that share a copy of its weights.
+        element_size: bytes of a weight.
+        gathers: whether the gather kernels can compute this model.
+    """
+    multiplied = 2 * tokens / (rates.matmul_tflops * 1e12)
+    products = multiplied * kept_share
+    copies = 2 * element_size * kept_share / (rates.copy_gb_per_s * 1e9)
+    seconds: dict[ConcreteRoute, float] = {
+        "dense": multiplied,
+        "slice": max(products, copies) + OVERLAP_LOSS * min(products, copies),
+    }
+    if gathers:
+        seconds["gather"] = products / rates.gather_ratio
+    # of equal ones the first, which needs least
+    return min(seconds, key=seconds.__getitem__)
+
+
+def without_logits(rates: Rates) -> bool:
+    """Whether losses are taken by the op that writes no logits."""
+    return rates.nll_ratio >= NLL_TIE
