@@ -49,7 +49,7 @@ def runs(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         # loading in a fresh process is tested elsewhere, and takes longer than all of the run
-        for module in ("pipeline", "weight_pipeline"):
+        for module in ("delivery", "weight_pipeline"):
             patch.setattr(f"bonsai_fast.{module}.verify_saved", lambda *_, **__: 0.0)
         for name in CONFIGS:
             if name != "interrupted":
