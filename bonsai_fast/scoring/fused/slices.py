@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bonsai_fast import ops
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands, Slicer
+from bonsai_fast.scoring.fused.packed import PackedMLP, packed_slices
 from bonsai_fast.scoring.fused.prefetch import (
     CUDASideStream,
     NoSideStream,
@@ -35,6 +36,10 @@ def sliced(
         kernels: whether the project's own ops copy, on a GPU one mask ahead.
     """
     if len(keep) == 0:
+        return
+    if isinstance(spec, PackedMLP):
+        for gate, up, rows in packed_slices(spec, keep):
+            yield MLPOperands(spec, gate, up, rows)
         return
     if not kernels:
         slicer = Slicer(spec, workspace)

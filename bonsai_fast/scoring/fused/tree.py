@@ -78,6 +78,10 @@ class MaskTree:
         owners = torch.from_numpy(self._owner[depth][list(masks)])
         return self._layout.keep_of_block(block, self._keep, owners)
 
+    def kept_by_all(self, depth: int) -> Tensor:
+        """What every sub-model keeps of a sub-layer: bool [query heads] or [channels]."""
+        return MaskTree.kept(self, depth, range(len(self._owner[depth]))).all(dim=0)
+
     def nodes(self, depth: int, start: int, stop: int) -> Iterator[Node]:
         """Nodes before sub-layer `depth` among the leaves start..stop-1; slots count from start."""
         departs, masks = self._departs[start:stop], self._masks[depth, start:stop]
