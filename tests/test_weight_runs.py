@@ -17,7 +17,7 @@ from families import FAMILIES
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from weight_cases import task_of
+from weight_cases import pruned_weights, task_of
 
 import bonsai_fast as bf
 from bonsai_fast import weight_pipeline
@@ -26,8 +26,8 @@ from bonsai_fast.layer_major import sweep
 from bonsai_fast.pattern import CompareWithin
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import main
-from bonsai_fast.run_directory import WeightRun, open_weight_run
-from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.run_directory import WeightRun
+from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer
 from bonsai_fast.weight_tables import weight_plan
 
 QUIET = Reporter(quiet=True)
@@ -58,17 +58,6 @@ def prune(output: Path, model: PreTrainedModel | None = None, **options: Any) ->
     result = bf.prune(model, byte_tokenizer(), config, output_dir=output, reporter=QUIET)
     assert isinstance(result, bf.SparseResult)
     return result
-
-
-def pruned_weights(task: WeightTask, folder: Path) -> dict[str, torch.Tensor]:
-    run = open_weight_run(folder, task.config, task.model, None, device="cpu")
-    prune_layers(task, run, QUIET)
-    weights: dict[str, torch.Tensor] = {}
-    for number in range(len(task.layers)):
-        layer = run.layer(number)
-        assert layer is not None
-        weights |= layer
-    return weights
 
 
 def by_hand(task: WeightTask, *, updated: bool) -> dict[str, torch.Tensor]:
