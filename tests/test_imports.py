@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"jobs", "pipeline", "weight_pipeline", "weight_tables"},
+    "pipeline": {"jobs", "pipeline", "weight_layers", "weight_pipeline", "weight_tables"},
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),

@@ -17,11 +17,8 @@ from bonsai_fast.layer_major import sweep_perplexity
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import CommandOptions, load_parent
 from bonsai_fast.run_directory import open_weight_run
-from bonsai_fast.weight_pipeline import (
-    exchanged_weights,
-    prepare_weights,
-    prune_layers,
-)
+from bonsai_fast.weight_layers import exchanged_weights, prune_layers
+from bonsai_fast.weight_pipeline import prepare_weights
 
 QUIET = Reporter(quiet=True)
 

@@ -27,7 +27,7 @@ from bonsai_fast.pattern import CompareWithin
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import main
 from bonsai_fast.run_directory import WeightRun
-from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer
+from bonsai_fast.weight_layers import WeightTask, linears_by_layer
 from bonsai_fast.weight_tables import weight_plan
 
 QUIET = Reporter(quiet=True)

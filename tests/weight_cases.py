@@ -14,7 +14,7 @@ from bonsai_fast.data import Sequences
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import WeightRun, open_weight_run
-from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.weight_layers import WeightTask, linears_by_layer, prune_layers
 
 
 def random_text(vocabulary: int, sequences: int = 5, length: int = 12) -> Sequences:
