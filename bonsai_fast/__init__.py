@@ -5,6 +5,7 @@ from bonsai_fast.hub import register
 from bonsai_fast.jobs import prune
 from bonsai_fast.pipeline import PruneResult
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.streaming import open_streamed, stream_layers
 from bonsai_fast.surgery import remove_units, save_pretrained
 from bonsai_fast.units import Layout, Unit
 from bonsai_fast.weight_pipeline import SparseResult
@@ -17,9 +18,11 @@ __all__ = [
     "PruneResult",
     "SparseResult",
     "Unit",
+    "open_streamed",
     "prune",
     "remove_units",
     "save_pretrained",
+    "stream_layers",
 ]
 
 # so that AutoModelForCausalLM.from_pretrained finds pruned models

@@ -26,10 +26,11 @@ Method = Literal[
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
+RouteName = Literal["dense", "slice", "gather"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
-Granularity = Literal["units", "blocks", "layers"]
+Granularity = Literal["units", "blocks", "shares", "layers"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
@@ -98,14 +99,19 @@ class PruneConfig:
         "Memory for scoring beside the weights, e.g. 800MB. "
         "Default 2GiB on a CPU, half of a GPU's memory.",
     )
+    route: RouteName | None = _option(
+        None,
+        "How masked layers are computed: whole with zeros, from copies of what is kept, or by "
+        "kernels that gather it. Default: what costs less.",
+    )
     spare_first: int | None = _option(
         None, "First decoder layers that a one-shot method leaves whole if the target allows it."
     )
     spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
     granularity: Granularity | None = _option(
         None,
-        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, or "
-        "whole layers.",
+        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, the "
+        "share of each layer's attention and MLP that goes (policy-gradient), or whole layers.",
     )
     batch_size: int | None = _option(None, "policy-gradient: sequences of each step.")
     learning_rate: float | None = _option(None, "policy-gradient: of the keep probabilities.")
@@ -158,6 +164,11 @@ class PruneConfig:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.method == "policy-gradient" and self.sublayers:
             raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
+        if self.granularity == "shares":
+            if self.method != "policy-gradient":
+                raise ValueError(f"granularity: expected another than shares for {self.method}")
+            if self.initial == "layerwise-ppl":
+                raise ValueError("granularity=shares: expected another start than layerwise-ppl")
         _check_at_least("sequence_length", self.sequence_length, 2)
         for name in ("seed", "spare_first", "spare_last"):
             _check_at_least(name, getattr(self, name), 0)
@@ -287,11 +298,11 @@ METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
         "projection": "sigmoid-norm",
     },
     ("policy-gradient", "default"): {
-        "rounds": 100,
-        "batch_size": 2,
+        "rounds": 20,
+        "batch_size": 1,
         "submodels_per_round": 32,
-        "learning_rate": 0.02,
-        "granularity": "blocks",
+        "learning_rate": 0.03,
+        "granularity": "shares",
         "baseline": "leave-one-out",
         "initial": "wanda-sp",
         "projection": "sigmoid-budget",

@@ -2,13 +2,18 @@
 
     run.json                  identity (config, parent, text, versions), target, status
     model/                    the saved result
+    report.html               all of it, to be read
 
 and, where units are removed,
 
+    layout.json               the parent's units
     ledger/                   every evaluation
+    rates.json                speeds of the GPU, if any, by which routes were chosen
     priors/STAGE.safetensors  what one forward pass said about each unit
+    regressions/STAGE.safetensors   what was estimated from the evaluations of a round
     masks/round-XX.safetensors   the units kept after each round
     relevance.safetensors     what the result was selected by
+    samples.json              what both models write
 
 or, where weights are zeroed, until the result is saved,
 
@@ -26,7 +31,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +45,8 @@ from transformers import PreTrainedModel
 from bonsai_fast.config import PruneConfig, as_dict
 from bonsai_fast.ledger import Ledger, LedgerError, write_atomically, write_json
 from bonsai_fast.mask_files import save_mask
-from bonsai_fast.units import Layout
+from bonsai_fast.streaming import named_weights
+from bonsai_fast.units import Layout, describe_layout
 
 FORMAT = 1
 # what a finished run may be asked again, differently, without scoring anything
@@ -93,10 +99,12 @@ class RunDirectory(Run):
     Attributes:
         ledger: its evaluations.
         layout: the parent's units.
+        saved_masks: names of the masks that this start has saved, in that order.
     """
 
     ledger: Ledger
     layout: Layout
+    saved_masks: list[str] = field(default_factory=list)
 
     def prior_path(self, stage: str) -> Path:
         """Where the prior of a stage, such as "round-01", is kept."""
@@ -109,6 +117,7 @@ class RunDirectory(Run):
         folder = self.path / "masks"
         folder.mkdir(exist_ok=True)
         save_mask(folder / f"{name}.safetensors", self.layout, keep)
+        self.saved_masks.append(name)
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ def open_run(
     ledger = Ledger(path / "ledger", len(layout))
     run = RunDirectory(path, identity, request, start, ledger, layout)
     if start in ("new", "resume"):
+        write_json(path / "layout.json", describe_layout(layout))
         run.record("running")
     return run
 
@@ -234,7 +244,7 @@ def run_identity(
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash of a model's parameter names, shapes, dtypes and a spread of their values."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         flat = parameter.detach().flatten()
         step = max(1, len(flat) // FINGERPRINT_VALUES)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

@@ -15,17 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import calibration_sequences, evaluation_sequences
+from bonsai_fast.delivery import VERIFIED_TOKENS, logit_tolerance
 from bonsai_fast.evaluation import Perplexity, check_tasks, evaluate_tasks
 from bonsai_fast.layer_major import check_memory, sweep_perplexity
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
-from bonsai_fast.pipeline import (
-    EVALUATION_LENGTH,
-    MAX_LENGTH,
-    VERIFIED_TOKENS,
-    check_finite,
-    logit_tolerance,
-)
+from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
 from bonsai_fast.progress import Reporter
+from bonsai_fast.reporting import write_report
 from bonsai_fast.run_directory import WeightRun
 from bonsai_fast.surgery import SavedModelError, save_pretrained, verify_saved
 from bonsai_fast.weight_layers import (
@@ -203,6 +199,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
     )
     run.record("finished", result=asdict(result))
     run.drop_layers()
+    reporter.note(f"the report is {write_report(run.path)}")
     return result
 
 

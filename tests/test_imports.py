@@ -25,26 +25,28 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"jobs", "pipeline", "weight_layers", "weight_pipeline", "weight_tables"},
+    "pipeline": {
+        *("delivery", "jobs", "pipeline", "weight_layers", "weight_pipeline", "weight_tables"),
+    },
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
+        *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
         *(
-            "ledger",
-            "mask_files",
-            "obs",
-            "prior",
-            "recovery",
-            "regression",
             "run_directory",
             "scoring",
+            "selection",
+            "semi_structured",
+            "statistics",
+            "streaming",
+            "surgery",
+            "timing",
         ),
-        *("selection", "statistics", "surgery", "timing"),
     },
     "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "chart", "hub", "peak_memory", "progress"},
+    "foundation": {"_C", "cache_directory", "chart", "hub", "peak_memory", "progress"},
 }
 
 # These import, beside the standard library and their own folder, nothing else.

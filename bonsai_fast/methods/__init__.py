@@ -2,7 +2,7 @@
 
 from bonsai_fast.methods import one_shot
 from bonsai_fast.methods.bonsai import Bonsai
-from bonsai_fast.methods.budget import within_tokens
+from bonsai_fast.methods.budget import KNOBS, within_tokens
 from bonsai_fast.methods.flap import Flap
 from bonsai_fast.methods.layerwise import LayerwisePPL
 from bonsai_fast.methods.magnitude import Magnitude
@@ -34,6 +34,7 @@ WEIGHT_METHODS: dict[str, WeightMethod] = {
 }
 
 __all__ = [
+    "KNOBS",
     "METHODS",
     "WEIGHT_METHODS",
     "Choice",
