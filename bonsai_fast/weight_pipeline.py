@@ -23,6 +23,7 @@ from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
 from bonsai_fast.progress import Reporter
 from bonsai_fast.reporting import write_report
 from bonsai_fast.run_directory import WeightRun
+from bonsai_fast.streaming import stream_of
 from bonsai_fast.surgery import SavedModelError, save_pretrained, verify_saved
 from bonsai_fast.weight_layers import (
     WeightTask,
@@ -107,6 +108,10 @@ def prepare_weights(
         compare_within=None if pattern.group else choice.within,
         weight_update=update,
     )
+    if stream_of(model) is not None:
+        raise ValueError(
+            f"method {config.method}: needs the model in memory, but its layers are streamed"
+        )
     check_finite(model)
     if config.tasks is not None:
         check_tasks(config.task_names)

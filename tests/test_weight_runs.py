@@ -27,6 +27,7 @@ from bonsai_fast.pattern import CompareWithin
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import main
 from bonsai_fast.run_directory import WeightRun
+from bonsai_fast.streaming import stream_layers
 from bonsai_fast.weight_layers import WeightTask, linears_by_layer
 from bonsai_fast.weight_tables import weight_plan
 
@@ -168,7 +169,8 @@ def test_zeros_are_counted_and_survive(options: dict[str, Any], tmp_path: Path) 
     assert result.pruned_perplexity != result.dense_perplexity > 0
     files = {path.name for path in Path(result.output).iterdir()}
     assert not {name for name in files if name.endswith(".py")} and "tokenizer.json" in files
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "model"}
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"run.json", "model", "report.html"}
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
@@ -353,6 +355,13 @@ def test_bad_requests_end_in_one_line(
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert not list(tmp_path.rglob("*"))
+
+
+def test_streamed_models_are_refused(tmp_path: Path) -> None:
+    model = stream_layers(tiny_llama(), device="cpu")
+    with pytest.raises(ValueError, match="method wanda: needs the model in memory"):
+        prune(tmp_path / "run", model, method="wanda")
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_compared_remove_units(
