@@ -155,6 +155,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
     started = time.perf_counter()
     if run.start == "finished":
         reporter.note(f"{run.path} is finished; nothing to do")
+        run.drop_layers()  # if it was killed just before it did
         return SparseResult(**json.loads((run.path / "run.json").read_text())["result"])
     text = task.calibration
     reporter.note(

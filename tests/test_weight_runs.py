@@ -227,6 +227,7 @@ def test_interrupted_runs_go_on_to_the_same_bytes(
     assert on_record == (calls if name == "save_layer" else 4)
     result = prune(tmp_path / "run", method="sparsegpt")
     assert weights_in(tmp_path / "run") == weights_in(whole)
+    assert not (tmp_path / "run" / "layers").exists()
     if name != "drop_layers":  # by then the run was finished
         fresh = json.loads((whole / "run.json").read_text())["result"]
         assert result.pruned_perplexity == fresh["pruned_perplexity"]
