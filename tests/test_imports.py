@@ -25,17 +25,26 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"pipeline"},
+    "pipeline": {"delivery", "jobs", "pipeline", "weight_pipeline", "weight_tables"},
     "methods": {"methods"},
     "parts": {
-        *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "ledger"),
-        *("mask_files", "prior", "recovery", "regression", "run_directory", "scoring"),
-        *("semi_structured", "statistics", "surgery", "timing"),
+        *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
+        *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
+        *(
+            "run_directory",
+            "scoring",
+            "selection",
+            "semi_structured",
+            "statistics",
+            "streaming",
+            "surgery",
+            "timing",
+        ),
     },
-    "model": {"config", "masks", "models", "units"},
+    "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "chart", "hub", "peak_memory", "progress"},
+    "foundation": {"_C", "cache_directory", "chart", "hub", "peak_memory", "progress"},
 }
 
 # These import, beside the standard library and their own folder, nothing else.

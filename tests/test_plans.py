@@ -104,10 +104,20 @@ def test_head_lists(num_kv_heads):
     assert lists.q_to_kv.min() >= 0 and lists.q_to_kv.max() < max(1, lists.kv.width)
 
 
+def test_head_lists_of_unevenly_shared_kv_heads():
+    """As pruning leaves them: five query heads read three KV heads, two, one and two."""
+    keep = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    lists = HeadLists.reading(keep, (0, 0, 1, 2, 2))
+    assert lists.kv.count.tolist() == [2, 2, 0]
+    assert lists.kv.index[:2, :2].tolist() == [[0, 2], [1, 2]]
+    assert lists.q_to_kv[0].tolist() == [0, 1, 1] and lists.q_to_kv[1, :2].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: HeadLists.of(torch.ones(2, 3).bool(), num_kv_heads=2), "divide 3, got 2"),
+        (lambda: HeadLists.reading(torch.ones(2, 3).bool(), [0]), "expected 3 KV heads.*got 1"),
         (lambda: RowPlan.of([3, -1]), "not be negative, got -1"),
         (lambda: RowPlan.of([2**31]), r"less than 2\^31 rows, got 2147483648"),
         (lambda: SequencePlan.of([3, 4], [0]), "expected 2 groups, one a sequence, got 1"),

@@ -18,6 +18,7 @@ from bonsai_fast.methods.search import Plan, Search, Task, finished
 from bonsai_fast.models import Cut
 from bonsai_fast.prior import unit_prior
 from bonsai_fast.statistics import collect_statistics
+from bonsai_fast.streaming import weight
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def magnitude(search: Search, *, power: int) -> torch.Tensor:
     task = search.task
 
     def of_cut(found: Cut) -> torch.Tensor:
-        weight = task.model.get_parameter(found.parameter).detach()
-        others = [dim for dim in range(weight.dim()) if dim != found.dim]
-        values = weight.float().abs().pow(power)
+        values = weight(task.model, found.parameter).detach()
+        others = [dim for dim in range(values.dim()) if dim != found.dim]
+        values = values.float().abs().pow(power)
         return values.sum(dim=others, dtype=torch.float64) if others else values
 
     return coupled_importance(task.layout, of_cut, reduction="sum")

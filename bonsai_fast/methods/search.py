@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel
 from bonsai_fast.allocation import Target, finish
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
-from bonsai_fast.ledger import text_hash, write_atomically
+from bonsai_fast.ledger import text_hash, write_atomically, write_json
 from bonsai_fast.prior import unit_prior
 from bonsai_fast.progress import Reporter
+from bonsai_fast.regression import Regression, save_regression
 from bonsai_fast.run_directory import RunDirectory
 from bonsai_fast.scoring import MaskScorer, ParentReference
 from bonsai_fast.statistics import collect_statistics
@@ -79,6 +81,14 @@ class Search:
     submodels_scored: int = field(default=0, init=False)
     tokens_scored: int = field(default=0, init=False)
     _reference: tuple[torch.Tensor, ParentReference] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """A run that goes on chooses routes by what was measured when it began."""
+        path, scorer = self.run.path / "rates.json", self.task.scorer
+        if path.is_file():
+            scorer.rates = json.loads(path.read_text())
+        elif self.run.start in ("new", "resume") and scorer.rates is not None:
+            write_json(path, scorer.rates)
 
     @property
     def recorded_only(self) -> bool:
@@ -144,9 +154,11 @@ class Search:
         step = self.task.scorer.submodels_per_call(sequences, length)
         found: list[torch.Tensor] = []
         bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
-        with bar as advance:
+        with self.task.scorer.one_route(keep, input_ids), bar as advance:
             for chunk in keep.split(step):
                 losses = self.run.ledger.find(text, chunk)
+                if losses is None and self.recorded_only:
+                    losses = self.run.ledger.find_each(text, chunk)
                 if losses is None:
                     if self.recorded_only:
                         raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
@@ -202,6 +214,21 @@ class Search:
         write_atomically(path, save(found))
         self.tokens_scored += tokens
         return found
+
+    def record_regression(
+        self, stage: str, regression: Regression, utility: torch.Tensor, quantity: str
+    ) -> None:
+        """Keep what a round was decided by, for the report.
+
+        Args:
+            stage: the round.
+            regression: fitted to `utility`.
+            utility: float64 [S].
+            quantity: what that is, in words, with its unit.
+        """
+        folder = self.run.path / "regressions"
+        folder.mkdir(exist_ok=True)
+        save_regression(folder / f"{stage}.safetensors", regression, utility, quantity)
 
     def record_relevance(self, relevance: torch.Tensor) -> None:
         """Keep what the result was selected by, float64 [P], for other targets."""

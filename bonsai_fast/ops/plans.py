@@ -170,13 +170,34 @@ class HeadLists:
         Raises:
             ValueError: `keep` is none of this, or the heads do not divide.
         """
-        query = KeptLists.of(keep)
-        num_heads = keep.shape[1]
+        num_heads = keep.shape[-1]
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide {num_heads}, got {num_kv_heads}")
-        needed = keep.unflatten(1, (num_kv_heads, -1)).any(dim=2)
+        share = num_heads // num_kv_heads
+        return cls.reading(keep, [head // share for head in range(num_heads)], device=device)
+
+    @classmethod
+    def reading(
+        cls, keep: Tensor, kv_of_head: Sequence[int], *, device: torch.device | str = "cpu"
+    ) -> HeadLists:
+        """The same where KV heads are shared in any way, as in models that were pruned before.
+
+        Args:
+            keep: bool [K, Hq] on the CPU, True = kept.
+            kv_of_head: KV head that each query head reads, Hq of them.
+        Raises:
+            ValueError: `keep` is not bool [K, Hq] on the CPU.
+        """
+        query = KeptLists.of(keep)
+        if len(kv_of_head) != keep.shape[1]:
+            raise ValueError(
+                f"expected {keep.shape[1]} KV heads, one a head, got {len(kv_of_head)}"
+            )
+        owner = torch.tensor(kv_of_head, dtype=torch.int64)
+        readers = torch.zeros(len(keep), max(kv_of_head, default=0) + 1, dtype=torch.int64)
+        needed = readers.index_add_(1, owner, keep.long()) > 0
         slot_of_kv = (needed.cumsum(dim=1) - 1).clamp(min=0)
-        kv_of_slot = query.index[:, : query.width].long() // (num_heads // num_kv_heads)
+        kv_of_slot = owner[query.index[:, : query.width].long()]
         return cls(
             query.to(device),
             KeptLists.of(needed, device=device),

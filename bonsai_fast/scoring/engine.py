@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -26,6 +27,14 @@ class Engine(Protocol):
 
     def submodels_per_call(self, sequences: int, length: int) -> int:
         """Sub-models that should be scored in one call where each call's result is recorded."""
+
+    def one_route(self, keep: Tensor, sequences: int, length: int) -> AbstractContextManager[None]:
+        """While this holds, all sub-models are computed by the way that suits these on average.
+
+        Args:
+            keep: bool [S, P].
+            sequences, length: of the text.
+        """
 
     def score(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bonsai_fast.scoring.nll import SequenceNLL
+from bonsai_fast.streaming import stream_of
 from bonsai_fast.units import Layout
 
 # measured: beyond these, larger batches are no faster
@@ -126,5 +127,8 @@ def rows_within(budget: int, layout: Layout, nll: SequenceNLL, length: int) -> i
             f"{math.ceil(needs.least_budget / 2**20)} MiB beside the weights, "
             f"got a budget of {budget / 2**20:.0f} MiB"
         )
-    limit = MAX_TOKENS.get(nll.head.weight.device.type, MAX_TOKENS["cpu"])
-    return max(1, min(needs.rows_within(budget), limit // length))
+    rows = needs.rows_within(budget)
+    if stream_of(nll.model) is None:  # else every batch reads all weights
+        limit = MAX_TOKENS.get(nll.head.weight.device.type, MAX_TOKENS["cpu"])
+        rows = min(rows, limit // length)
+    return max(1, rows)

@@ -69,6 +69,9 @@ class SequenceNLL:
     Args:
         model: the model.
         logit_bytes: bytes of logits that are held at once, if that is less than the default.
+    Attributes:
+        without_logits: whether losses come from one op over LM head and hidden states, so that no
+            logit is ever written, instead of from chunks of logits.
     Raises:
         ValueError: the model's logits are not its LM head (with a known scale or softcap) on its
             last hidden states.
@@ -91,6 +94,7 @@ class SequenceNLL:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.vocab_size = self.head.weight.shape[0]
+        self.without_logits = False
         with evaluation_mode(model):
             self._check_head()
 
@@ -128,13 +132,19 @@ class SequenceNLL:
         """
         rows, length = input_ids.shape
         hidden, labels = _predicting(states), input_ids[:, 1:].reshape(-1)
-        losses = [
-            ops.token_nll(self.logits(states), targets)
-            for states, targets in zip(
-                hidden.split(self.logit_rows), labels.split(self.logit_rows), strict=True
+        tokens = self._token_losses(hidden, labels)
+        return tokens.view(rows, length - 1).mean(dim=1, dtype=torch.float64).float()
+
+    def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """[N, D] and [N] -> float32 [N]."""
+        if self.without_logits and type(self.head) is nn.Linear:
+            options = {"scale": self._scale, "softcap": self._softcap}
+            found: torch.Tensor = ops.lm_head_nll(
+                hidden, self.head.weight, labels, self.head.bias, **options
             )
-        ]
-        return torch.cat(losses).view(rows, length - 1).mean(dim=1, dtype=torch.float64).float()
+            return found
+        parts = zip(hidden.split(self.logit_rows), labels.split(self.logit_rows), strict=True)
+        return torch.cat([ops.token_nll(self.logits(part), targets) for part, targets in parts])
 
     @torch.inference_mode()
     def parent(self, input_ids: torch.Tensor) -> ParentReference:
@@ -222,10 +232,16 @@ class SequenceNLL:
     @torch.inference_mode()
     def _check_head(self) -> None:
         tokens = torch.arange(4, device=self.head.weight.device).view(1, 4) % self.vocab_size
-        expected = self.model(input_ids=tokens, use_cache=False).logits.float()
-        actual = self.logits(
-            self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
-        ).float()
+        states: list[torch.Tensor] = []
+        handle = self.backbone.register_forward_hook(
+            lambda _, __, output: states.append(output.last_hidden_state)
+        )
+        try:
+            expected = self.model(input_ids=tokens, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        # OPT's head asks a part of the backbone, past the hook
+        actual = self.logits(states[0] if states else self._states(tokens)).float()
         scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
         if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * scale, equal_nan=True):
             raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.scoring.engine import Engine, Progress
-from bonsai_fast.scoring.fused import FusedEngine, Route, UnsupportedStructureError
+from bonsai_fast.scoring.fused import FusedEngine, Rates, Route, UnsupportedStructureError
 from bonsai_fast.scoring.hooks import HooksEngine
 from bonsai_fast.scoring.memory import default_budget, logit_bytes_within, parse_bytes
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
@@ -27,15 +29,17 @@ class MaskScorer:
 
     Args:
         model: the parent, a causal language model in evaluation mode or not (dropout is off while
-            scoring).
+            scoring); loaded, or streamed by `open_streamed` or `stream_layers`.
         layout: its units; `Layout.of(model)` if None.
         engine: "hooks" runs the model as it is and works for every supported family; "fused" runs
             LLaMA-like decoders layer by layer over all sub-models, and what sub-models share once;
             "auto" is "fused" where that is possible.
         route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
-            set to zero, "slice" from copies of what is kept; "auto" decides by what costs less.
+            set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
+            each sub-model keeps where it lies; "auto" decides by what costs less.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
-            CPU, half of the device's memory on CUDA.
+            CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
+            once for as many tokens as it allows, give it what can be spared.
     Raises:
         ValueError: unknown engine or route, or the model cannot be scored, or not by that engine.
     """
@@ -76,6 +80,37 @@ class MaskScorer:
         Fewer would compute twice what sub-models have in common; more would only be lost together.
         """
         return self.engine.submodels_per_call(sequences, length)
+
+    @property
+    def rates(self) -> dict[str, float] | None:
+        """Speeds of the GPU by which routes are chosen, measured once; None where a table does.
+
+        What was measured before can be set, so that scores come out as they did then. A ValueError
+        says that it was something else.
+        """
+        rates = self.engine.rates if isinstance(self.engine, FusedEngine) else None
+        return None if rates is None else asdict(rates)
+
+    @rates.setter
+    def rates(self, rates: dict[str, float]) -> None:
+        if isinstance(self.engine, FusedEngine):
+            self.engine.rates = Rates.read(rates)
+
+    def one_route(
+        self, keep: torch.Tensor, input_ids: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """While this holds, sub-models are scored by the one route that suits these on average.
+
+        Scores of different routes differ by rounding, which in 16 bits is more than some sub-models
+        differ by: what is to be compared should share a route. On a GPU "auto" otherwise decides
+        for each call of `score` by itself; on a CPU each mask has its route by a fixed table.
+
+        Args:
+            keep: bool [S, P].
+            input_ids: int64 [B, T].
+        """
+        self.layout.check_mask(keep, dims=2)
+        return self.engine.one_route(keep, *input_ids.shape)
 
     def score(
         self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None

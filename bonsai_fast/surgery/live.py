@@ -60,7 +60,7 @@ def _check_model(model: PreTrainedModel, layout: Layout) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(
-            "the model must lie on one device, without offloading; "
+            "the model must lie on one device, neither offloaded nor streamed; "
             f"its parameters are on {sorted(map(str, devices))}"
         )
     parameters = dict(model.named_parameters())

@@ -39,9 +39,15 @@ class ParentOnDisk:
     unknown: tuple[str, ...]
 
 
-def open_parent(directory: Path, *, trust_remote_code: bool = False) -> ParentOnDisk:
+def open_parent(
+    directory: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> ParentOnDisk:
     """Open a saved model.
 
+    Args:
+        directory: where it was saved.
+        dtype: of the model; that of its configuration, or else of its files, if None.
+        trust_remote_code: build it from code that it carries.
     Raises:
         ValueError: no such model, quantized, not in safetensors, damaged, or tensors are missing or
             have other shapes than the configuration says.
@@ -56,7 +62,7 @@ def open_parent(directory: Path, *, trust_remote_code: bool = False) -> ParentOn
         raise ValueError(f"model {directory} cannot be opened: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{directory} is quantized: prune the model before quantization")
-    dtype = config.dtype or _first_float(checkpoint)
+    dtype = dtype or config.dtype or _first_float(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code

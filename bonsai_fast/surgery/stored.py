@@ -80,6 +80,14 @@ class StoredTensor:
             yield first, flat.view(count, *self.shape[1:]) if self.shape else flat.view(())
             _give_back(self.file, start, start + count * row_bytes)
 
+    def mapped(self) -> torch.Tensor:
+        """The whole tensor where it lies; the operating system reads what of it is used."""
+        if self.num_bytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        count = prod(self.shape)
+        flat = torch.frombuffer(self.file, dtype=self.dtype, count=count, offset=self.start)
+        return flat.view(self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:

@@ -2,6 +2,7 @@
 
 from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.scoring.fused.policy import Route
+from bonsai_fast.scoring.fused.rates import Rates
 from bonsai_fast.scoring.fused.structure import UnsupportedStructureError
 
-__all__ = ["FusedEngine", "Route", "UnsupportedStructureError"]
+__all__ = ["FusedEngine", "Rates", "Route", "UnsupportedStructureError"]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from bonsai_fast.models import MLPBlock
 from bonsai_fast.scoring.engine import Progress
 from bonsai_fast.scoring.fused.check import check_structure
+from bonsai_fast.scoring.fused.gather import gathers_heads
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.passes import normalize
-from bonsai_fast.scoring.fused.policy import Route
+from bonsai_fast.scoring.fused.policy import Route, cheapest, without_logits
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.rates import Rates, rates_of
 from bonsai_fast.scoring.fused.structure import Structure, read_structure
 from bonsai_fast.scoring.fused.tree import MaskTree
 from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.scoring.hooks import HooksEngine
+from bonsai_fast.scoring.memory import MAX_TOKENS
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.streaming import stream_of
 from bonsai_fast.units import Layout
 
 # leaves of a wave, if sequences have to be split: so many share prefixes well
@@ -27,8 +33,9 @@ MIN_LEAVES = 16
 # a stretch of text is scored under so many sub-models in one call at most, so that little is lost
 # when a run is interrupted
 MAX_SUBMODELS_PER_CALL = 16
-# the one hook that pruned models carry; it only spreads K and V, as this engine does itself
-KNOWN_HOOK = "share_kv_heads"
+# pruned models carry the first, which only spreads K and V, as this engine does itself; streamed
+# ones the second, which only brings weights in
+KNOWN_HOOKS = {"share_kv_heads", "bring_in"}
 
 
 class FusedEngine:
@@ -42,6 +49,9 @@ class FusedEngine:
         nll: the model and its loss.
         memory_budget: bytes.
         route: how masked sub-layers are computed.
+    Attributes:
+        kernels: whether the project's own ops do what PyTorch's functions could do as well: on
+            CUDA, where those are kernels; True elsewhere runs their plain versions.
     Raises:
         UnsupportedStructureError: the model is of another kind.
     """
@@ -52,8 +62,10 @@ class FusedEngine:
         self, layout: Layout, nll: SequenceNLL, memory_budget: int, route: Route = "auto"
     ) -> None:
         self.layout, self.nll, self.route = layout, nll, route
+        self.kernels = nll.head.weight.device.type == "cuda"
         self._budget = memory_budget
         self._hooks = HooksEngine(layout, nll, memory_budget)
+        self._rates: Rates | None = None
         structure = self._structure()
         with evaluation_mode(nll.model):
             check_structure(nll.model, layout, structure)
@@ -64,7 +76,38 @@ class FusedEngine:
 
     def submodels_per_call(self, sequences: int, length: int) -> int:
         """Sub-models that are worth scoring together on so many sequences."""
-        return max(1, min(MAX_SUBMODELS_PER_CALL, self.rows_per_batch(length) // sequences))
+        submodels = self.rows_per_batch(length) // sequences
+        if stream_of(self.nll.model) is None:  # else every call reads all weights
+            most = MAX_SUBMODELS_PER_CALL
+            if self.kernels:  # a GPU is done with few in no time
+                most = max(most, MAX_TOKENS["cuda"] // (sequences * length))
+            submodels = min(most, submodels)
+        return max(1, submodels)
+
+    @property
+    def rates(self) -> Rates | None:
+        """Speeds by which routes are chosen on a GPU, measured when first asked for; else None."""
+        head = self.nll.head.weight
+        if self._rates is None and head.device.type == "cuda":
+            mlps = self.layout.decoder.mlp.values()
+            channels = max((block.num_channels for block in mlps), default=head.shape[1])
+            self.rates = rates_of(head.detach(), channels, self.nll.logit_rows)
+        return self._rates
+
+    @rates.setter
+    def rates(self, rates: Rates) -> None:
+        self._rates = rates
+        self.nll.without_logits = without_logits(rates)
+
+    @contextmanager
+    def one_route(self, keep: Tensor, sequences: int, length: int) -> Iterator[None]:
+        """See `Engine.one_route`."""
+        before = self.route
+        self.route = self._cheapest(keep, sequences, length)
+        try:
+            yield
+        finally:
+            self.route = before
 
     @torch.inference_mode()
     def score(
@@ -78,6 +121,7 @@ class FusedEngine:
         if self._is_hooked():
             return self._hooks.score(keep, input_ids, parent, progress)
         structure, keep = self._structure(), keep.cpu()
+        route = self._cheapest(keep, *input_ids.shape)
         schedule = self._schedule(input_ids.shape[1])
         tree = MaskTree(self.layout, structure.blocks, keep)
         positions = Positions(structure, input_ids.shape[1])
@@ -86,10 +130,9 @@ class FusedEngine:
         report = _Report(progress, keep.shape[0] * len(input_ids), found.numel())
         for leaves, sequences in _waves(tree.num_leaves, len(input_ids), schedule.wave_rows):
             tokens = input_ids[sequences].to(self.nll.head.weight.device)
-            route = self.route if schedule.slices else "dense"
             wave = Wave(
-                structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows, route,
-                workspace,
+                structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows,
+                route if schedule.slices else "dense", workspace, self.kernels,
             )  # fmt: skip
             pairs = (leaves.stop - leaves.start) * len(tokens)
             states = wave.embed(tokens)
@@ -116,7 +159,10 @@ class FusedEngine:
         )
         parts = []
         for rows in input_ids.split(min(schedule.wave_rows, schedule.chunk_rows)):
-            wave = Wave(structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace)
+            wave = Wave(
+                structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace,
+                self.kernels,
+            )  # fmt: skip
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
@@ -146,6 +192,22 @@ class FusedEngine:
                 found.append(self.nll.divergence_of(hidden, labels, reference).cpu())
         return torch.cat(found).view(states.shape[:2])
 
+    def _cheapest(self, keep: Tensor, sequences: int, length: int) -> Route:
+        """The route that is wanted; on a GPU, where that is "auto", the one that should be best."""
+        rates = self.rates
+        if self.route != "auto" or rates is None:
+            return self.route
+        together = _sequences_together(len(keep), sequences, self.rows_per_batch(length))
+        return cheapest(
+            rates,
+            kept_share=_kept_share(self.layout, keep.cpu()),
+            tokens=together * length,
+            element_size=self.nll.head.weight.element_size(),
+            gathers=all(
+                gathers_heads(block.head_dim) for block in self.layout.decoder.attention.values()
+            ),
+        )
+
     def _structure(self) -> Structure:
         return read_structure(self.nll.model, self.layout)
 
@@ -168,11 +230,29 @@ class FusedEngine:
 def _is_hooked(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     names = {getattr(hook, "__name__", None) for hook in hooks}
-    return "forward" in vars(module) or not names <= {KNOWN_HOOK}
+    return "forward" in vars(module) or not names <= KNOWN_HOOKS
 
 
 def _rows(parent: ParentReference, sequences: slice) -> ParentReference:
     return parent.rows(torch.arange(sequences.start, sequences.stop))
+
+
+def _kept_share(layout: Layout, keep: Tensor) -> float:
+    """Of the weights of sub-layers that are masked, but not gone: how much is kept, on average."""
+    kept = total = 0.0
+    for block, parts in layout.keep_by_block(keep):
+        share = parts.float().mean(dim=1)
+        share = share[(share > 0) & (share < 1)]
+        # rows of the projections beside each other: gate, up and down, or q and o
+        size = (3 if isinstance(block, MLPBlock) else 2) * parts.shape[1] * block.part_width
+        kept += size * float(share.sum())
+        total += size * len(share)
+    return kept / total if total else 1.0
+
+
+def _sequences_together(leaves: int, sequences: int, rows: int) -> int:
+    """Sequences of a wave of at most so many rows."""
+    return min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))
 
 
 def _waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -180,7 +260,7 @@ def _waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[slice, slic
 
     Sequences are split first: sub-models share what they have in common on every sequence alike.
     """
-    some = min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))
+    some = _sequences_together(leaves, sequences, rows)
     many = max(1, rows // some)
     for first in range(0, sequences, some):
         for start in range(0, leaves, many):

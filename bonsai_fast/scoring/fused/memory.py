@@ -37,7 +37,7 @@ class FusedWorkingSet:
         layer: what the widest sub-layer needs for a row at work.
         hidden: what the last norm and the LM head need for a row at work, logits left out.
         mask: attention mask and rotary tables.
-        slices: a sliced copy of the largest sub-layer.
+        slices: sliced copies of the largest sub-layer.
         logits: one chunk of logits.
         max_chunk: rows beyond which a larger chunk is no faster.
     """
@@ -62,14 +62,14 @@ class FusedWorkingSet:
         common = (3 * element + 4) * width
         # query and its rotation; K, V and rotated K; norms of heads; attended, K and V spread out
         heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
-        per_token = common + max(heads, element * 2 * channels)
-        largest = max(
-            (
-                _parameters(2 * query + 2 * key, query, width),
-                _parameters(3 * channels, channels, width),
-            )
-        )
         device = nll.head.weight.device.type
+        # gate and up; where one pass makes the activation of both, that as well
+        per_token = common + max(heads, element * (3 if device == "cuda" else 2) * channels)
+        # a slice and the output projection's columns once more; two slices on CUDA
+        largest = width * max(
+            2 * (2 * query + 2 * key) if device == "cuda" else 3 * query + 2 * key,
+            2 * 3 * channels if device == "cuda" else 4 * channels,
+        )
         return cls(
             state=length * width * element,
             layer=int(SAFETY * length * per_token),
@@ -96,8 +96,3 @@ class FusedWorkingSet:
         """The smallest budget in which a row fits, chunks of logits being what they are."""
         head = max(self.hidden / (1 - LOGIT_SHARE), self.logits / LOGIT_SHARE)
         return math.ceil(self.state + max(self.mask + self.layer, head))
-
-
-def _parameters(rows: int, columns: int, width: int) -> int:
-    """Weights of a sliced sub-layer, and its output projection's columns once more."""
-    return (rows + columns) * width

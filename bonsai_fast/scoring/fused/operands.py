@@ -1,4 +1,5 @@
-"""The weights that a sub-layer is run with: the model's own, or copies of what a mask keeps."""
+"""The weights that a sub-layer is run with: the model's own, copies of what a mask keeps, or lists
+of what many masks keep."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
 
@@ -28,6 +30,11 @@ class AttentionOperands:
     value: Projection
     output_rows: Tensor
     kv_of_head: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        """Of the output projection's input."""
+        return len(self.output_rows)
 
     @property
     def q_heads_per_kv(self) -> int | None:
@@ -53,11 +60,16 @@ class MLPOperands:
     up: Projection
     output_rows: Tensor
 
+    @property
+    def columns(self) -> int:
+        """Of the output projection's input."""
+        return len(self.output_rows)
 
-Operands = AttentionOperands | MLPOperands
+
+Operands = AttentionOperands | MLPOperands | GatherOperands
 
 
-def dense(spec: Attention | MLP) -> Operands:
+def dense(spec: Attention | MLP) -> AttentionOperands | MLPOperands:
     """The model's own weights."""
     rows = spec.output.weight.t()
     if isinstance(spec, MLP):
@@ -81,7 +93,7 @@ class Slicer:
         self._columns = workspace("output columns", weight.shape[1], weight.shape[0])
         self._columns.copy_(weight.t())
 
-    def __call__(self, keep: Tensor) -> Operands:
+    def __call__(self, keep: Tensor) -> AttentionOperands | MLPOperands:
         """Weights of the kept parts.
 
         Args:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bonsai_fast import ops
 from bonsai_fast.scoring.fused.attention import attention
+from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.row_masks import RowMasks
 from bonsai_fast.scoring.fused.structure import Norm, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
 
@@ -24,7 +27,15 @@ def normalize(norm: Norm, states: Tensor, workspace: Workspace, name: str = "nor
     return out.copy_(wide.mul_(inverse).mul_(weight))
 
 
-def inner(operands: Operands, states: Tensor, positions: Positions, workspace: Workspace) -> Tensor:
+def inner(
+    operands: Operands,
+    states: Tensor,
+    positions: Positions,
+    workspace: Workspace,
+    masks: RowMasks | None = None,
+    *,
+    kernels: bool = False,
+) -> Tensor:
     """What flows into the output projection.
 
     Args:
@@ -32,13 +43,22 @@ def inner(operands: Operands, states: Tensor, positions: Positions, workspace: W
         states: [R, T, D], the residual stream.
         positions: of T tokens.
         workspace: "second" may be used again afterwards, "first" may not.
+        masks: what the rows keep of these operands' parts; None: everything.
+        kernels: whether activation and masks are one pass of the project's own.
     Returns:
-        [R, T, columns of the output projection], contiguous; lives in the workspace.
+        [R, T, columns of the output projection], contiguous, 0 where a row keeps nothing; may live
+        in the workspace.
     """
     normed = normalize(operands.spec.norm, states, workspace)
-    if isinstance(operands, MLPOperands):
-        return _gated(operands, normed, workspace)
-    return _attend(operands, normed, positions, workspace)
+    if isinstance(operands, GatherOperands):
+        inputs = operands.inner(normed, positions)
+    elif isinstance(operands, AttentionOperands):
+        inputs = _attend(operands, normed, positions, workspace)
+    elif kernels and operands.spec.activation_name is not None:
+        return _gated_and_masked(operands, normed, masks, operands.spec.activation_name, workspace)
+    else:
+        inputs = _gated(operands, normed, workspace)
+    return inputs if masks is None else masks.zero_removed(inputs)
 
 
 def project_out(operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
@@ -47,8 +67,12 @@ def project_out(operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
     Args:
         operands: weights.
         inputs: [R, T, columns], contiguous.
-        out: [R, T, D], contiguous, is overwritten and returned.
+        out: [R, T, D], contiguous, may be overwritten.
+    Returns:
+        [R, T, D], contiguous; `out`, or a new tensor.
     """
+    if isinstance(operands, GatherOperands):
+        return operands.project_out(inputs)
     flat = out.view(-1, out.shape[-1])
     torch.mm(inputs.view(-1, inputs.shape[-1]), operands.output_rows, out=flat)
     bias = operands.spec.output.bias
@@ -75,6 +99,30 @@ def _gated(operands: MLPOperands, normed: Tensor, workspace: Workspace) -> Tenso
     else:
         gate.copy_(operands.spec.activation(gate))
     return gate.mul_(up)
+
+
+def _gated_and_masked(
+    operands: MLPOperands,
+    normed: Tensor,
+    masks: RowMasks | None,
+    activation: str,
+    workspace: Workspace,
+) -> Tensor:
+    rows, length, width = normed.shape
+    channels = len(operands.gate.weight)
+    gate_up = workspace("gate and up", rows * length, 2 * channels)
+    halves = zip((operands.gate, operands.up), gate_up.split(channels, dim=1), strict=True)
+    for projection, half in halves:
+        torch.mm(normed.view(-1, width), projection.weight.t(), out=half)
+        if projection.bias is not None:
+            half.add_(projection.bias)
+    if masks is None:
+        keep = torch.ones(1, channels, dtype=torch.bool, device=normed.device)
+        mask_of_token = torch.zeros(rows * length, dtype=torch.int32, device=normed.device)
+    else:
+        keep, mask_of_token = masks.keep, masks.mask_of_token(length)
+    gated: Tensor = ops.glu_mask(gate_up, keep, mask_of_token, activation=activation, gated=True)
+    return gated.view(rows, length, channels)
 
 
 def _attend(

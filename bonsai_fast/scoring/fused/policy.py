@@ -1,29 +1,69 @@
-"""Which route a sub-layer takes: all of it with its masked part zeroed, or a slice of it."""
+"""Which route a sub-layer takes: all of it with its masked part zeroed, a slice of it, or kernels
+that gather what is kept."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Route = Literal["auto", "dense", "slice"]
+from bonsai_fast.scoring.fused.rates import Rates
 
-# Copying a weight takes as long as multiplying so many tokens by it. A table, not a measurement at
-# run time: an interrupted run must go on with the same routes, or its last bits would differ.
-COPY_TOKENS = {"cpu": 80.0, "cuda": 354.0}
-# what zeroing costs beside the products it follows
-SELECT_SHARE = {"cpu": 0.03, "cuda": 0.0}
+ConcreteRoute = Literal["dense", "slice", "gather"]
+Route = Literal["auto", "dense", "slice", "gather"]
+
+# A CPU copies a weight in the time in which it multiplies so many tokens by it. A table, not a
+# measurement at run time: an interrupted run must go on with the same routes, or its last bits
+# would differ.
+COPY_TOKENS = 80.0
+# what zeroing costs there beside the products it follows
+SELECT_SHARE = 0.03
+# of the shorter of two things that a GPU does at once, so much is not hidden behind the other
+OVERLAP_LOSS = 0.15
+# one op without logits needs so much less memory that it may be this much slower
+NLL_TIE = 0.95
 
 
-def choose(route: Route, device: str, kept_share: float, tokens: int) -> Literal["dense", "slice"]:
-    """Route for the rows of one mask in one sub-layer.
+def choose(route: Route, kept_share: float, tokens: int) -> ConcreteRoute:
+    """Route for the rows of one mask in one sub-layer, on a CPU or where one was chosen before.
 
     Args:
-        route: what the user wants; "auto" decides.
-        device: its type.
+        route: what is wanted; "auto" decides.
         kept_share: of the sub-layer's parts, in (0, 1).
         tokens: that have this mask.
     """
     if route != "auto":
         return route
-    copied = COPY_TOKENS.get(device, COPY_TOKENS["cuda"]) * kept_share
-    saved = tokens * (1 - kept_share + SELECT_SHARE.get(device, 0.0))
-    return "slice" if saved > copied else "dense"
+    saved = tokens * (1 - kept_share + SELECT_SHARE)
+    return "slice" if saved > COPY_TOKENS * kept_share else "dense"
+
+
+def cheapest(
+    rates: Rates, *, kept_share: float, tokens: int, element_size: int, gathers: bool = True
+) -> ConcreteRoute:
+    """The route that a GPU should take for sub-models of this kind.
+
+    Times are those of one weight, in seconds, of the parent's: what is left out, attention between
+    tokens and the LM head, is the same by all routes.
+
+    Args:
+        rates: of the GPU.
+        kept_share: of the weights of masked sub-layers, on average.
+        tokens: of every sub-model that share a copy of its weights.
+        element_size: bytes of a weight.
+        gathers: whether the gather kernels can compute this model.
+    """
+    multiplied = 2 * tokens / (rates.matmul_tflops * 1e12)
+    products = multiplied * kept_share
+    copies = 2 * element_size * kept_share / (rates.copy_gb_per_s * 1e9)
+    seconds: dict[ConcreteRoute, float] = {
+        "dense": multiplied,
+        "slice": max(products, copies) + OVERLAP_LOSS * min(products, copies),
+    }
+    if gathers:
+        seconds["gather"] = products / rates.gather_ratio
+    # of equal ones the first, which needs least
+    return min(seconds, key=seconds.__getitem__)
+
+
+def without_logits(rates: Rates) -> bool:
+    """Whether losses are taken by the op that writes no logits."""
+    return rates.nll_ratio >= NLL_TIE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Positions:
             if not torch.equal(torch.cat([half, half], dim=-1), table[0]):
                 raise UnsupportedStructureError("expected rotary tables of two equal halves")
         self._masks: dict[int, Tensor] = {}
+        self._of_rows: dict[int, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor | None:
         """Who sees whom, bool [T, T]; None where causality alone tells."""
@@ -38,3 +41,14 @@ class Positions:
             distance = place[:, None] - place[None, :]
             self._masks[window] = (distance >= 0) & (distance < window)
         return self._masks[window]
+
+    @cached_property
+    def exact_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin in float32, of the same values."""
+        return self.cos.float(), self.sin.float()
+
+    def of_rows(self, rows: int) -> Tensor:
+        """int64 [R * T], the place of every token in rows that lie below each other."""
+        if rows not in self._of_rows:
+            self._of_rows = {rows: torch.arange(self.length, device=self.cos.device).repeat(rows)}
+        return self._of_rows[rows]

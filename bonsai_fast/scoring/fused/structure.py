@@ -9,7 +9,7 @@ Phi-3, Gemma, and what pruning leaves of them. Everything that a layer holds mus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock, Block, MLPBlock
+from bonsai_fast.scoring.fused.activations import kernel_name
+from bonsai_fast.streaming import LayerStream, stream_of
 from bonsai_fast.units import Layout
 
 ATTENTION_NORM, MLP_NORM, FINAL_NORM = "input_layernorm", "post_attention_layernorm", "norm"
@@ -78,7 +80,11 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """One gated MLP: output(activation(gate(x)) * up(x))."""
+    """One gated MLP: output(activation(gate(x)) * up(x)).
+
+    Attributes:
+        activation_name: what the ops call it; None if they do not have it.
+    """
 
     block: MLPBlock
     norm: Norm
@@ -86,6 +92,7 @@ class MLP:
     up: Projection
     output: Projection
     activation: Callable[[Tensor], Tensor]
+    activation_name: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +111,32 @@ class Structure:
 
     Attributes:
         embedding, rotary: the model's own modules.
-        sublayers: attention of layer 0, MLP of layer 0, attention of layer 1, ...
+        sublayers: attention of layer 0, MLP of layer 0, attention of layer 1, ...; those of a
+            streamed model are there when they are asked for, until another layer's are.
+        blocks: the units' side of every sub-layer; None for one that was removed.
         norm: behind the last layer.
     """
 
     embedding: nn.Module
     rotary: nn.Module
-    sublayers: tuple[SubLayer, ...]
+    sublayers: Sequence[SubLayer]
+    blocks: list[Block | None]
     norm: Norm
 
-    @property
-    def blocks(self) -> list[Block | None]:
-        """The units' side of every sub-layer; None for one that was removed."""
-        return [None if isinstance(each, Removed) else each.block for each in self.sublayers]
+
+class _StreamedSublayers(Sequence[SubLayer]):
+    """Sub-layers that are read when they are asked for, once their weights are there."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, stream: LayerStream) -> None:
+        self._model, self._layout, self._stream = model, layout, stream
+
+    def __len__(self) -> int:
+        return 2 * self._stream.num_layers
+
+    def __getitem__(self, depth):  # type: ignore[no-untyped-def]
+        layer, place = divmod(depth, 2)
+        self._stream.bring_in(layer)
+        return _layer(self._model, self._layout, layer)[place]
 
 
 def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
@@ -131,7 +151,13 @@ def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
     parent = model.get_submodule(path)
     if name != "layers" or parent is not backbone:
         raise UnsupportedStructureError(f"expected the layers in {type(backbone).__name__}.layers")
-    devices = {parameter.device for parameter in model.parameters()}
+    stream = stream_of(model)
+    streamed = "" if stream is None else f"{stream.path}."
+    devices = {
+        parameter.device
+        for name, parameter in model.named_parameters()
+        if not (streamed and name.startswith(streamed))
+    }
     if len(devices) > 1 or torch.device("meta") in devices:
         raise UnsupportedStructureError(
             f"expected all parameters on one device, found {sorted(map(str, devices))}"
@@ -143,7 +169,11 @@ def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
     for index in range(decoder.num_layers):
         sublayers += _layer(model, layout, index)
     norm = _norm(backbone, FINAL_NORM)
-    return Structure(model.get_input_embeddings(), rotary, tuple(sublayers), norm)
+    blocks = [None if isinstance(each, Removed) else each.block for each in sublayers]
+    found: Sequence[SubLayer] = tuple(sublayers)
+    if stream is not None:
+        found = _StreamedSublayers(model, layout, stream)
+    return Structure(model.get_input_embeddings(), rotary, found, blocks, norm)
 
 
 def _layer(model: PreTrainedModel, layout: Layout, index: int) -> list[SubLayer]:
@@ -227,7 +257,8 @@ def _mlp(layer: nn.Module, path: str, block: MLPBlock, seen: set[str]) -> MLP:
     )
     if activation is None:
         raise UnsupportedStructureError(f"{path}.{name} has none of {ACTIVATION_NAMES}")
-    return MLP(block, norm, gate, up, _linear(layer, output, seen), activation)
+    down = _linear(layer, output, seen)
+    return MLP(block, norm, gate, up, down, activation, kernel_name(activation))
 
 
 def _removed(layer: nn.Module, path: str, name: str, seen: set[str]) -> Removed:

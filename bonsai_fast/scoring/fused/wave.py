@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bonsai_fast.models import AttentionBlock
-from bonsai_fast.scoring.fused.operands import Operands, Slicer, dense
+from bonsai_fast.scoring.fused.gather import Bank, gathers
+from bonsai_fast.scoring.fused.operands import Operands, dense
 from bonsai_fast.scoring.fused.passes import inner, project_out
-from bonsai_fast.scoring.fused.policy import Route, choose
+from bonsai_fast.scoring.fused.policy import ConcreteRoute, Route, choose
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
+from bonsai_fast.scoring.fused.slices import sliced
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
 from bonsai_fast.scoring.fused.tree import MaskTree, Node
 from bonsai_fast.scoring.fused.workspace import Workspace
-
-# a node on which no mask is put: all is kept, or what is not has been sliced away
-WHOLE = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class Wave:
         chunk_rows: (sub-model, sequence) pairs that go through a sub-layer at once.
         route: see `policy`.
         workspace: shared by all waves.
+        kernels: whether the project's own ops do what PyTorch's functions could do as well.
     """
 
     structure: Structure
@@ -43,6 +48,7 @@ class Wave:
     chunk_rows: int
     route: Route
     workspace: Workspace
+    kernels: bool = False
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Where the states of all leaves are going to be: [leaves, B, T, D].
@@ -64,14 +70,7 @@ class Wave:
                 for node in nodes:
                     states[node.slot] += sublayer.bias
             return
-        step = _Step(self, depth, sublayer, states)
-        slots_of_mask: dict[int, list[int]] = defaultdict(list)
-        for node in nodes:
-            if len(node.children) > 1:
-                step.fork(node)
-            else:
-                slots_of_mask[node.children[0][0]].append(node.slot)
-        step.advance(slots_of_mask)
+        _Step(self, depth, sublayer, states).advance(nodes)
 
 
 class _Step:
@@ -82,42 +81,72 @@ class _Step:
         self.states = states
         self.rows = states.flatten(0, 1)  # [leaves * B, T, D]
         self.sequences, self.length = states.shape[1:3]
-        self._slicer: Slicer | None = None
+        self._bank: Bank | None = None
 
-    def advance(self, slots_of_mask: dict[int, list[int]]) -> None:
-        """Nodes that stay together: those of one mask run together, or all that run densely."""
+    def advance(self, nodes: list[Node]) -> None:
+        """Nodes whose sub-models part here one by one; of the others, those of one mask together,
+        or all that run densely, or all that are gathered."""
+        slots_of_mask: dict[int, list[int]] = defaultdict(list)
+        copies: list[tuple[Tensor, Callable[[Operands], None]]] = []
+        for node in nodes:
+            if len(node.children) == 1:
+                slots_of_mask[node.children[0][0]].append(node.slot)
+                continue
+            kept = self._kept([mask for mask, _ in node.children])
+            union = kept.any(dim=0)
+            route = self._route(int(union.sum()), self.sequences)
+            if route == "slice":
+                copies.append((union, partial(self._fork, node, kept[:, union])))
+            elif route == "gather":
+                self._fork(node, kept[:, union], self._gathering.operands(union[None], None))
+            else:
+                self._fork(node, kept, dense(self.sublayer))
         masks = list(slots_of_mask)
         sizes = self._kept(masks).sum(dim=1).tolist()
         whole: list[tuple[int, int]] = []
+        gathered: list[tuple[int, int]] = []
         for mask, size in zip(masks, sizes, strict=True):
             slots = slots_of_mask[mask]
-            share = size / self._num_parts
             if size == 0:
                 for slot in slots:
                     self._add_bias(self.states[slot])
-            elif size < self._num_parts and self._slices(share, len(slots) * self.sequences):
-                operands = self._sliced(self._kept([mask])[0])
-                self._run(operands, [(slot, WHOLE) for slot in slots])
+                continue
+            route = self._route(size, len(slots) * self.sequences)
+            if route == "slice":
+                alone = [(slot, WHOLE) for slot in slots]
+                copies.append((self._kept([mask])[0], partial(self._run, alone)))
+            elif route == "gather":
+                gathered += [(slot, mask) for slot in slots]
             else:
                 whole += [(slot, mask if size < self._num_parts else WHOLE) for slot in slots]
-        self._run(dense(self.sublayer), sorted(whole))
+        self._run(sorted(whole), dense(self.sublayer))
+        self._run(gathered, None)
+        if copies:
+            self._run_copies(copies)
 
-    def fork(self, node: Node) -> None:
-        """A node whose sub-models part here: what flows into the output projection is shared."""
+    def _run_copies(self, copies: list[tuple[Tensor, Callable[[Operands], None]]]) -> None:
+        keep = torch.stack([keep for keep, _ in copies])
+        slices = sliced(self.sublayer, keep, self.wave.workspace, kernels=self.wave.kernels)
+        for (_, use), operands in zip(copies, slices, strict=True):
+            use(operands)
+
+    def _fork(self, node: Node, kept: Tensor, operands: Operands) -> None:
+        """A node whose sub-models part here: what flows into the output projection is shared.
+
+        Args:
+            node: the node.
+            kept: bool [children, parts of the operands].
+            operands: all that any child keeps.
+        """
         wave = self.wave
-        kept = self._kept([mask for mask, _ in node.children])
-        union = kept.any(dim=0)
-        share = float(union.float().mean())
-        if share < 1 and self._slices(share, self.sequences):
-            operands = self._sliced(union)
-        else:
-            operands, union = dense(self.sublayer), torch.ones_like(union)
-        removed = self._columns(~kept[:, union])
+        # operands may be padded, by parts that give 0
+        padding = operands.columns // self.sublayer.block.part_width - kept.shape[1]
+        removed = self._columns(~F.pad(kept, (0, padding)))
         empty = (~kept.any(dim=1)).tolist()
         for begin in range(0, self.sequences, wave.chunk_rows):
             here = slice(begin, min(begin + wave.chunk_rows, self.sequences))
             source = self.states[node.slot, here]
-            inputs = inner(operands, source, wave.positions, wave.workspace)
+            inputs = self._inner(operands, source, None)
             # the first child has the node's own slot, which the others read: it comes last
             children = list(range(len(node.children)))[::-1]
             together = max(1, wave.chunk_rows // len(source))
@@ -140,29 +169,51 @@ class _Step:
         out = self._out(count * rows)
         return project_out(operands, masked.flatten(0, 1), out).view(count, *inputs.shape[:2], -1)
 
-    def _run(self, operands: Operands, nodes: list[tuple[int, int]]) -> None:
-        """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time."""
+    def _run(self, nodes: list[tuple[int, int]], operands: Operands | None) -> None:
+        """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time.
+
+        Without operands what each chunk's masks keep is gathered; nodes of one mask are neighbours.
+        """
         wave, sequences = self.wave, self.sequences
+        table = None if operands is None else self._table([mask for _, mask in nodes])
         rows = [slot * sequences + number for slot, _ in nodes for number in range(sequences)]
         for begin in range(0, len(rows), wave.chunk_rows):
             chunk = rows[begin : begin + wave.chunk_rows]
             masks = [nodes[(begin + place) // sequences][1] for place in range(len(chunk))]
-            adjacent = chunk[-1] - chunk[0] + 1 == len(chunk)
+            adjacent = chunk == list(range(chunk[0], chunk[0] + len(chunk)))
             index = torch.tensor(chunk, device=self.rows.device)
             if adjacent:
                 source = self.rows[chunk[0] : chunk[-1] + 1]
             else:
                 source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
                 torch.index_select(self.rows, 0, index, out=source)
-            inputs = inner(operands, source, wave.positions, wave.workspace)
-            if any(mask != WHOLE for mask in masks):
-                kept = self._kept(masks)
-                kept[torch.tensor(masks) == WHOLE] = True
-                # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
-                inputs.masked_fill_(self._columns(~kept)[:, None], 0)
-            source.add_(project_out(operands, inputs, self._out(len(chunk))))
+            weights = self._gathered(masks) if operands is None else operands
+            on_rows = None if table is None else table.of_rows(masks)
+            inputs = self._inner(weights, source, on_rows)
+            source.add_(project_out(weights, inputs, self._out(len(chunk))))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
+
+    def _inner(self, operands: Operands, source: Tensor, masks: RowMasks | None) -> Tensor:
+        wave = self.wave
+        return inner(operands, source, wave.positions, wave.workspace, masks, kernels=wave.kernels)
+
+    @property
+    def _gathering(self) -> Bank:
+        if self._bank is None:
+            self._bank = Bank(self.sublayer, self.wave.workspace)
+        return self._bank
+
+    def _gathered(self, masks: list[int]) -> Operands:
+        """Operands of rows whose masks these are, equal ones side by side."""
+        runs = [(mask, len(list(rows))) for mask, rows in groupby(masks)]
+        keep = self._kept([mask for mask, _ in runs])
+        return self._gathering.operands(keep, [count for _, count in runs])
+
+    def _table(self, masks: list[int]) -> MaskTable:
+        different = sorted(set(masks) - {WHOLE})
+        width = self.sublayer.block.part_width
+        return MaskTable(different, self._kept(different), width, self.rows.device)
 
     def _out(self, rows: int) -> Tensor:
         return self.wave.workspace("out", rows, *self.rows.shape[1:])
@@ -184,11 +235,9 @@ class _Step:
     def _kept(self, masks: list[int]) -> Tensor:
         return self.wave.tree.kept(self.depth, masks)
 
-    def _slices(self, kept_share: float, rows: int) -> bool:
-        device = self.rows.device.type
-        return choose(self.wave.route, device, kept_share, rows * self.length) == "slice"
-
-    def _sliced(self, keep: Tensor) -> Operands:
-        if self._slicer is None:
-            self._slicer = Slicer(self.sublayer, self.wave.workspace)
-        return self._slicer(keep)
+    def _route(self, kept: int, rows: int) -> ConcreteRoute:
+        """How so many kept parts are computed for so many rows."""
+        if kept == self._num_parts:
+            return "dense"
+        route = choose(self.wave.route, kept / self._num_parts, rows * self.length)
+        return "dense" if route == "gather" and not gathers(self.sublayer) else route
