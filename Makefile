@@ -10,7 +10,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 DEMO_FLAGS ?= --sparsity 0.2 --output runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint format test bench-smoke sanitize clean
+.PHONY: help setup demo lint format test bench bench-smoke sanitize clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,12 @@ format: setup ## Rewrite the sources in the house's style.
 
 test: setup ## Run the tests.
 	$(BIN)/pytest
+
+# $(BENCH) narrows it down: make bench BENCH=bench/bench_latency.py
+BENCH ?= bench
+bench: setup ## Time everything; the numbers go into bench/results/MACHINE.
+	results=bench/results/$$($(BIN)/python bench/machine.py) && mkdir -p $$results && \
+	  $(BIN)/pytest $(BENCH) --benchmark-only --benchmark-json=$$results/$(notdir $(BENCH:.py=)).json
 
 bench-smoke: setup ## Run every benchmark once on a small shape.
 	$(BIN)/pytest bench --benchmark-disable -k smoke

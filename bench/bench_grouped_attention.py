@@ -67,6 +67,7 @@ def bench_grouped_attention(benchmark, record_traffic, repeats, device, shape, m
         num_bytes=2 * out[:, :kept].nbytes + k.nbytes + v.nbytes,
         # Two products over half of all pairs of tokens.
         num_flops=2 * NUM_SEQUENCES * kept * dim * length * length,
+        gemm=options["dtype"],
     )
     if impl != "dense":
 

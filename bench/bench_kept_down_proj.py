@@ -69,6 +69,7 @@ def bench_kept_down_proj(benchmark, record_traffic, repeats, device, shape, mask
     record_traffic(
         num_bytes=a.nbytes + weight_t.nbytes + 2 * out.nbytes,
         num_flops=2 * size * int(keep.sum()) * hidden,
+        gemm=options["dtype"],
     )
     if impl != "dense":
 

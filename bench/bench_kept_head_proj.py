@@ -63,6 +63,7 @@ def bench_kept_head_proj(benchmark, record_traffic, repeats, device, shape, mask
     record_traffic(
         num_bytes=x.nbytes + weight.nbytes + size * num_kept * x.itemsize,
         num_flops=2 * size * num_kept * hidden,
+        gemm=options["dtype"],
     )
     if impl != "dense":
 

@@ -56,6 +56,7 @@ def bench_kept_o_proj(benchmark, record_traffic, repeats, device, shape, masked,
     record_traffic(
         num_bytes=a.nbytes + weight.nbytes + 2 * out.nbytes,
         num_flops=2 * size * int(keep.sum()) * dim * hidden,
+        gemm=options["dtype"],
     )
     if impl != "dense":
 

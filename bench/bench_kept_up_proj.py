@@ -70,6 +70,7 @@ def bench_kept_up_proj(benchmark, record_traffic, repeats, device, shape, masked
     record_traffic(
         num_bytes=x.nbytes + weight.nbytes + len(x) * int(keep.sum()) // NUM_GROUPS * x.itemsize,
         num_flops=4 * size * int(keep.sum()) * hidden,
+        gemm=dtype,
     )
     if impl != "dense":
         reference = partial(kept_up_proj_reference, width=wave.kept.width, **OPTIONS)

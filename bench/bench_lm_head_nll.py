@@ -54,5 +54,6 @@ def bench_lm_head_nll(benchmark, record_traffic, repeats, device, shape, impl):
     record_traffic(
         num_bytes=x.nbytes + weight.nbytes + labels.nbytes + nll.nbytes,
         num_flops=2 * num_tokens * hidden * vocab,
+        gemm=options["dtype"],
     )
     assert_within_baseline(nll, lm_head_nll_reference, x, weight, labels)

@@ -66,10 +66,12 @@ class Case:
 
 CASES = [
     pytest.param(Case("smoke", 3, 2, 16, 0.9), id="smoke"),
-    pytest.param(Case("SmolLM2-135M", 2, 8, 256, 0.9), id="10% masked"),
-    pytest.param(Case("SmolLM2-135M", 2, 8, 256, 0.5), id="50% masked"),
-    pytest.param(Case("SmolLM2-135M", 15, 2, 256, 0.9, probes=True), id="probes"),
+    pytest.param(Case("SmolLM2-135M", 2, 4, 256, 0.9), id="10% masked"),
+    pytest.param(Case("SmolLM2-135M", 2, 4, 256, 0.5), id="50% masked"),
+    pytest.param(Case("SmolLM2-135M", 8, 1, 256, 0.9, probes=True), id="probes"),
 ]
+# (sub-models, tokens of one sequence): the first is what the others are compared with
+CURVE = ((2, 128), (4, 128), (8, 128), (2, 256), (2, 512))
 
 
 def _multiplied(model: PreTrainedModel, layout: Layout, keep: torch.Tensor, rows: int) -> list:
@@ -152,7 +154,7 @@ def parents(device: torch.device) -> Callable[[str], PreTrainedModel]:
 
 @pytest.mark.benchmark(timer=synchronized_timer)
 @pytest.mark.parametrize("case", CASES)
-def bench_scoring(benchmark, parents, device, case):
+def bench_scoring(benchmark, summarize, parents, device, case):
     model = parents(case.model)
     layout = Layout.of(model)
     keep = case.masks(layout)
@@ -185,11 +187,65 @@ def bench_scoring(benchmark, parents, device, case):
     for name in BASELINES:
         ratios = [a / b for a, b in zip(processor[name], processor["fused"], strict=True)]
         walls = [a / b for a, b in zip(clock[name], clock["fused"], strict=True)]
-        benchmark.extra_info[f"fused over {name}"] = line = (
+        benchmark.extra_info[f"fused over {name}"] = (
             f"processor {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), "
             f"clock {statistics.median(walls):.2f}x ({min(walls):.2f} to {max(walls):.2f})"
         )
-        print(f"{case}: fused over {name}: {line}")
+        text = f"{statistics.median(walls):.2f} ({statistics.median(ratios):.2f})"
+        summarize("scoring: fused over others, clock (processor)", str(case), name, text)
     for name in clock:
         # bfloat16 errs by up to 0.2 of 20 nats in each of them, on random tokens and half a model
         torch.testing.assert_close(losses[name], losses["one_by_one"], rtol=0.03, atol=0.05)
+
+
+@pytest.mark.benchmark(timer=synchronized_timer)
+@pytest.mark.parametrize("name", ["smoke", "SmolLM2-135M"])
+def bench_scoring_curve(benchmark, summarize, parents, device, name):
+    """Time against sub-models and tokens; 1.0 is linear, less is better than that."""
+    model = parents(name)
+    layout = Layout.of(model)
+    points = ((2, 8), (4, 8)) if name == "smoke" else CURVE
+    most, longest = (max(numbers) for numbers in zip(*points, strict=True))
+    keep = Case(name, most, 1, longest, 0.9).masks(layout)
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.config.vocab_size
+    input_ids = torch.randint(0, vocabulary, (1, longest), generator=generator).to(device)
+    scorer = MaskScorer(model, layout=layout)
+    clock: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    processor: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    losses: dict[tuple[int, int], torch.Tensor] = {}
+
+    def all_in_turns() -> None:
+        for submodels, length in points:
+            start, busy = synchronized_timer(), time.process_time()
+            point = submodels, length
+            losses[point] = scorer.score(keep[:submodels], input_ids[:, :length])
+            clock[point].append(synchronized_timer() - start)
+            processor[point].append(time.process_time() - busy)
+
+    benchmark.group = f"score {name}, sub-models x tokens in turns"
+    all_in_turns()
+    for times in (*clock.values(), *processor.values()):
+        times.clear()
+    benchmark.pedantic(all_in_turns, rounds=1 if name == "smoke" else ROUNDS)
+    first = points[0]
+    for point in points:
+        work = point[0] * point[1] / (first[0] * first[1])
+        texts = []
+        for times in (clock, processor):
+            ratios = [a / b for a, b in zip(times[point], times[first], strict=True)]
+            texts.append(f"{statistics.median(ratios) / work:.2f}")
+        benchmark.extra_info[f"{point[0]} sub-models x {point[1]} tokens"] = {
+            "seconds": clock[point],
+            "processor_seconds": processor[point],
+            "times_work": work,
+        }
+        row = f"{point[0]} sub-models x {point[1]} tokens"
+        table = f"scoring {name}: time over that of the first for as many tokens"
+        summarize(table, row, "clock (processor)", f"{texts[0]} ({texts[1]})")
+    # fewer sub-models in the batch, the same losses
+    for submodels, length in points:
+        if length == first[1]:
+            torch.testing.assert_close(
+                losses[submodels, length][: first[0]], losses[first], rtol=0.03, atol=0.05
+            )

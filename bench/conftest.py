@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 
 import pytest
 import torch
+from machine import machine_name
 
 from bonsai_fast.testing import synchronized_timer
 
@@ -22,6 +24,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Larger than any last-level cache.
 STREAM_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+# Of a matrix product that is as fast as they get.
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+Cells = dict[str, dict[str, dict[str, str]]]  # table -> row -> column -> text
+_CELLS = pytest.StashKey[Cells]()
 
 
 def _version(package: str) -> str | None:
@@ -33,6 +40,8 @@ def _version(package: str) -> str | None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Add what pytest-benchmark leaves out: it records the CPU and the commit itself."""
+    machine_info["node"] = machine_info["machine_name"] = machine_name()  # no host's name
+    machine_info.pop("release", None)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["versions"] = {name: _version(name) for name in PACKAGES}
     if torch.cuda.is_available():
@@ -51,7 +60,7 @@ def repeats(device: torch.device) -> dict[str, int]:
     """Arguments of `benchmark.pedantic`; iterations amortise the synchronisation of a GPU."""
     if device.type == "cuda":
         return {"rounds": 20, "iterations": 10, "warmup_rounds": 3}
-    return {"rounds": 10, "iterations": 1, "warmup_rounds": 2}
+    return {"rounds": 5, "iterations": 1, "warmup_rounds": 1}
 
 
 @pytest.fixture(scope="session")
@@ -66,21 +75,77 @@ def stream_gb_per_s(device: torch.device) -> float:
     return buffer.nbytes / min(seconds) / 1e9
 
 
+@pytest.fixture(scope="session")
+def gemm_gflop_per_s(device: torch.device) -> Callable[[torch.dtype], float]:
+    """dtype -> what this machine does in one large matrix product: the best of five."""
+
+    @cache
+    def measure(dtype: torch.dtype) -> float:
+        size = GEMM_SIZE[device.type]
+        x = torch.ones(size, size, device=device, dtype=dtype)
+        seconds = []
+        for _ in range(5):
+            start = synchronized_timer()
+            torch.nn.functional.linear(x, x)
+            seconds.append(synchronized_timer() - start)
+        return 2 * size**3 / min(seconds) / 1e9
+
+    return measure
+
+
 @pytest.fixture
 def record_traffic(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """A function that puts bytes, FLOPs and their rates, by the median, beside the timing."""
+    """A function that puts bytes, FLOPs and their rates, by the median, beside the timing.
 
-    def record(*, num_bytes: int, num_flops: int) -> None:
+    `percent_of_peak` is the larger share: of what memory gives, or, where a matrix product's `gemm`
+    dtype is said, of what products do. Small operands stay in a cache and exceed 100.
+    """
+
+    def record(*, num_bytes: int, num_flops: int, gemm: torch.dtype | None = None) -> None:
         benchmark.extra_info |= {"bytes": num_bytes, "flops": num_flops}
         if benchmark.stats is None:  # --benchmark-disable
             return
         seconds = benchmark.stats.stats.median
         stream = request.getfixturevalue("stream_gb_per_s")
+        shares = {"percent_of_stream": 100 * num_bytes / seconds / 1e9 / stream}
         benchmark.extra_info |= {
             "gb_per_s": num_bytes / seconds / 1e9,
             "gflop_per_s": num_flops / seconds / 1e9,
             "stream_gb_per_s": stream,
-            "percent_of_stream": 100 * num_bytes / seconds / 1e9 / stream,
         }
+        if gemm is not None:
+            best = request.getfixturevalue("gemm_gflop_per_s")(gemm)
+            shares["percent_of_gemm"] = 100 * num_flops / seconds / 1e9 / best
+            benchmark.extra_info["gemm_gflop_per_s"] = best
+        benchmark.extra_info |= {**shares, "percent_of_peak": max(shares.values())}
 
     return record
+
+
+# A summary at the end ----------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_CELLS] = {}
+
+
+@pytest.fixture
+def summarize(pytestconfig: pytest.Config) -> Callable[[str, str, str, str], None]:
+    """A function (table, row, column, text) whose tables are printed when all is done."""
+
+    def add(table: str, row: str, column: str, text: str) -> None:
+        cells = pytestconfig.stash[_CELLS].setdefault(table, {})
+        cells.setdefault(row, {})[column] = text
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, rows in terminalreporter.config.stash[_CELLS].items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        widths = [max(len(c), *(len(row.get(c, "")) for row in rows.values())) for c in columns]
+        first = max(map(len, rows))
+        terminalreporter.section(title, sep="-")
+        for name, texts in {"": {c: c for c in columns}, **rows}.items():
+            cells = (texts.get(c, "").rjust(w) for c, w in zip(columns, widths, strict=True))
+            terminalreporter.write_line(f"{name:<{first}}  " + "  ".join(cells))

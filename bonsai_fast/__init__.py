@@ -2,11 +2,13 @@
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.hub import register
-from bonsai_fast.pipeline import PruneResult, prune
+from bonsai_fast.jobs import prune
+from bonsai_fast.pipeline import PruneResult
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.streaming import open_streamed, stream_layers
 from bonsai_fast.surgery import remove_units, save_pretrained
 from bonsai_fast.units import Layout, Unit
+from bonsai_fast.weight_pipeline import SparseResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "MaskScorer",
     "PruneConfig",
     "PruneResult",
+    "SparseResult",
     "Unit",
     "open_streamed",
     "prune",

@@ -1,8 +1,9 @@
 """`python -m bonsai_fast.compare MODEL --methods a,b,c --sparsity 0.2,0.35,0.5`: methods compared.
 
 Every method reads the same calibration text and is evaluated on the same other text; those that
-search spend the same number of forward tokens. METHOD:paper takes a method's published setting.
-Writes comparison.csv, .json and .svg; the last line of stdout is JSON. The same command resumes.
+search spend the same number of forward tokens. METHOD:paper takes a method's published setting,
+METHOD:OPTION=VALUE another value of one of its options. Writes comparison.csv, .json and .svg; the
+last line of stdout is JSON. The same command resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _option(default: Any, help_text: str) -> Any:
 class CompareOptions:
     """What is compared, and on what; names are those of `bonsai_fast.prune`."""
 
-    methods: str = _option(METHODS, "Methods, separated by commas; METHOD:paper as published.")
+    methods: str = _option(
+        METHODS, "Methods, separated by commas; METHOD[:paper][:OPTION=VALUE]..."
+    )
     sparsity: str = _option("0.2", "Sparsities, separated by commas.")
     output: str | None = _option(None, "Directory of the comparison.")
     search_tokens: int | None = _option(

@@ -13,20 +13,21 @@ import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bonsai_fast.allocation import Target
+from bonsai_fast.allocation import TOLERANCE, Target
 from bonsai_fast.chart import Panel, draw
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.evaluation import Perplexity, evaluate_tasks, perplexity
 from bonsai_fast.ledger import write_atomically, write_json
-from bonsai_fast.methods import METHODS, Search, Task, within_tokens
+from bonsai_fast.methods import KNOBS, METHODS, WEIGHT_METHODS, Search, Task, within_tokens
 from bonsai_fast.peak_memory import PeakMemory
-from bonsai_fast.pipeline import prepare, pruned_model
+from bonsai_fast.pipeline import prepare
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run
 
@@ -50,7 +51,7 @@ class Cell:
     """What one method came to at one sparsity.
 
     Attributes:
-        method: its name, with ":paper" behind it for the published setting.
+        method: its name, with its preset and its options behind it if they are not the default.
         asked, sparsity: fraction of the decoder's parameters to remove, and removed.
         parameters: of the whole pruned model.
         perplexity: on the common evaluation text; inf where it overflows.
@@ -74,6 +75,11 @@ class Cell:
     peak_bytes: int | None
     protocol: dict[str, Any]
     tasks: dict[str, dict[str, float]]
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether the sparsity is what was asked for, to 0.5 % of it."""
+        return abs(self.asked - self.sparsity) <= TOLERANCE * self.asked
 
 
 class Comparison:
@@ -108,15 +114,20 @@ class Comparison:
         self.cells: list[Cell] = []
 
     def task_of(self, name: str, sparsity: float) -> Task:
-        """The task of a cell; `name` is METHOD or METHOD:PRESET.
+        """The task of a cell; `name` is METHOD[:PRESET][:OPTION=VALUE]..., as `variant` reads it.
 
         Raises:
-            ValueError: unknown method or preset, or an impossible sparsity.
+            ValueError: unknown method, preset or option, one that zeroes weights, or an impossible
+                sparsity.
         """
-        method, _, preset = name.partition(":")
         shared = {field: getattr(self.base, field) for field in SHARED}
-        values: dict[str, Any] = {"method": method, "preset": preset or "default"}
-        config = PruneConfig(**values, **shared, sparsity=sparsity).resolved()
+        values = variant(name)
+        method = values["method"]
+        if method in WEIGHT_METHODS:
+            raise ValueError(
+                f"methods: expected methods that remove units, {method} zeroes weights"
+            )
+        config = PruneConfig(**{**shared, **values, "sparsity": sparsity}).resolved()
         target = Target(sparsity=sparsity)
         target.removal_budget(self._task.layout)
         task = replace(self._task, config=config, target=target)
@@ -124,6 +135,8 @@ class Comparison:
         if tokens is None:
             usual = PruneConfig(**shared, sparsity=sparsity).resolved()
             tokens = METHODS["bonsai"].plan(replace(task, config=usual)).tokens
+        if KNOBS.get(method) in values:
+            return task  # as many as it is told
         return replace(task, config=within_tokens(METHODS[method], task, tokens))
 
     def dense(self) -> Perplexity:
@@ -199,6 +212,33 @@ class Comparison:
         return evaluate_tasks(smaller, self.tokenizer, names)
 
 
+def variant(name: str) -> dict[str, Any]:
+    """Configuration of a method as a comparison names it: METHOD[:PRESET][:OPTION=VALUE]...
+
+    Options are those of `PruneConfig` that methods do not share.
+
+    Raises:
+        ValueError: an option is none of these, or its value cannot be one.
+    """
+    method, *parts = name.split(":")
+    values: dict[str, Any] = {"method": method}
+    if parts and "=" not in parts[0]:
+        values["preset"] = parts.pop(0)
+    hints = get_type_hints(PruneConfig)
+    taken = (*SHARED, *values, "preset", "sparsity", "target")
+    for part in parts:
+        option, _, text = part.partition("=")
+        option = option.replace("-", "_")
+        if option not in hints or option in taken:
+            raise ValueError(f"methods: expected METHOD[:PRESET][:OPTION=VALUE], got {name!r}")
+        kinds = [kind for kind in (int, float) if kind in get_args(hints[option])]
+        try:
+            values[option] = kinds[0](text) if kinds else text
+        except ValueError as error:
+            raise ValueError(f"{option}: expected a number, got {text!r}") from error
+    return values
+
+
 def _read(path: Path, evaluation: Sequences) -> Cell | None:
     """A finished cell on the same text, or None."""
     if not path.is_file():
@@ -257,7 +297,7 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
     for cell in sorted(cells, key=lambda cell: (cell.asked, cell.perplexity)):
         table.add_row(
             cell.method,
-            f"{cell.sparsity:.2%}",
+            f"{cell.sparsity:.2%}" + ("" if cell.within_tolerance else "*"),
             f"{cell.perplexity:.2f}",
             f"x{cell.perplexity / dense.value:.2f}",
             f"{cell.tokens:,}",
@@ -268,4 +308,6 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
         f"{dense.dataset}, {dense.tokens:,} predicted tokens, window {dense.window}; "
         "peak memory is the search's beside the weights"
     )
+    if not all(cell.within_tolerance for cell in cells):
+        table.caption += f"; * off by more than {TOLERANCE:.1%}: the layers allow no finer steps"
     return table

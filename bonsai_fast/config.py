@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from bonsai_fast.pattern import UNSTRUCTURED, CompareWithin, Pattern
+
+WeightMethodName = Literal["magnitude", "wanda", "sparsegpt"]
 Method = Literal[
     "bonsai",
     "wanda-sp",
@@ -17,6 +20,9 @@ Method = Literal[
     "taylor",
     "policy-gradient",
     "mini-llm",
+    "magnitude",
+    "wanda",
+    "sparsegpt",
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
@@ -24,7 +30,7 @@ RouteName = Literal["dense", "slice", "gather"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
-Granularity = Literal["units", "blocks", "layers"]
+Granularity = Literal["units", "blocks", "shares", "layers"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
@@ -40,7 +46,9 @@ class PruneConfig:
     """How a model is pruned; fields that are None take the preset's value (see `resolved`)."""
 
     sparsity: float | None = _option(
-        None, "Fraction of the decoder's parameters to remove, in (0, 1). Default 0.2."
+        None,
+        "Fraction of the decoder's parameters to remove, in (0, 1). Default 0.2; for methods that "
+        "zero weights, the fraction of each matrix, by default 0.5.",
     )
     target: str | None = _option(
         None, "The same as sparsity=0.3 or, in parameters of the whole model, params=1.1B."
@@ -102,8 +110,8 @@ class PruneConfig:
     spare_last: int | None = _option(None, "Last decoder layers that it leaves whole.")
     granularity: Granularity | None = _option(
         None,
-        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, or "
-        "whole layers.",
+        "policy-gradient, mini-llm by gates: what varies: single units, blocks of channels, the "
+        "share of each layer's attention and MLP that goes (policy-gradient), or whole layers.",
     )
     batch_size: int | None = _option(None, "policy-gradient: sequences of each step.")
     learning_rate: float | None = _option(None, "policy-gradient: of the keep probabilities.")
@@ -120,6 +128,20 @@ class PruneConfig:
     )
     perturbation_scale: float | None = _option(None, "mini-llm: size of a perturbation.")
     directions: int | None = _option(None, "mini-llm: perturbations that are averaged.")
+    pattern: str | None = _option(
+        None,
+        "magnitude, wanda, sparsegpt: which zeros: 'unstructured' or N:M, N of M neighbours kept, "
+        "such as 2:4.",
+    )
+    compare_within: CompareWithin | None = _option(
+        None,
+        "magnitude, wanda, sparsegpt: which weights of a matrix compete if the pattern does not "
+        "say: all, those of an input or output, or of 128 neighbouring ones.",
+    )
+    weight_update: bool | None = _option(
+        None,
+        "magnitude, wanda, sparsegpt: whether the weights that stay make up for those that go.",
+    )
     tasks: str | None = _option(
         None, "Zero-shot tasks for lm-evaluation-harness, separated by commas."
     )
@@ -142,6 +164,11 @@ class PruneConfig:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.method == "policy-gradient" and self.sublayers:
             raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
+        if self.granularity == "shares":
+            if self.method != "policy-gradient":
+                raise ValueError(f"granularity: expected another than shares for {self.method}")
+            if self.initial == "layerwise-ppl":
+                raise ValueError("granularity=shares: expected another start than layerwise-ppl")
         _check_at_least("sequence_length", self.sequence_length, 2)
         for name in ("seed", "spare_first", "spare_last"):
             _check_at_least(name, getattr(self, name), 0)
@@ -151,6 +178,35 @@ class PruneConfig:
             raise ValueError(
                 f"round_to: expected 'auto' or a positive number, got {self.round_to!r}"
             )
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Options of one kind of method mean nothing to the other."""
+        foreign = ONLY_UNITS if self.prunes_weights else ONLY_WEIGHTS
+        for item in fields(self):
+            if item.name in foreign and getattr(self, item.name) != item.default:
+                kinds = ("units", "weights") if self.prunes_weights else ("weights", "units")
+                raise ValueError(
+                    f"{item.name} is for methods that remove {kinds[0]}; "
+                    f"{self.method} removes {kinds[1]}"
+                )
+        if self.prunes_weights:
+            pattern = self.weight_pattern
+            if pattern.group is not None and self.compare_within is not None:
+                raise ValueError(
+                    f"compare_within: pattern {self.pattern} compares {pattern.group} neighbours; "
+                    f"leave one of them out"
+                )
+
+    @property
+    def prunes_weights(self) -> bool:
+        """Whether the method zeroes single weights rather than removes units."""
+        return self.method in get_args(WeightMethodName)
+
+    @property
+    def weight_pattern(self) -> Pattern:
+        """The pattern of a method that zeroes weights, with its sparsity."""
+        return Pattern.parse(self.pattern or UNSTRUCTURED, self.sparsity)
 
     @property
     def target_text(self) -> str:
@@ -166,11 +222,20 @@ class PruneConfig:
 
     def resolved(self) -> PruneConfig:
         """The same with every value that was left to the preset filled in."""
-        values = PRESETS[self.preset] | METHOD_PRESETS.get((self.method, self.preset), {})
+        presets = WEIGHT_PRESETS if self.prunes_weights else PRESETS
+        values = presets[self.preset] | METHOD_PRESETS.get((self.method, self.preset), {})
         return replace(
             self, **{name: value for name, value in values.items() if getattr(self, name) is None}
         )
 
+
+ONLY_WEIGHTS = ("pattern", "compare_within", "weight_update")
+ONLY_UNITS = (
+    *("target", "rounds", "submodels_per_round", "attention", "sublayers", "regression", "prior"),
+    *("head_layout", "round_to", "uniform", "spare_first", "spare_last", "granularity"),
+    *("batch_size", "learning_rate", "baseline", "initial", "projection", "perturbation"),
+    *("perturbation_scale", "directions"),
+)
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     # paper: tables 8 and 9; one round removes p_iter = 0.05, so `rounds` follows from the target
@@ -192,6 +257,12 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "head_layout": "rectangular",
         "round_to": "auto",
     },
+}
+
+WEIGHT_PRESETS: dict[Preset, dict[str, Any]] = {
+    # Sun et al., appendix A.1: of C4, which is left to the user
+    "paper": {"num_sequences": 128, "sequence_length": 2048},
+    "default": {"num_sequences": 64, "sequence_length": 256},
 }
 
 # what a method's own paper sets otherwise
@@ -227,11 +298,11 @@ METHOD_PRESETS: dict[tuple[Method, Preset], dict[str, Any]] = {
         "projection": "sigmoid-norm",
     },
     ("policy-gradient", "default"): {
-        "rounds": 100,
-        "batch_size": 2,
+        "rounds": 20,
+        "batch_size": 1,
         "submodels_per_round": 32,
-        "learning_rate": 0.02,
-        "granularity": "blocks",
+        "learning_rate": 0.03,
+        "granularity": "shares",
         "baseline": "leave-one-out",
         "initial": "wanda-sp",
         "projection": "sigmoid-budget",

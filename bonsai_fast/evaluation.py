@@ -53,14 +53,21 @@ class Perplexity:
 def perplexity(model: PreTrainedModel, sequences: Sequences) -> Perplexity:
     """Perplexity on windows that each start afresh and predict all but their first token."""
     input_ids = sequences.input_ids
-    windows, length = input_ids.shape
+    length = input_ids.shape[1]
     nll = SequenceNLL(model)
     losses = torch.cat(
         [
             nll(batch.to(nll.head.weight.device)).cpu()
             for batch in input_ids.split(max(1, TOKENS_PER_BATCH // length))
         ]
-    ).double()
+    )
+    return perplexity_of(losses, sequences)
+
+
+def perplexity_of(losses: torch.Tensor, sequences: Sequences) -> Perplexity:
+    """Perplexity from the mean loss of every sequence, float [B], in nats."""
+    windows, length = sequences.input_ids.shape
+    losses = losses.double()
     mean = float(losses.mean())
     return Perplexity(
         value=math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf,

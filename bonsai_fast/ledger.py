@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Ledger:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("*.tmp"):
             stale.unlink()
-        self._entries = [self._read(path) for path in sorted(directory.glob("*.safetensors"))]
+        self._entries = list(read_entries(directory, num_units))
         self._by_key = {_key(entry.text, entry.keep): entry for entry in self._entries}
 
     def __len__(self) -> int:
@@ -79,6 +80,21 @@ class Ledger:
         """Recorded losses [n, B] of just these sub-models (bool [n, P], in this order), or None."""
         entry = self._by_key.get(_key(text, keep))
         return None if entry is None else entry.losses
+
+    def find_each(self, text: str, keep: torch.Tensor) -> torch.Tensor | None:
+        """The same where sub-models were recorded in other company: recorded one by one, or None.
+
+        The same to rounding: what shares a batch may change the last bits.
+        """
+        rows: dict[bytes, torch.Tensor] = {}
+        for entry in self._entries:
+            if entry.text == text:
+                masks = pack(entry.keep).numpy()
+                rows.update(zip(map(bytes, masks), entry.losses, strict=True))
+        wanted = [bytes(mask) for mask in pack(keep).numpy()]
+        if any(mask not in rows for mask in wanted):
+            return None
+        return torch.stack([rows[mask] for mask in wanted])
 
     def append(self, stage: str, text: str, keep: torch.Tensor, losses: torch.Tensor) -> None:
         """Record scored sub-models durably.
@@ -100,29 +116,20 @@ class Ledger:
         self._entries.append(entry)
         self._by_key[_key(text, keep)] = entry
 
-    def _read(self, path: Path) -> Entry:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("keep", "losses")}
-        except (SafetensorError, OSError) as error:
-            raise LedgerError(f"ledger entry {path} cannot be read: {error}") from error
-        if metadata.get("checksum") != _checksum(tensors):
-            raise LedgerError(
-                f"ledger entry {path} is damaged: its checksum does not match; "
-                f"delete the run to start over"
-            )
-        if int(metadata["num_units"]) != self.num_units:
-            raise LedgerError(
-                f"ledger entry {path}: expected {self.num_units} units, "
-                f"found {metadata['num_units']}"
-            )
-        return Entry(
-            metadata["stage"],
-            metadata["text"],
-            unpack(tensors["keep"], self.num_units),
-            tensors["losses"],
-        )
+
+def read_entries(directory: Path, num_units: int) -> Iterator[Entry]:
+    """Read a ledger without a claim to it: a run may be writing there.
+
+    Args:
+        directory: folder of the entries.
+        num_units: P of the run's layout.
+    Returns:
+        every entry, oldest first.
+    Raises:
+        LedgerError: an entry is damaged or has another number of units.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        yield _read(path, num_units)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -158,3 +165,27 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 def _key(text: str, keep: torch.Tensor) -> str:
     return hashlib.sha256(text.encode() + pack(keep).numpy().tobytes()).hexdigest()
+
+
+def _read(path: Path, num_units: int) -> Entry:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("keep", "losses")}
+    except (SafetensorError, OSError) as error:
+        raise LedgerError(f"ledger entry {path} cannot be read: {error}") from error
+    if metadata.get("checksum") != _checksum(tensors):
+        raise LedgerError(
+            f"ledger entry {path} is damaged: its checksum does not match; "
+            f"delete the run to start over"
+        )
+    if int(metadata["num_units"]) != num_units:
+        raise LedgerError(
+            f"ledger entry {path}: expected {num_units} units, found {metadata['num_units']}"
+        )
+    return Entry(
+        metadata["stage"],
+        metadata["text"],
+        unpack(tensors["keep"], num_units),
+        tensors["losses"],
+    )

@@ -24,11 +24,13 @@ class SavedMask:
     Attributes:
         keep: bool [P], True = kept.
         attention, sublayers: the arguments of `Layout.of` that give the layout of these P units.
+        removed: parameters that go.
     """
 
     keep: torch.Tensor
     attention: AttentionUnit
     sublayers: bool
+    removed: int
 
 
 def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) -> None:
@@ -47,6 +49,7 @@ def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) 
         "num_units": len(layout),
         "attention": layout.attention,
         "sublayers": layout.sublayers,
+        "removed": layout.num_removed_parameters(keep),
     }
     # one entry, because safetensors shuffles several: the same mask is the same bytes
     metadata = {"layout": json.dumps(about, sort_keys=True)}
@@ -65,6 +68,8 @@ def load_mask(path: str | os.PathLike[str]) -> SavedMask:
             keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
             if about["attention"] not in get_args(AttentionUnit):
                 raise ValueError(f"attention is {about['attention']!r}")
-            return SavedMask(keep, about["attention"], bool(about["sublayers"]))
+            return SavedMask(
+                keep, about["attention"], bool(about["sublayers"]), int(about["removed"])
+            )
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error

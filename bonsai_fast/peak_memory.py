@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,8 @@ class PeakMemory:
         peak.bytes
 
     On CUDA it counts what PyTorch allocates there, elsewhere the process's resident memory, as
-    Linux keeps it. Memory that was freed before but kept by the allocator hides what is taken from
-    it.
+    Linux keeps it. glibc is asked to give back what was freed before; what another allocator keeps
+    hides what is taken from it.
 
     Attributes:
         bytes: peak inside less level at the start; None inside, and where it cannot be measured.
@@ -38,6 +39,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
         else:
+            _give_back_freed()
             self._start = _resident("VmRSS") if _forget_peak() else None
         return self
 
@@ -51,6 +53,12 @@ class PeakMemory:
         else:
             peak = _resident("VmHWM") or 0
         self.bytes = max(0, peak - self._start)
+
+
+def _give_back_freed() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.allocation import Achieved, Target
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences, calibration_sequences, evaluation_sequences
-from bonsai_fast.evaluation import check_tasks, evaluate_tasks, perplexity
+from bonsai_fast.delivery import Delivery, deliver
+from bonsai_fast.evaluation import check_tasks
 from bonsai_fast.mask_files import load_mask
-from bonsai_fast.methods import METHODS, Compensates, Plan, Search, Task
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import open_run
+from bonsai_fast.methods import METHODS, Plan, Search, Task
+from bonsai_fast.peak_memory import PeakMemory
+from bonsai_fast.reporting import write_report
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.streaming import named_weights
-from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained, verify_saved
-from bonsai_fast.timing import measure_latency
+from bonsai_fast.streaming import named_weights, stream_of
 from bonsai_fast.units import Layout
 
 # windows for calibration and evaluation are no longer than this unless asked for
 MAX_LENGTH = 4096
 EVALUATION_LENGTH = 512
-VERIFIED_TOKENS = 64
+# methods that differentiate, perturb or change the model itself
+NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
+# sub-models of the batch that a plan is timed by
+TIMED_SUBMODELS = 16
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,17 @@ class PruneResult:
         parameters, parameters_dense: of the whole model, after and before.
         dense_perplexity, pruned_perplexity: on text that was not used for calibration.
         protocol: how both perplexities were measured.
-        latency: speeds of "dense" and "pruned".
+        latency: speeds of "dense" and "pruned"; empty if the model was streamed.
         tasks: zero-shot results of "dense" and "pruned", if any were asked for.
         submodels_scored, tokens_scored: work of the last start; what the ledger held is not
             counted.
         max_logit_difference: the pruned model in memory against the saved one, loaded in a fresh
-            process.
+            process; of a streamed model, the masked parent against the saved one.
         seconds: wall time of the last start.
+        rounds: name, sparsity and perplexity of what each round before the last one left.
+        peak_bytes: memory of the search beside the weights, in the last start; None where it cannot
+            be measured.
+        warnings: what the last start warned of.
     """
 
     output: str
@@ -62,44 +68,20 @@ class PruneResult:
     dense_perplexity: float
     pruned_perplexity: float
     protocol: dict[str, Any]
-    latency: dict[str, dict[str, float]]
+    latency: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, dict[str, float]]]
     submodels_scored: int
     tokens_scored: int
     max_logit_difference: float
     seconds: float
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def keep_mask(self) -> torch.Tensor:
         """bool [P], the units of the run's layout (its attention and sublayers) that were kept."""
         return load_mask(Path(self.run) / "masks" / "final.safetensors").keep
-
-
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig | None = None,
-    *,
-    output_dir: str | Path,
-    reporter: Reporter | None = None,
-) -> PruneResult:
-    """Prune a model, save the result and compare it with its parent.
-
-    Args:
-        model: the parent; unchanged when this returns.
-        tokenizer: its tokenizer, saved with the result.
-        config: what to do; the default configuration if None.
-        output_dir: the run's directory. The same call there resumes; another target there, once the
-            run has finished, is met from the recorded evaluations alone. The model is saved in its
-            folder `model`.
-        reporter: where progress is shown; stderr if None.
-    Raises:
-        ValueError: anything about the request that cannot be met, before any work is done.
-        OSError: a file could not be written.
-    """
-    task, evaluation = prepare(model, tokenizer, config or PruneConfig())
-    run = open_run(Path(output_dir), task.config, task.layout, model, task.calibration.sha256)
-    return execute(Search(task, run, reporter or Reporter()), tokenizer, evaluation)
 
 
 def prepare(
@@ -113,6 +95,7 @@ def prepare(
         ValueError: in one line.
     """
     config = config.resolved()
+    _check_streamed(model, config)
     check_finite(model)
     if config.tasks is not None:
         check_tasks(config.task_names)
@@ -173,21 +156,45 @@ def execute(
         reporter.note(
             f"{run.path} is finished: meeting {search.task.config.target_text} from its ledger"
         )
-    keep = METHODS[search.task.config.method].find(search)
+    warnings_before = len(reporter.warnings)
+    with PeakMemory(search.task.model.device) as peak:
+        keep = METHODS[search.task.config.method].find(search)
+    rounds = list(run.saved_masks)
     run.save_mask("final", keep)
     _comment(search, keep)
-    result = _deliver(search, tokenizer, keep, evaluation, started)
+    result = _result(
+        search,
+        deliver(search, tokenizer, keep, evaluation),
+        rounds=_trajectory(search, rounds, keep, evaluation),
+        peak_bytes=peak.bytes,
+        warnings=reporter.warnings[warnings_before:],
+        seconds=time.perf_counter() - started,
+    )
     run.record("finished", result=asdict(result))
+    reporter.note(f"the report is {write_report(run.path)}")
     return result
 
 
-def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
-    """The smaller model of a keep mask, with whatever its method compensates."""
-    smaller = remove_units(search.task.model, search.task.layout, keep)
-    method = METHODS[search.task.config.method]
-    if isinstance(method, Compensates):
-        method.compensate(search, smaller, keep)
-    return smaller
+def _result(search: Search, delivery: Delivery, **measured: Any) -> PruneResult:
+    layout = search.task.layout
+    removed = layout.num_model_parameters - delivery.parameters
+    return PruneResult(
+        output=str(search.run.model_directory),
+        run=str(search.run.path),
+        sparsity=removed / layout.num_decoder_parameters,
+        sparsity_total=removed / layout.num_model_parameters,
+        parameters=delivery.parameters,
+        parameters_dense=layout.num_model_parameters,
+        dense_perplexity=delivery.dense.value,
+        pruned_perplexity=delivery.pruned.value,
+        protocol=delivery.dense.protocol,
+        latency=delivery.latency,
+        tasks=delivery.tasks,
+        submodels_scored=search.submodels_scored,
+        tokens_scored=search.tokens_scored,
+        max_logit_difference=delivery.max_logit_difference,
+        **measured,
+    )
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -210,79 +217,41 @@ def _comment(search: Search, keep: torch.Tensor) -> None:
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
 
 
-def _deliver(
-    search: Search,
-    tokenizer: PreTrainedTokenizerBase,
-    keep: torch.Tensor,
-    evaluation: Sequences,
-    started: float,
-) -> PruneResult:
-    """Cut, save, reload in a fresh process, compare, measure."""
-    task, reporter = search.task, search.reporter
-    model, layout = task.model, task.layout
-    smaller = pruned_model(search, keep)
-    directory = search.run.model_directory
-    save_pretrained(
-        smaller, directory, tokenizer=tokenizer, report=_report(search, keep), overwrite=True
-    )
-    reporter.note(f"saved to {directory}; loading it again in a fresh process")
-    tokens = evaluation.input_ids[:1, :VERIFIED_TOKENS]
-    with torch.inference_mode():
-        logits = smaller(input_ids=tokens.to(smaller.device), use_cache=False).logits.float().cpu()
-    difference = verify_saved(
-        directory, tokens, logits, tolerance=_tolerance(logits, smaller.dtype)
-    )
-    reporter.note(f"it gives the same logits there (largest difference {difference:.2g})")
-    reporter.note(f"measuring perplexity on {evaluation.source}: {evaluation.description}")
-    dense, pruned = perplexity(model, evaluation), perplexity(smaller, evaluation)
-    reporter.note("measuring latency, dense and pruned in turns")
-    latency = measure_latency({"dense": model, "pruned": smaller}, evaluation.input_ids)
-    tasks = {}
-    if task.config.tasks is not None:
-        names = task.config.task_names
-        tasks = {
-            "dense": evaluate_tasks(model, tokenizer, names),
-            "pruned": evaluate_tasks(smaller, tokenizer, names),
-        }
-    parameters = smaller.num_parameters()
-    removed = layout.num_model_parameters - parameters
-    return PruneResult(
-        output=str(directory),
-        run=str(search.run.path),
-        sparsity=removed / layout.num_decoder_parameters,
-        sparsity_total=removed / layout.num_model_parameters,
-        parameters=parameters,
-        parameters_dense=layout.num_model_parameters,
-        dense_perplexity=dense.value,
-        pruned_perplexity=pruned.value,
-        protocol=dense.protocol,
-        latency={name: asdict(value) for name, value in latency.items()},
-        tasks=tasks,
-        submodels_scored=search.submodels_scored,
-        tokens_scored=search.tokens_scored,
-        max_logit_difference=difference,
-        seconds=time.perf_counter() - started,
-    )
+def _trajectory(
+    search: Search, names: list[str], final: torch.Tensor, evaluation: Sequences
+) -> list[dict[str, Any]]:
+    """Perplexities of what the rounds left, as sub-models of the parent."""
+    layout, found = search.task.layout, []
+    for name in names:
+        mask = load_mask(search.run.path / "masks" / f"{name}.safetensors")
+        if torch.equal(mask.keep, final):
+            continue
+        search.reporter.note(f"measuring perplexity of {name}")
+        loss = search.task.scorer.score(mask.keep[None], evaluation.input_ids).double().mean()
+        found.append(
+            {
+                "name": name,
+                "sparsity": mask.removed / layout.num_decoder_parameters,
+                "perplexity": float(loss.exp()),
+            }
+        )
+    return found
 
 
-def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
-    """Largest difference that is rounding: the same weights, perhaps other kernels."""
-    share = 1e-4 if dtype == torch.float32 else 3e-2
-    return share * float(logits.abs().max())
-
-
-def _report(search: Search, keep: torch.Tensor) -> dict[str, Any]:
-    """What bonsai_report.json says: which parts of the parent are left, by layer."""
-    config = search.task.config
-    kept = kept_positions(search.task.layout, keep)
-    return {
-        "parent": search.run.identity["parent"],
-        **{
-            name: getattr(config, name)
-            for name in ("target_text", "method", "preset", "head_layout", "round_to", "seed")
-        },
-        "kept": {str(layer): parts for layer, parts in enumerate(kept)},
+def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:
+    """Refuse what needs the whole model in memory."""
+    stream = stream_of(model)
+    if stream is None:
+        return
+    if stream.origin is None:
+        raise ValueError("expected a loaded model, or a streamed one from open_streamed(directory)")
+    wanted = {
+        f"method {config.method}": config.method in NEED_THE_MODEL,
+        "calibration 'self'": config.calibration == "self",
+        "tasks": config.tasks is not None,
     }
+    for what in (what for what, is_wanted in wanted.items() if is_wanted):
+        raise ValueError(f"{what}: needs the whole model in memory, but its layers are streamed")
 
 
 def result_table(result: PruneResult) -> Table:
@@ -290,7 +259,6 @@ def result_table(result: PruneResult) -> Table:
     table = Table(title="dense and pruned")
     for column in ("", "dense", "pruned", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    dense, pruned = result.latency["dense"], result.latency["pruned"]
     table.add_row(
         "parameters",
         f"{result.parameters_dense:,}",
@@ -304,19 +272,23 @@ def result_table(result: PruneResult) -> Table:
         f"{result.pruned_perplexity:.2f}",
         f"x{ratio:.2f}",
     )
-    for name, label in (
-        ("prefill_tokens_per_s", "prefill, tokens/s"),
-        ("decode_tokens_per_s", "decode, tokens/s"),
-    ):
-        table.add_row(
-            label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{pruned[name] / dense[name]:.2f}"
-        )
     protocol = result.protocol
     table.caption = (
         f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
-        f"window {protocol['window']}, "
-        f"stride {protocol['stride']}; speeds: batch 1, medians, measured in turns"
+        f"window {protocol['window']}, stride {protocol['stride']}"
     )
+    if result.latency:
+        dense, pruned = result.latency["dense"], result.latency["pruned"]
+        for name, label in (
+            ("prefill_tokens_per_s", "prefill, tokens/s"),
+            ("decode_tokens_per_s", "decode, tokens/s"),
+        ):
+            speedup = pruned[name.replace("tokens_per_s", "speedup")]
+            table.add_row(label, f"{dense[name]:.1f}", f"{pruned[name]:.1f}", f"x{speedup:.2f}")
+        table.caption += (
+            f"; speeds: batch 1, medians, measured in turns, {dense['decode_tokens']} tokens "
+            f"behind a prompt of {dense['prefill_tokens']}"
+        )
     return table
 
 
@@ -343,6 +315,15 @@ def plan_table(task: Task, plan: Plan, seconds: float) -> Table:
     table.add_row(
         "memory for scoring", f"{task.scorer.memory_budget / 2**20:,.0f} MiB beside the weights"
     )
+    stream = stream_of(task.model)
+    if stream is not None:
+        length = task.calibration.input_ids.shape[1]
+        table.add_row(
+            "weights of the layers",
+            f"{stream.num_bytes / 1e9:.2f} GB, streamed from disk: "
+            f"{stream.resident_bytes / 1e9:.2f} GB of them in memory at a time, "
+            f"up to {task.scorer.rows_per_batch(length) * length:,} tokens a pass",
+        )
     table.add_row(
         "time for scoring",
         f"about {seconds / 60:.1f} minutes, from one batch timed on this machine",
@@ -353,7 +334,7 @@ def plan_table(task: Task, plan: Plan, seconds: float) -> Table:
 def estimate_seconds(task: Task, plan: Plan) -> float:
     """Time that the plan's forward passes take on this machine, from one batch."""
     tokens = task.calibration.input_ids[:1]
-    rows = task.scorer.submodels_per_call(1, tokens.shape[1])
+    rows = min(task.scorer.submodels_per_call(1, tokens.shape[1]), TIMED_SUBMODELS)
     # all different, or an engine would run them once
     different = torch.rand(rows, len(task.layout), generator=torch.Generator().manual_seed(0)) > 0.1
     task.scorer.score(different[:1], tokens)

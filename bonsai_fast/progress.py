@@ -20,9 +20,14 @@ Advance = Callable[[int], None]
 
 
 class Reporter:
-    """Writes to stderr with rich; `Reporter(quiet=True)` writes nothing."""
+    """Writes to stderr with rich; `Reporter(quiet=True)` writes nothing.
+
+    Attributes:
+        warnings: every warning so far, oldest first.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
+        self.warnings: list[str] = []
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
 
     def note(self, text: str) -> None:
@@ -31,6 +36,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """One line that should not be missed."""
+        self.warnings.append(text)
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,19 +29,18 @@ from transformers.utils import logging
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.embedded import NAME, embedded_model
+from bonsai_fast.jobs import Result, job_of, prune, table_of
+from bonsai_fast.layer_major import UnusableInputsError
 from bonsai_fast.ledger import LedgerError
-from bonsai_fast.methods import METHODS, NotRecordedError, Search, Task
-from bonsai_fast.pipeline import (
-    PruneResult,
-    estimate_seconds,
-    execute,
-    plan_table,
-    prepare,
-    prune,
-    result_table,
-)
+from bonsai_fast.methods import NotRecordedError
 from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import open_run
+from bonsai_fast.scoring import default_budget, parse_bytes
+from bonsai_fast.streaming import (
+    device_memory,
+    local_directory,
+    open_streamed,
+    weight_bytes,
+)
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -61,6 +63,13 @@ class CommandOptions:
         metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
     )
     plan: bool = field(default=False, metadata={"help": "Print what would be done, and stop."})
+    stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the layers from disk in turns instead of loading the model; done by "
+            "itself if the weights and --memory-budget exceed the device's memory."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a checkpoint carries."}
     )
@@ -98,20 +107,86 @@ def load_parent(
     Raises:
         ValueError, OSError: no such model, unknown model type, or no such device.
     """
-    device = _device(options.device)
-    path = str(embedded_model()) if name is None else name
-    trust = options.trust_remote_code
-    dtype = DTYPES.get(options.dtype, "auto")
-    try:
+    with _loading(name):
         # first, because it has the clearest errors
-        AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name or path} cannot be loaded: {error}") from error
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            _path(name), trust_remote_code=options.trust_remote_code
+        )
+    return load_model(name, options), tokenizer
+
+
+def load_model(name: str | None, options: CommandOptions) -> PreTrainedModel:
+    """Load a model alone; arguments and errors as in `load_parent`."""
+    device = _device(options.device)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
+        )
     if name is None:
         model.config.name_or_path = NAME  # the same wherever the cache lies
-    return cast(Any, model).to(device).eval(), tokenizer
+    return cast(PreTrainedModel, cast(Any, model).to(device).eval())
+
+
+def _path(name: str | None) -> str:
+    return str(embedded_model()) if name is None else name
+
+
+@contextmanager
+def _loading(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name or NAME} cannot be loaded: {error}") from error
+
+
+def open_parent(
+    name: str | None, config: PruneConfig, options: CommandOptions, reporter: Reporter
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent, or stream it if that is asked for or it does not fit.
+
+    Raises:
+        ValueError, OSError: as `load_parent`.
+    """
+    directory = _streamed_from(name, config, options)
+    if directory is None:
+        return load_parent(name, options)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust)  # has the clearest errors
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
+    model = open_streamed(
+        directory,
+        device=_device(options.device),
+        dtype=DTYPES.get(options.dtype),
+        trust_remote_code=trust,
+    )
+    # the run is the same as that of the loaded model
+    model.config.name_or_path = NAME if name is None else name
+    if not options.stream:
+        reporter.note(f"{name or NAME} does not fit into memory: its layers are streamed from disk")
+    return model, tokenizer
+
+
+def _streamed_from(name: str | None, config: PruneConfig, options: CommandOptions) -> Path | None:
+    """The directory that a parent is to be streamed from; None if it is to be loaded."""
+    path, device = _path(name), _device(options.device)
+    if config.prunes_weights:
+        if options.stream:
+            raise ValueError(f"stream: method {config.method} needs the model in the host's memory")
+        return None
+    if options.stream:
+        return local_directory(path, download=True)
+    asked = config.memory_budget
+    budget = default_budget(device) if asked is None else parse_bytes(asked)
+    try:
+        directory = local_directory(path, download=False)
+        needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget
+    except (OSError, ValueError, SafetensorError):
+        return None  # loading says what is wrong, or knows other formats
+    return directory if needed > device_memory(device) else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,40 +196,32 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        device = _device(options.device)
+        # where layers take turns on the device, the model waits outside
+        loading = replace(options, device="cpu") if config.prunes_weights else options
         with reporter.busy(f"loading {name or NAME} and its text"):
-            model, tokenizer = load_parent(name, options)
-            task, evaluation = prepare(model, tokenizer, config)
+            model, tokenizer = open_parent(name, config, loading, reporter)
+            job = job_of(model, tokenizer, config, device)
         if options.plan:
-            return _print_plan(task, reporter)
-        output = Path(
-            options.output
-            or f"runs/{Path(name or NAME).name}-{config.target_text.replace('=', '-')}"
-        )
-        run = open_run(output, task.config, task.layout, model, task.calibration.sha256)
+            print(json.dumps(job.plan(reporter)))
+            return 0
+        output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
+        execute = job.open(output, reporter)
     except (ValueError, OSError) as error:
         return fail(error)
     try:
-        result = execute(Search(task, run, reporter), tokenizer, evaluation)
-    except (OSError, LedgerError, NotRecordedError) as error:
+        result = execute()
+    except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {run.path}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {output}", file=sys.stderr)
         return INTERRUPTED
     _print_result(result, reporter)
     return 0
 
 
-def _print_plan(task: Task, reporter: Reporter) -> int:
-    plan = METHODS[task.config.method].plan(task)
-    with reporter.busy("timing one batch"):
-        seconds = estimate_seconds(task, plan)
-    reporter.table(plan_table(task, plan, seconds))
-    print(json.dumps({**asdict(plan), "seconds": seconds, "units": len(task.layout)}))
-    return 0
-
-
-def _print_result(result: PruneResult, reporter: Reporter) -> None:
-    reporter.table(result_table(result))
+def _print_result(result: Result, reporter: Reporter) -> None:
+    reporter.table(table_of(result))
     reporter.note(
         f"saved to {result.output}: AutoModelForCausalLM.from_pretrained({result.output!r})"
     )
@@ -187,7 +254,7 @@ def _device(name: str) -> torch.device:
 class _CallableModule(ModuleType):
     """`bonsai_fast.prune` is a function and this module: importing one must not hide the other."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> PruneResult:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return prune(*args, **kwargs)
 
 

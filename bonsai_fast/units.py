@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +13,8 @@ from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
 
 Kind = Literal["head", "kv_group", "channel", "attention", "mlp"]
 AttentionUnit = Literal["head", "kv_group"]
+# kinds whose units are parts of an attention sub-layer, or all of it
+ATTENTION: tuple[Kind, ...] = ("head", "kv_group", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,3 +260,32 @@ class Layout(Sequence[Unit]):
         if not bool(keep.any()):  # the only unit of its sub-layer
             return self._block_size(block)
         return self.removed_from_block(block, keep)
+
+
+def describe_layout(layout: Layout) -> dict[str, Any]:
+    """Plain values, for JSON: all that a reader without the model needs to draw its units.
+
+    Every group has its layer, its kind, its number of units, and the parameters that go with each;
+    `kv_of_head` tells which KV head each query head of its layer reads, where it is about heads.
+    """
+    return {
+        "attention": layout.attention,
+        "sublayers": layout.sublayers,
+        "num_layers": layout.decoder.num_layers,
+        "num_decoder_parameters": layout.num_decoder_parameters,
+        "num_model_parameters": layout.num_model_parameters,
+        "groups": [
+            {
+                "layer": group.layer,
+                "kind": group.kind,
+                "num_units": len(group),
+                "num_parameters": group.num_parameters,
+                **(
+                    {"kv_of_head": list(group.block.kv_of_head)}
+                    if isinstance(group.block, AttentionBlock)
+                    else {}
+                ),
+            }
+            for group in layout.groups
+        ],
+    }

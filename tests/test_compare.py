@@ -15,6 +15,7 @@ from tiny import save_tiny_parent, tiny_llama
 
 from bonsai_fast.chart import Panel, draw
 from bonsai_fast.compare import main
+from bonsai_fast.comparison import variant
 from bonsai_fast.methods import METHODS, within_tokens
 from bonsai_fast.peak_memory import PeakMemory
 
@@ -86,6 +87,9 @@ def test_all_cells_and_all_files(
     [
         (["--methods", "wanda-sp,magic"], "method: expected one of"),
         (["--methods", "wanda-sp:best"], "preset: expected one of"),
+        (["--methods", "bonsai:size=3"], "METHOD[:PRESET][:OPTION=VALUE]"),
+        (["--methods", "bonsai:seed=3"], "METHOD[:PRESET][:OPTION=VALUE]"),
+        (["--methods", "bonsai:rounds=few"], "rounds: expected a number, got 'few'"),
         (["--methods", ","], "at least one"),
         (["--sparsity", "0.2,half"], "expected fractions separated by commas"),
         (["--sparsity", "0.2,1.5"], "expected a fraction in (0, 1)"),
@@ -144,6 +148,45 @@ def test_one_shot_methods_keep_their_configuration(tmp_path: Path) -> None:
     for method in ("flap", "random", "bonsai"):
         task = new_search(tiny_llama(), tmp_path / method, method=method).task
         assert within_tokens(METHODS[method], task, 10) is task.config
+
+
+def test_names_carry_options() -> None:
+    assert variant("flap") == {"method": "flap"}
+    assert variant("mini-llm:paper:perturbation-scale=0.01") == {
+        "method": "mini-llm", "preset": "paper", "perturbation_scale": 0.01,
+    }  # fmt: skip
+    assert variant("policy-gradient:rounds=3:baseline=antithetic") == {
+        "method": "policy-gradient", "rounds": 3, "baseline": "antithetic",
+    }  # fmt: skip
+
+
+def test_what_is_told_is_not_fitted_to_the_budget(parent: Path, tmp_path: Path, capsys) -> None:
+    names = "policy-gradient:rounds=2:submodels-per-round=4,bonsai:rounds=1"
+    code, out, err = compare(
+        capsys, parent, "--methods", names, "--search-tokens", 100, "--output", tmp_path / "out",
+        *FLAGS,
+    )  # fmt: skip
+    assert code == 0, err
+    cells = json.loads(out.splitlines()[-1])["cells"]
+    assert cells[0]["submodels"] == 8
+    config = json.loads((tmp_path / "out" / "bonsai-rounds=1-0.2" / "run.json").read_text())
+    assert config["config"]["rounds"] == 1
+
+
+def test_the_table_marks_what_misses_its_target(parent: Path, tmp_path: Path, capsys) -> None:
+    """Widths in steps of 32 are too coarse for so small a model, single channels are not."""
+    for round_to, misses in (("32", True), ("1", False)):
+        code, out, err = compare(
+            capsys, parent, "--methods", "wanda-sp,flap,random", "--sparsity", "0.3,0.45",
+            "--round-to", round_to, "--output", tmp_path / round_to, *FLAGS,
+        )  # fmt: skip
+        assert code == 0, err
+        off = [
+            abs(cell["asked"] - cell["sparsity"]) > 0.005 * cell["asked"]
+            for cell in json.loads(out.splitlines()[-1])["cells"]
+        ]
+        assert any(off) == misses and err.count("%*") == sum(off)
+        assert ("off by more than 0.5%" in " ".join(err.split())) == misses
 
 
 def test_chart_places_points_inside_and_skips_what_it_cannot_show() -> None:

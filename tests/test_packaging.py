@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
+TEMPLATES = {f"bonsai_fast/reporting/templates/report.{kind}" for kind in ("html", "css")}
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def test_wheel_holds_the_package(wheel, checkout):
     names = set(wheel.namelist())
     assert kernel_files() and kernel_files() <= names
     assert python_files(checkout) <= names
-    assert {"bonsai_fast/py.typed", "bonsai_fast/_C.pyi"} <= names
+    assert {"bonsai_fast/py.typed", "bonsai_fast/_C.pyi"} | TEMPLATES <= names
     assert any(
         name.startswith("bonsai_fast/_C.") and name.endswith((".so", ".pyd")) for name in names
     )
@@ -97,6 +98,7 @@ def test_sdist_can_be_built_from(wheel, checkout, tmp_path):
     with tarfile.open(path) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.[ch]pp")}
+    assert set(members) >= TEMPLATES
     assert sources | kernel_files() | {"CMakeLists.txt", "setup.py", "LICENSE"} <= set(members)
     # A link would point at a folder that the archive may lack.
     assert all(members[name].isreg() for name in kernel_files())

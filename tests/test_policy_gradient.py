@@ -23,6 +23,7 @@ from bonsai_fast.methods.bernoulli import (
     sigmoid_budget,
     sigmoid_norm,
 )
+from bonsai_fast.methods.shares import LOWEST, SHARPNESS, ShareDescent, ranks, share_gradient
 
 S = np.array([0.2, 0.5, 0.9, 0.35, 0.7])
 ALL = np.array(list(product([False, True], repeat=len(S))))
@@ -221,17 +222,84 @@ def test_overflowing_submodels_do_not_stop_it() -> None:
         BernoulliDescent(S, S, count=2, learning_rate=1.0, baseline="antithetic", seed=0)
 
 
+RANKS, GROUPS = np.array([0.5, 1.0, 1 / 3, 2 / 3, 1.0]), np.array([0, 0, 1, 1, 1])
+COSTS = np.array([3.0, 3.0, 1.0, 1.0, 1.0])
+
+
+def share_descent(**changes: object) -> ShareDescent:
+    options: dict[str, object] = {
+        "start": np.zeros(2), "steps": 10, "count": 8, "learning_rate": 0.05,
+        "baseline": "leave-one-out", "seed": 0,
+    }  # fmt: skip
+    options.update(changes)
+    budget = options.pop("budget", 6.0)
+    return ShareDescent(RANKS, GROUPS, COSTS, budget, **options)  # type: ignore[arg-type]
+
+
+def test_ranks_by_hand() -> None:
+    found = ranks(np.array([5.0, -1.0, 7.0, 7.0, 0.0]), np.array([1, 0, 1, 1, 0]))
+    np.testing.assert_allclose(found, [1 / 3, 0.5, 2 / 3, 1.0, 1.0])
+
+
+def test_gradient_by_shares_is_exact_on_all_masks() -> None:
+    shares = np.array([0.6, 0.55])
+
+    def probabilities(t: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-SHARPNESS * (RANKS - t[GROUPS])))
+
+    s = probabilities(shares)
+    weights = np.where(ALL, s, 1 - s).prod(axis=1)
+    found = share_gradient(ALL, toy(ALL) * weights * len(ALL), s, GROUPS)
+    steps = 1e-6 * np.eye(2)
+    exact = [
+        (expected_loss(probabilities(shares + d)) - expected_loss(probabilities(shares - d))) / 2e-6
+        for d in steps
+    ]
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+def test_shares_meet_the_budget_and_start_where_they_are_told() -> None:
+    descent = share_descent()
+    assert descent.probabilities @ COSTS == pytest.approx(6.0, rel=1e-9)
+    assert descent.shares[0] == descent.shares[1]
+    apart = share_descent(start=np.array([-1.0, 0.0]), budget=8.0)
+    assert apart.shares[0] == LOWEST and apart.probabilities[:2].min() > 0.99
+    for _ in range(10):
+        masks = descent.masks()
+        before = descent.shares
+        descent.update(masks, toy(masks), 6.0)
+        assert descent.probabilities @ COSTS <= 6.0 * (1 + 1e-9)
+        change = descent.shares - before
+        # a step's size is told, and shrinks; at the ends of the range it may be less
+        moved = change - np.array([6, 3]) / 9 @ change
+        assert np.sqrt(np.array([6, 3]) / 9 @ moved**2) <= 0.05 * (1.1 - 0.1 * descent.step) + 1e-6
+
+
+def test_shares_find_which_group_can_spare_more() -> None:
+    """The loss counts what goes, ten times as much in one group."""
+    descent = share_descent(steps=60)
+    for _ in range(60):
+        masks = descent.masks()
+        descent.update(masks, (~masks) @ np.where(GROUPS == 0, 10.0 * COSTS, COSTS), 6.0)
+    gone = (1 - descent.probabilities) * COSTS
+    assert gone[GROUPS == 0].sum() < 0.2 * gone.sum()
+    assert descent.levels.argmin() == 2  # the lowest rank of the group that can spare
+
+
 TEXT = torch.randint(2, 258, (5, 32), generator=torch.Generator().manual_seed(0))
 VARIANTS: dict[str, dict[str, object]] = {
+    "default": {},
     "published": {"preset": "paper", "num_sequences": 5},
+    "blocks": {"granularity": "blocks"},
     "random": {"initial": "random"},
     "progressive": {"initial": "random-progressive", "granularity": "units"},
-    "score-const": {"projection": "score-const"},
+    "score-const": {"granularity": "blocks", "projection": "score-const"},
     "layers": {"granularity": "layers", "initial": "layerwise-ppl"},
     "layers from Wanda": {"granularity": "layers"},
     "units from layers": {"granularity": "units", "initial": "layerwise-ppl"},
     "heads": {"attention": "head"},
     "antithetic": {"baseline": "antithetic"},
+    "shares, progressive": {"initial": "random-progressive"},
 }
 
 
@@ -270,3 +338,10 @@ def test_whole_runs(variant: str, tmp_path: Path) -> None:
 def test_sublayers_are_refused() -> None:
     with pytest.raises(ValueError, match="granularity=layers instead"):
         start(Path("unused"), sublayers=True)
+
+
+def test_shares_are_refused_where_they_mean_nothing() -> None:
+    with pytest.raises(ValueError, match="another start than layerwise-ppl"):
+        start(Path("unused"), initial="layerwise-ppl", granularity="shares")
+    with pytest.raises(ValueError, match="another than shares for mini-llm"):
+        start(Path("unused"), method="mini-llm", granularity="shares")

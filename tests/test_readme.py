@@ -58,6 +58,7 @@ def test_commands_and_programs_in_the_order_of_the_page(folder: Path) -> None:
         done = run([sys.executable, "-c", text], folder)
         assert done.returncode == 0, f"{program}\n{done.stderr}"
     assert (folder / "runs" / "mine" / "model-f16.gguf").is_file()
+    assert "The old lighthouse keeper" in (folder / "runs" / "mine" / "report.html").read_text()
     for model in ("mine/model", "sliced", "by-hand", "from-python/model"):
         assert (folder / "runs" / model / "config.json").is_file()
 

@@ -2,7 +2,7 @@
 
 from bonsai_fast.allocation.comparison import equal_shares, spare_layers, standardised
 from bonsai_fast.allocation.costs import RemovedCount, group_costs
-from bonsai_fast.allocation.finish import Achieved, finish
+from bonsai_fast.allocation.finish import TOLERANCE, Achieved, finish
 from bonsai_fast.allocation.head_layout import HeadLayout, make_rectangular
 from bonsai_fast.allocation.rounding import auto_multiple, round_widths
 from bonsai_fast.allocation.select import Order, plan_mask, select_units
@@ -10,6 +10,7 @@ from bonsai_fast.allocation.target import Target
 from bonsai_fast.allocation.uniform import make_uniform
 
 __all__ = [
+    "TOLERANCE",
     "Achieved",
     "HeadLayout",
     "Order",

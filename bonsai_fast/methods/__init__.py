@@ -1,14 +1,18 @@
-"""Pruning methods: each finds which units stay, over the same shared parts."""
+"""Pruning methods of two kinds: which units stay (METHODS), which weights (WEIGHT_METHODS)."""
 
 from bonsai_fast.methods import one_shot
 from bonsai_fast.methods.bonsai import Bonsai
-from bonsai_fast.methods.budget import within_tokens
+from bonsai_fast.methods.budget import KNOBS, within_tokens
 from bonsai_fast.methods.flap import Flap
 from bonsai_fast.methods.layerwise import LayerwisePPL
+from bonsai_fast.methods.magnitude import Magnitude
 from bonsai_fast.methods.mini_llm import MiniLLM
 from bonsai_fast.methods.policy_gradient import PolicyGradient
 from bonsai_fast.methods.search import Compensates, Method, NotRecordedError, Plan, Search, Task
+from bonsai_fast.methods.sparsegpt import SparseGPT
 from bonsai_fast.methods.taylor import Taylor
+from bonsai_fast.methods.wanda import Wanda
+from bonsai_fast.methods.weights import Choice, WeightMethod
 
 METHODS: dict[str, Method] = {
     "bonsai": Bonsai(),
@@ -23,13 +27,23 @@ METHODS: dict[str, Method] = {
     "mini-llm": MiniLLM(),
 }
 
+WEIGHT_METHODS: dict[str, WeightMethod] = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "sparsegpt": SparseGPT(),
+}
+
 __all__ = [
+    "KNOBS",
     "METHODS",
+    "WEIGHT_METHODS",
+    "Choice",
     "Compensates",
     "Method",
     "NotRecordedError",
     "Plan",
     "Search",
     "Task",
+    "WeightMethod",
     "within_tokens",
 ]

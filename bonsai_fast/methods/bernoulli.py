@@ -155,6 +155,11 @@ class BernoulliDescent:
         self._block = block
         self._average = 0.0
 
+    @property
+    def levels(self) -> Array:
+        """What variables are ranked by in the end, [n]: those of the highest level stay."""
+        return self.probabilities
+
     def masks(self) -> Masks:
         """The sub-models whose losses the next step needs, bool [N_s, n]."""
         return sample(
@@ -182,6 +187,9 @@ class BernoulliDescent:
         else:
             self._average += (float(losses.mean()) - self._average) / WINDOW
             advantage = losses - self._average
+        self._move(masks, advantage, budget)
+
+    def _move(self, masks: Masks, advantage: Array, budget: float) -> None:
         down = self.learning_rate * gradient(masks, advantage, self.probabilities)
         self.probabilities = project(self.probabilities - down, self.costs, budget)
 
@@ -193,7 +201,7 @@ def sigmoid_norm(metric: Array, groups: NDArray[np.int64]) -> Array:
         metric: [n].
         groups: int64 [n], which variables are compared.
     """
-    return _sigmoid(_normalised(metric, groups))
+    return sigmoid(_normalised(metric, groups))
 
 
 def score_const(keep: Masks, constant: float = 0.8) -> Array:
@@ -212,11 +220,11 @@ def sigmoid_budget(
     low, high = -50.0 - steep.max(), 50.0 - steep.min()
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        if _sigmoid(steep + middle) @ costs > budget:
+        if sigmoid(steep + middle) @ costs > budget:
             high = middle
         else:
             low = middle
-    return _sigmoid(steep + low)
+    return sigmoid(steep + low)
 
 
 def _normalised(metric: Array, groups: NDArray[np.int64]) -> Array:
@@ -228,5 +236,5 @@ def _normalised(metric: Array, groups: NDArray[np.int64]) -> Array:
     return found
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * x))

@@ -26,7 +26,7 @@ import torch
 
 from bonsai_fast.allocation import Target, plan_mask, select_units
 from bonsai_fast.methods.search import Plan, Search, Task, finished
-from bonsai_fast.units import Group, Kind, Layout
+from bonsai_fast.units import ATTENTION, Group, Kind, Layout
 
 # a stage removes at most this fraction of the decoder
 STEP = 0.25
@@ -192,7 +192,7 @@ def _whole_costs(
             np.nanmedian([c for k, c in zip(kinds, whole, strict=True) if k == group.kind])
         )
         value = median * max(cost / median, SMALLEST_COST) ** temperature
-        if group.kind in ("head", "kv_group", "attention"):
+        if group.kind in ATTENTION:
             value *= attention_factor
         if not first <= group.layer < layers - last:
             value *= SPARED

@@ -44,7 +44,8 @@ class PaperBonsai:
                 break
             step = (goal - removed) / (layout.num_decoder_parameters - removed)
             masks, losses, prior = self._score(search, stage, number, keep, step)
-            regression = _regress(task, number, masks, losses, prior)
+            regression, utility, quantity = _regress(task, number, masks, losses, prior)
+            search.record_regression(stage, regression, utility, quantity)
             search.reporter.note(
                 f"{stage}: Kendall's tau {regression.kendall_tau:.2f} on held-out sub-models"
                 + (f", {regression.num_dropped} not finite" if regression.num_dropped else "")
@@ -96,12 +97,14 @@ def _goals(task: Task) -> list[int]:
 
 def _regress(
     task: Task, number: int, masks: torch.Tensor, losses: torch.Tensor, prior: torch.Tensor
-) -> Regression:
+) -> tuple[Regression, torch.Tensor, str]:
+    """The regression, the utilities that it was fitted to, float64 [S], and what they are."""
     mean_loss = losses.mean(dim=1, dtype=torch.float64)
     if task.config.regression == "paper":
         # the published utility; a sub-model whose perplexity overflows is left out by the fit
-        return fit_paper(masks, -mean_loss.exp(), seed=task.config.seed + number)
-    pairs = torch.arange(len(masks)) // 2
-    return fit_ridge(
-        masks, -mean_loss, prior=prior, groups=group_of_unit(task.layout), blocks=pairs
-    )
+        utility = -mean_loss.exp()
+        fit = fit_paper(masks, utility, seed=task.config.seed + number)
+        return fit, utility, "minus perplexity on the calibration text"
+    pairs, utility = torch.arange(len(masks)) // 2, -mean_loss
+    fit = fit_ridge(masks, utility, prior=prior, groups=group_of_unit(task.layout), blocks=pairs)
+    return fit, utility, "log-likelihood of the calibration text, nats per token"

@@ -1,9 +1,10 @@
 """Method "policy-gradient": keep probabilities of all units, learned from losses alone.
 
 Every step scores N_s sub-models, drawn from the current probabilities, on one batch of text. The
-published setting (`--preset paper`) takes two of them, against a moving average. With a scorer that
-takes many sub-models in one batch it is better to draw more and to compare each with the others of
-its own step; and channels vary in blocks, since widths are rounded anyway.
+published setting (`--preset paper`) takes two of them, against a moving average, for a probability
+of every unit. With a scorer that takes many sub-models in one batch it is better to draw more and
+to compare each with the others of its own step; and with fewer steps than a GPU takes in hours, to
+learn less: what share of each group goes, while the prior says which units (`shares`).
 
 Source: policy-gradient pruning with Bernoulli masks: sections 3 and 4.1, appendices A.1, A.11,
 A.12. Decided here, where the paper leaves it open: the metric is normalised inside each (layer,
@@ -14,11 +15,13 @@ overflows counts as the worst of its step; equal probabilities are told apart by
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from bonsai_fast.allocation import equal_shares
+from bonsai_fast.config import PruneConfig
 from bonsai_fast.methods.bernoulli import (
     Array,
     BernoulliDescent,
@@ -29,12 +32,17 @@ from bonsai_fast.methods.bernoulli import (
 from bonsai_fast.methods.layerwise import SEQUENCES, layer_losses, layer_of_unit
 from bonsai_fast.methods.one_shot import cut
 from bonsai_fast.methods.search import Plan, Search, Task
-from bonsai_fast.methods.variables import Variables
+from bonsai_fast.methods.shares import ShareDescent, ranks
+from bonsai_fast.methods.variables import BLOCKS, Variables
+from bonsai_fast.units import ATTENTION
 
 # random-progressive: the target rises by this share of the decoder at a time (appendix A.12)
 PROGRESS = 0.05
 # how much steeper than the paper's sigmoid ours starts: most units are nearly decided
 SHARPNESS = 4.0
+# shares of attention start this much below those of channels: one unit is a large part of it, and
+# what many layers lose at once breaks a model before anything is learned
+ATTENTION_LAG = 1.0
 # what tells units of equal probability apart; far below any learned difference
 TIE = 1e-9
 
@@ -68,29 +76,60 @@ class PolicyGradient:
             prior = search.prior("parent", everything, task.calibration.input_ids)
         assert task.config.granularity is not None
         variables = Variables.of(layout, task.config.granularity, prior)
-        probabilities = self._descend(search, variables, self._start(search, variables, prior))
+        levels = self._descend(search, variables, self.first(search, variables, prior))
         inside = equal_shares(layout, prior) / layout.num_parameters_per_unit
-        level = torch.from_numpy(probabilities)[variables.of_unit] + TIE * inside
+        level = torch.from_numpy(levels - levels.min())[variables.of_unit] + TIE * inside
         relevance = level * layout.num_parameters_per_unit
         search.record_relevance(relevance)
         return cut(search, relevance, task.target)
 
-    def _start(self, search: Search, variables: Variables, prior: torch.Tensor) -> Array:
-        """Probabilities before the first step (appendices A.11 and A.12)."""
+    def first(self, search: Search, variables: Variables, prior: torch.Tensor) -> BernoulliDescent:
+        """The descent before its first step."""
+        config = search.task.config
+        assert config.rounds and config.submodels_per_round
+        assert config.learning_rate is not None and config.baseline is not None
+        metric = self._metric(search, variables, prior)
+        options: dict[str, Any] = {
+            "count": config.submodels_per_round,
+            "learning_rate": config.learning_rate,
+            "baseline": config.baseline,
+            "seed": config.seed,
+        }
+        budget = _budgets(search.task, variables)[0]
+        if config.granularity != "shares":
+            start = self._start(config, variables, metric, budget)
+            return BernoulliDescent(start, variables.costs, **options)
+        attention = [group.kind in ATTENTION for group in search.task.layout.groups]
+        return ShareDescent(
+            ranks(metric, variables.groups),
+            variables.groups,
+            variables.costs,
+            budget,
+            start=np.where(attention, -ATTENTION_LAG, 0.0),
+            steps=config.rounds,
+            **options,
+        )
+
+    def _metric(self, search: Search, variables: Variables, prior: torch.Tensor) -> Array:
+        """What variables are ranked by before the first step, [n]."""
         task, config = search.task, search.task.config
-        groups = variables.groups
         if config.initial == "layerwise-ppl":
             losses = layer_losses(search)
             worst = losses[losses.isfinite()].max() if losses.isfinite().any() else 0.0
             losses = losses.nan_to_num(posinf=float(worst))
-            metric = variables.mean(losses[layer_of_unit(task.layout)])
+            return variables.mean(losses[layer_of_unit(task.layout)])
+        if config.initial == "wanda-sp":
+            return variables.mean(prior)
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((config.seed, 0, 1))))
+        return rng.standard_normal(len(variables.costs))
+
+    def _start(
+        self, config: PruneConfig, variables: Variables, metric: Array, budget: float
+    ) -> Array:
+        """Probabilities before the first step (appendices A.11 and A.12)."""
+        groups = variables.groups
+        if config.initial == "layerwise-ppl":
             groups = np.zeros_like(groups)
-        elif config.initial == "wanda-sp":
-            metric = variables.mean(prior)
-        else:
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((config.seed, 0, 1))))
-            metric = rng.standard_normal(len(variables.costs))
-        budget = _budgets(task, variables)[0]
         if config.projection == "sigmoid-norm":
             return sigmoid_norm(metric, groups)
         if config.projection == "score-const":
@@ -100,18 +139,10 @@ class PolicyGradient:
             return score_const(kept)
         return sigmoid_budget(metric, groups, variables.costs, budget, sharpness=SHARPNESS)
 
-    def _descend(self, search: Search, variables: Variables, start: Array) -> Array:
+    def _descend(self, search: Search, variables: Variables, descent: BernoulliDescent) -> Array:
+        """Levels after the last step, [n]; see `BernoulliDescent.levels`."""
         task, config = search.task, search.task.config
-        assert config.rounds and config.submodels_per_round
-        assert config.learning_rate is not None and config.baseline is not None
-        descent = BernoulliDescent(
-            start,
-            variables.costs,
-            count=config.submodels_per_round,
-            learning_rate=config.learning_rate,
-            baseline=config.baseline,
-            seed=config.seed,
-        )
+        assert config.rounds is not None
         budgets = _budgets(task, variables)
         with search.reporter.bar("steps", total=config.rounds) as advance:
             for step in range(config.rounds):
@@ -128,11 +159,11 @@ class PolicyGradient:
             f"{np.mean((s > 0.1) & (s < 0.9)):.0%} of {len(s):,} variables are undecided "
             f"(probability between 0.1 and 0.9)"
         )
-        return s
+        return descent.levels
 
 
 def _needs_prior(task: Task) -> bool:
-    return task.config.initial == "wanda-sp" or task.config.granularity == "blocks"
+    return task.config.initial == "wanda-sp" or task.config.granularity in BLOCKS
 
 
 def _batch_size(task: Task) -> int:

@@ -18,6 +18,7 @@ from bonsai_fast.data import Sequences
 from bonsai_fast.ledger import text_hash, write_atomically, write_json
 from bonsai_fast.prior import unit_prior
 from bonsai_fast.progress import Reporter
+from bonsai_fast.regression import Regression, save_regression
 from bonsai_fast.run_directory import RunDirectory
 from bonsai_fast.scoring import MaskScorer, ParentReference
 from bonsai_fast.statistics import collect_statistics
@@ -156,6 +157,8 @@ class Search:
         with self.task.scorer.one_route(keep, input_ids), bar as advance:
             for chunk in keep.split(step):
                 losses = self.run.ledger.find(text, chunk)
+                if losses is None and self.recorded_only:
+                    losses = self.run.ledger.find_each(text, chunk)
                 if losses is None:
                     if self.recorded_only:
                         raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
@@ -211,6 +214,21 @@ class Search:
         write_atomically(path, save(found))
         self.tokens_scored += tokens
         return found
+
+    def record_regression(
+        self, stage: str, regression: Regression, utility: torch.Tensor, quantity: str
+    ) -> None:
+        """Keep what a round was decided by, for the report.
+
+        Args:
+            stage: the round.
+            regression: fitted to `utility`.
+            utility: float64 [S].
+            quantity: what that is, in words, with its unit.
+        """
+        folder = self.run.path / "regressions"
+        folder.mkdir(exist_ok=True)
+        save_regression(folder / f"{stage}.safetensors", regression, utility, quantity)
 
     def record_relevance(self, relevance: torch.Tensor) -> None:
         """Keep what the result was selected by, float64 [P], for other targets."""

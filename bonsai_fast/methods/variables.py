@@ -13,10 +13,8 @@ from bonsai_fast.methods.layerwise import layer_of_unit
 from bonsai_fast.methods.search import group_of_unit
 from bonsai_fast.units import Layout
 
-# channels that vary together, of neighbouring prior
-BLOCK = 32
-# a group is cut into this many blocks at least
-FEWEST_BLOCKS = 8
+# channels that vary together, of neighbouring prior, and the fewest blocks that a group is cut into
+BLOCKS = {"blocks": (32, 8), "shares": (128, 16)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +37,13 @@ class Variables:
         """Variables of a layout.
 
         Args:
-            granularity: "units", "blocks" or "layers".
+            granularity: "units", "blocks", "shares" (larger blocks) or "layers".
             prior: float64 [P]; channels of neighbouring prior share a block.
         """
         if granularity == "layers":
             of_unit = layer_of_unit(layout)
-        elif granularity == "blocks":
-            of_unit = _blocks(layout, prior)
+        elif granularity in BLOCKS:
+            of_unit = _blocks(layout, prior, *BLOCKS[granularity])
         else:
             of_unit = torch.arange(len(layout))
         count = int(of_unit.max()) + 1
@@ -63,14 +61,19 @@ class Variables:
         return (sums / torch.bincount(self.of_unit, minlength=count)).numpy()
 
 
-def _blocks(layout: Layout, prior: torch.Tensor) -> torch.Tensor:
-    """Channels of a layer in blocks of neighbouring prior; every other unit alone: int64 [P]."""
+def _blocks(layout: Layout, prior: torch.Tensor, most: int, fewest_blocks: int) -> torch.Tensor:
+    """Channels of a layer in blocks of neighbouring prior; every other unit alone: int64 [P].
+
+    Args:
+        most: channels of a block at most.
+        fewest_blocks: that a group is cut into, if it has as many channels.
+    """
     of_unit = torch.empty(len(layout), dtype=torch.int64)
     first = 0
     for group in layout.groups:
         size = 1
         if group.kind == "channel":
-            size = max(1, min(BLOCK, len(group) // FEWEST_BLOCKS))
+            size = max(1, min(most, len(group) // fewest_blocks))
         order = prior[group.start : group.stop].argsort(stable=True)
         of_unit[group.start + order] = first + torch.arange(len(group)) // size
         first = int(of_unit[group.start : group.stop].max()) + 1

@@ -16,6 +16,7 @@ from bonsai_fast.reference.mlp import (
     kept_up_proj_reference,
 )
 from bonsai_fast.reference.nll import lm_head_nll_reference, token_nll_reference
+from bonsai_fast.reference.sparsity import keep_best_reference, prune_columns_reference
 
 __all__ = [
     "column_moments_reference",
@@ -23,10 +24,12 @@ __all__ = [
     "compact_rows_reference",
     "glu_mask_reference",
     "grouped_attention_reference",
+    "keep_best_reference",
     "kept_down_proj_reference",
     "kept_head_proj_reference",
     "kept_o_proj_reference",
     "kept_up_proj_reference",
     "lm_head_nll_reference",
+    "prune_columns_reference",
     "token_nll_reference",
 ]

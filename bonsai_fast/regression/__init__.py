@@ -6,7 +6,18 @@ error bars.
 
 from bonsai_fast.regression.kendall import kendall_tau
 from bonsai_fast.regression.paper import TABLE_8, Grid, fit_paper
+from bonsai_fast.regression.record import RecordedRegression, load_regression, save_regression
 from bonsai_fast.regression.result import Regression
 from bonsai_fast.regression.ridge import fit_ridge
 
-__all__ = ["TABLE_8", "Grid", "Regression", "fit_paper", "fit_ridge", "kendall_tau"]
+__all__ = [
+    "TABLE_8",
+    "Grid",
+    "RecordedRegression",
+    "Regression",
+    "fit_paper",
+    "fit_ridge",
+    "kendall_tau",
+    "load_regression",
+    "save_regression",
+]

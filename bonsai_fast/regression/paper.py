@@ -105,7 +105,10 @@ def fit_paper(
         )
 
     chosen, batch_size = best
-    _, r2, by_fold = _cross_validate(x, y, [chosen], batch_size, parts, penalty, epochs, seed)
+    fitted = _cross_validate(x, y, [chosen], batch_size, parts, penalty, epochs, seed)
+    _, r2, by_fold, predicted = fitted
+    held_out = torch.full((len(usable),), torch.nan, dtype=torch.float64)
+    held_out[torch.from_numpy(usable)] = predicted
     beta, mean_x, mean_y, spread = _adam(x, y, [chosen], batch_size, penalty, epochs, seed)
     relevance = torch.where(torch.from_numpy(keep.all(axis=0)), torch.inf, 0.0).double()
     standard_error = torch.full_like(relevance, torch.inf)
@@ -118,6 +121,7 @@ def fit_paper(
         intercept=float(mean_y + (1 - mean_x.double()) @ relevance[columns]),
         kendall_tau=best_tau,
         r2=r2,
+        held_out=held_out,
         hyperparameters={
             "penalty": penalty,
             "gamma": chosen[0],
@@ -139,9 +143,10 @@ def _cross_validate(
     penalty: Penalty,
     epochs: int,
     seed: int,
-) -> tuple[np.ndarray, float, torch.Tensor]:
-    """Tau [folds, K]; of the first point R2, and coefficients [folds, C] in units of y."""
+) -> tuple[np.ndarray, float, torch.Tensor, torch.Tensor]:
+    """Tau [folds, K]; of the first point R2, coefficients [folds, C] and predictions [n] of y."""
     tau, coefficients = np.empty((len(parts), len(points))), []
+    held_out = torch.empty(len(y), dtype=torch.float64)
     residual, total = 0.0, 0.0
     for fold, part in enumerate(parts):
         train = np.setdiff1d(np.arange(len(y)), part)
@@ -152,10 +157,12 @@ def _cross_validate(
         tau[fold] = [
             kendall_tau(predicted[:, k].numpy(), y[part].numpy()) for k in range(len(points))
         ]
+        held_out[part] = predicted[:, 0]
         residual += float((y[part] - predicted[:, 0]).square().sum())
         total += float((y[part] - mean_y).square().sum())
         coefficients.append(beta[:, 0].double() * spread)
-    return tau, 1 - residual / total if total > 0 else 0.0, torch.stack(coefficients)
+    r2 = 1 - residual / total if total > 0 else 0.0
+    return tau, r2, torch.stack(coefficients), held_out
 
 
 def _adam(

@@ -26,6 +26,7 @@ class Regression:
             (cross-validated).
         r2: share of the utilities' variance that those predictions explain; negative = worse than
             the mean.
+        held_out: float64 [S], those predictions; nan for rows that were left out.
         hyperparameters: what the estimator chose, by name.
         num_rows: sub-models used.
         num_dropped: sub-models left out because their utility was NaN or infinite.
@@ -36,6 +37,7 @@ class Regression:
     intercept: float
     kendall_tau: float
     r2: float
+    held_out: torch.Tensor
     hyperparameters: Mapping[str, float | int | str]
     num_rows: int
     num_dropped: int

@@ -81,6 +81,8 @@ def fit_ridge(
     error_of_mean = held_out_errors(nothing.precision, y, block) * sd
     # rounded, so that predictions which differ by rounding errors alone are ties
     shift = np.round((error_of_mean - error) / max(float(utilities.std()), np.finfo(float).tiny), 9)
+    held_out = np.full(len(usable), np.nan)
+    held_out[usable] = utilities - error
     return Regression(
         relevance=torch.from_numpy(relevance),
         standard_error=torch.from_numpy(standard_error),
@@ -89,6 +91,7 @@ def fit_ridge(
         r2=float(1 - error @ error / (error_of_mean @ error_of_mean))
         if np.ptp(utilities) > 0
         else 0.0,
+        held_out=torch.from_numpy(held_out),
         hyperparameters={
             "prior_scale": float(evidence.fixed[1] @ y) if len(evidence.fixed) > 1 else 0.0,
             "unit_variance": evidence.variances[0],

@@ -1,7 +1,16 @@
 """Scoring sub-models: keep masks in, losses out."""
 
-from bonsai_fast.scoring.memory import parse_bytes
+from bonsai_fast.scoring.hooks import masked
+from bonsai_fast.scoring.memory import default_budget, parse_bytes
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
 from bonsai_fast.scoring.scorer import EngineName, MaskScorer
 
-__all__ = ["EngineName", "MaskScorer", "ParentReference", "SequenceNLL", "parse_bytes"]
+__all__ = [
+    "EngineName",
+    "MaskScorer",
+    "ParentReference",
+    "SequenceNLL",
+    "default_budget",
+    "masked",
+    "parse_bytes",
+]

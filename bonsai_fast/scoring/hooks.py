@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bonsai_fast.models import Block
 from bonsai_fast.scoring.engine import Progress
@@ -85,30 +86,41 @@ class HooksEngine:
         Returns:
             float32 [R], nats per predicted token: loss, or divergence from the parent.
         """
-        with ExitStack() as stack:
-            for block, kept in self.layout.keep_by_block(keep):
-                if not bool(kept.all()):
-                    stack.enter_context(self._masked(block, kept))
+        with masked(self.nll.model, self.layout, keep):
             if parent is not None:
                 return self.nll.divergence(input_ids, parent)
             return self.nll(input_ids)
 
-    @contextmanager
-    def _masked(self, block: Block, keep: torch.Tensor) -> Iterator[None]:
-        columns = keep.repeat_interleave(block.part_width, dim=1)
-        removed = ~columns.unsqueeze(1)  # (R, 1, in_features)
 
-        def zero_removed(
-            module: nn.Module, inputs: tuple[torch.Tensor, ...]
-        ) -> tuple[torch.Tensor, ...]:
-            states = inputs[0]
-            # OPT flattens rows and tokens
-            rows = states.reshape(len(removed), -1, states.shape[-1])
-            # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
-            return (rows.masked_fill(removed, 0).view(states.shape), *inputs[1:])
+@contextmanager
+def masked(model: PreTrainedModel, layout: Layout, keep: torch.Tensor) -> Iterator[None]:
+    """Inside, row r of a batch runs through sub-model r of the model.
 
-        handle = self.nll.model.get_submodule(block.output).register_forward_pre_hook(zero_removed)
-        try:
-            yield
-        finally:
-            handle.remove()
+    Args:
+        model: the parent.
+        layout: its units.
+        keep: bool [R, P] on its device.
+    """
+    with ExitStack() as stack:
+        for block, kept in layout.keep_by_block(keep):
+            if not bool(kept.all()):
+                output = model.get_submodule(block.output)
+                hook = _zero_removed(block, kept)
+                stack.callback(output.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _zero_removed(block: Block, keep: torch.Tensor):  # type: ignore[no-untyped-def]
+    columns = keep.repeat_interleave(block.part_width, dim=1)
+    removed = ~columns.unsqueeze(1)  # (R, 1, in_features)
+
+    def zero_removed(
+        module: nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        states = inputs[0]
+        # OPT flattens rows and tokens
+        rows = states.reshape(len(removed), -1, states.shape[-1])
+        # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
+        return (rows.masked_fill(removed, 0).view(states.shape), *inputs[1:])
+
+    return zero_removed

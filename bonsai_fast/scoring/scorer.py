@@ -29,7 +29,7 @@ class MaskScorer:
 
     Args:
         model: the parent, a causal language model in evaluation mode or not (dropout is off while
-            scoring).
+            scoring); loaded, or streamed by `open_streamed` or `stream_layers`.
         layout: its units; `Layout.of(model)` if None.
         engine: "hooks" runs the model as it is and works for every supported family; "fused" runs
             LLaMA-like decoders layer by layer over all sub-models, and what sub-models share once;
@@ -38,7 +38,8 @@ class MaskScorer:
             set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
             each sub-model keeps where it lies; "auto" decides by what costs less.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
-            CPU, half of the device's memory on CUDA.
+            CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
+            once for as many tokens as it allows, give it what can be spared.
     Raises:
         ValueError: unknown engine or route, or the model cannot be scored, or not by that engine.
     """

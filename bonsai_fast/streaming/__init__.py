@@ -5,15 +5,20 @@ many tokens as possible at a time, since every pass reads all its layers.
 """
 
 from bonsai_fast.streaming.access import bring_in_layer, named_weights, stream_of, weight
-from bonsai_fast.streaming.layers import LayerStream
+from bonsai_fast.streaming.fit import device_memory, local_directory, weight_bytes
+from bonsai_fast.streaming.layers import LayerStream, Origin
 from bonsai_fast.streaming.open import open_streamed, stream_layers
 
 __all__ = [
     "LayerStream",
+    "Origin",
     "bring_in_layer",
+    "device_memory",
+    "local_directory",
     "named_weights",
     "open_streamed",
     "stream_layers",
     "stream_of",
     "weight",
+    "weight_bytes",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from bonsai_fast.streaming.slots import Slot, make_slots
 from bonsai_fast.streaming.sources import LayerSource
 
 NUM_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A saved model: its directory, and whether code that it carries may run."""
+
+    directory: Path
+    trust_remote_code: bool
 
 
 @dataclass(eq=False)
@@ -39,7 +48,7 @@ class LayerStream:
         layers: the modules; their parameters are on the meta device.
         source: their weights.
         device: where they are computed.
-        description: of the source, for people.
+        origin: the directory that they are read from; None if they are in the host's memory.
     """
 
     def __init__(
@@ -48,9 +57,9 @@ class LayerStream:
         layers: Sequence[nn.Module],
         source: LayerSource,
         device: torch.device,
-        description: str,
+        origin: Origin | None,
     ) -> None:
-        self.path, self.device, self.description = path, device, description
+        self.path, self.device, self.origin = path, device, origin
         self._layers, self._source = list(layers), source
         self._packings = [Packing.of(layer_tensors(layer)) for layer in self._layers]
         self._absent = [dict(layer.named_parameters()) for layer in self._layers]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bonsai_fast.models import UnsupportedModelError, find_decoder
 from bonsai_fast.streaming.access import ATTRIBUTE, stream_of
-from bonsai_fast.streaming.layers import LayerStream, layer_tensors
+from bonsai_fast.streaming.layers import LayerStream, Origin, layer_tensors
 from bonsai_fast.streaming.packing import Packing
 from bonsai_fast.streaming.sources import HostLayers, StoredLayers, copy_stored
 from bonsai_fast.surgery.parent import ParentOnDisk, open_parent
@@ -61,7 +61,8 @@ def open_streamed(
             for prefix, layer in zip(inside, layers, strict=True)
         ]
     )
-    setattr(model, ATTRIBUTE, LayerStream(path, layers, source, target, str(directory)))
+    origin = Origin(Path(directory), trust_remote_code)
+    setattr(model, ATTRIBUTE, LayerStream(path, layers, source, target, origin))
     model.eval()
     return model
 
@@ -96,7 +97,7 @@ def stream_layers(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(target))
-    setattr(model, ATTRIBUTE, LayerStream(path, layers, source, target, "the host's memory"))
+    setattr(model, ATTRIBUTE, LayerStream(path, layers, source, target, None))
     model.eval()
     return model
 

@@ -72,7 +72,9 @@ def slice_checkpoint(
     attention: AttentionUnit = "head",
     sublayers: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
     report: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> SliceResult:
@@ -89,18 +91,20 @@ def slice_checkpoint(
         output_dir: a new or empty directory.
         attention, sublayers: which layout the mask belongs to.
         max_shard_size: largest weight file, such as "5GB"; a larger tensor gets its own.
+        dtype: of the result; the parent's own if None.
         trust_remote_code: build the model from code that the parent carries.
+        overwrite: replace a model that was saved or cut to there before; nothing else.
         report: what to say in `bonsai_report.json`; the kept heads and channels if None.
         reporter: where progress is shown; nowhere if None.
     Raises:
         ValueError: the mask does not fit; the parent is quantized, incomplete, not in safetensors,
             or cannot express the result.
         TypeError: the mask is not bool.
-        FileExistsError: `output_dir` holds something.
+        FileExistsError: `output_dir` holds something that may not be replaced.
         OSError: it cannot be written, for example because the disk is full; nothing is left behind.
     """
     started = time.perf_counter()
-    parent = open_parent(Path(parent_dir), trust_remote_code=trust_remote_code)
+    parent = open_parent(Path(parent_dir), dtype=dtype, trust_remote_code=trust_remote_code)
     layout = Layout.of(parent.model, attention=attention, sublayers=sublayers)
     layout.check_mask(keep_mask, dims=1)
     kept = kept_by(parent.model, layout, keep_mask.cpu())
@@ -114,7 +118,7 @@ def slice_checkpoint(
     plan = _plan(parent, child, kept)
     tensors = {name: part.result for name, part in plan.items()}
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with model_directory(output_dir, report=report) as scratch:
+    with model_directory(output_dir, report=report, overwrite=overwrite) as scratch:
         if (free := shutil.disk_usage(scratch).free) < num_bytes:
             what = f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
             raise OSError(errno.ENOSPC, f"the disk is full: {what}")
