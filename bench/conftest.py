@@ -52,6 +52,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["driver"] = subprocess.check_output(query, text=True).strip()
 
 
+def pytest_benchmark_update_commit_info(commit_info: dict) -> None:
+    commit_info.pop("project", None)  # the folder's name
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

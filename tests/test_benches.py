@@ -46,6 +46,7 @@ def test_results_name_the_machine_without_its_host(tmp_path: Path) -> None:
     name = subprocess.check_output([sys.executable, "bench/machine.py"], cwd=ROOT, text=True)
     assert machine["machine_name"] == machine["node"] == name.strip() != platform.node()
     assert {"threads", "versions", "cpu"} <= machine.keys()
+    assert "project" not in result["commit_info"]
     groups = {bench["group"]: bench["extra_info"] for bench in result["benchmarks"]}
     traffic = next(info for group, info in groups.items() if group.startswith("token_nll"))
     assert {"bytes", "flops", "percent_of_stream", "percent_of_peak"} <= traffic.keys()
