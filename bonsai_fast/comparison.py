@@ -293,7 +293,8 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
     """What a person reads."""
     table = Table(title=f"methods compared; the parent's perplexity is {dense.value:.2f}")
     for column in ("method", "sparsity", "perplexity", "change", "tokens", "seconds", "peak MiB"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        justify: Any = "left" if column == "method" else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     for cell in sorted(cells, key=lambda cell: (cell.asked, cell.perplexity)):
         table.add_row(
             cell.method,
