@@ -24,12 +24,8 @@ from bonsai_fast.pipeline import (
 )
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run, open_weight_run
-from bonsai_fast.weight_pipeline import (
-    SparseResult,
-    WeightTask,
-    execute_weights,
-    prepare_weights,
-)
+from bonsai_fast.weight_layers import WeightTask
+from bonsai_fast.weight_pipeline import SparseResult, execute_weights, prepare_weights
 from bonsai_fast.weight_tables import sparse_table, weight_plan, weight_plan_table
 
 Result = PruneResult | SparseResult

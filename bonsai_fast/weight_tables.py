@@ -11,7 +11,8 @@ from rich.table import Table
 
 from bonsai_fast.layer_major import Sweep
 from bonsai_fast.methods import WEIGHT_METHODS
-from bonsai_fast.weight_pipeline import SparseResult, WeightTask, prune_layer
+from bonsai_fast.weight_layers import WeightTask, prune_layer
+from bonsai_fast.weight_pipeline import SparseResult
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ LAYERS: dict[str, set[str]] = {
         "vllm_plugin",
     },
     "comparison": {"comparison"},
-    "pipeline": {"delivery", "jobs", "pipeline", "weight_pipeline", "weight_tables"},
+    "pipeline": {
+        *("delivery", "jobs", "pipeline", "weight_layers", "weight_pipeline", "weight_tables"),
+    },
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),

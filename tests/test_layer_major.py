@@ -79,6 +79,7 @@ def test_inputs_are_what_the_layers_read(family: str, tmp_path: Path) -> None:
     moments, grams = InputRecorder(linears, "moments"), InputRecorder(linears, "gram")
     with moments, grams:
         passed.read(1)
+        assert not moments._first_pass and not grams._first_pass  # no inputs are held for longer
     for name, states in seen.items():
         states, tokens = states.double(), 5 * 12
         gram = grams.of(name).gram

@@ -17,7 +17,7 @@ from families import FAMILIES
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from weight_cases import task_of
+from weight_cases import pruned_weights, task_of
 
 import bonsai_fast as bf
 from bonsai_fast import weight_pipeline
@@ -26,8 +26,9 @@ from bonsai_fast.layer_major import sweep
 from bonsai_fast.pattern import CompareWithin
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import main
-from bonsai_fast.run_directory import WeightRun, open_weight_run
-from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.run_directory import WeightRun
+from bonsai_fast.streaming import stream_layers
+from bonsai_fast.weight_layers import WeightTask, linears_by_layer
 from bonsai_fast.weight_tables import weight_plan
 
 QUIET = Reporter(quiet=True)
@@ -58,17 +59,6 @@ def prune(output: Path, model: PreTrainedModel | None = None, **options: Any) ->
     result = bf.prune(model, byte_tokenizer(), config, output_dir=output, reporter=QUIET)
     assert isinstance(result, bf.SparseResult)
     return result
-
-
-def pruned_weights(task: WeightTask, folder: Path) -> dict[str, torch.Tensor]:
-    run = open_weight_run(folder, task.config, task.model, None, device="cpu")
-    prune_layers(task, run, QUIET)
-    weights: dict[str, torch.Tensor] = {}
-    for number in range(len(task.layers)):
-        layer = run.layer(number)
-        assert layer is not None
-        weights |= layer
-    return weights
 
 
 def by_hand(task: WeightTask, *, updated: bool) -> dict[str, torch.Tensor]:
@@ -179,7 +169,8 @@ def test_zeros_are_counted_and_survive(options: dict[str, Any], tmp_path: Path) 
     assert result.pruned_perplexity != result.dense_perplexity > 0
     files = {path.name for path in Path(result.output).iterdir()}
     assert not {name for name in files if name.endswith(".py")} and "tokenizer.json" in files
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "model"}
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"run.json", "model", "report.html"}
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
@@ -236,6 +227,7 @@ def test_interrupted_runs_go_on_to_the_same_bytes(
     assert on_record == (calls if name == "save_layer" else 4)
     result = prune(tmp_path / "run", method="sparsegpt")
     assert weights_in(tmp_path / "run") == weights_in(whole)
+    assert not (tmp_path / "run" / "layers").exists()
     if name != "drop_layers":  # by then the run was finished
         fresh = json.loads((whole / "run.json").read_text())["result"]
         assert result.pruned_perplexity == fresh["pruned_perplexity"]
@@ -364,6 +356,13 @@ def test_bad_requests_end_in_one_line(
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert not list(tmp_path.rglob("*"))
+
+
+def test_streamed_models_are_refused(tmp_path: Path) -> None:
+    model = stream_layers(tiny_llama(), device="cpu")
+    with pytest.raises(ValueError, match="method wanda: needs the model in memory"):
+        prune(tmp_path / "run", model, method="wanda")
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_compared_remove_units(

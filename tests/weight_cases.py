@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
-from bonsai_fast.weight_pipeline import WeightTask, linears_by_layer
+from bonsai_fast.progress import Reporter
+from bonsai_fast.run_directory import WeightRun, open_weight_run
+from bonsai_fast.weight_layers import WeightTask, linears_by_layer, prune_layers
 
 
 def random_text(vocabulary: int, sequences: int = 5, length: int = 12) -> Sequences:
@@ -20,15 +23,32 @@ def random_text(vocabulary: int, sequences: int = 5, length: int = 12) -> Sequen
     return Sequences(input_ids, "random", "random tokens")
 
 
-def task_of(model: PreTrainedModel, **options: Any) -> WeightTask:
-    """A task on random tokens of the model's vocabulary."""
+def task_of(model: PreTrainedModel, text: Sequences | None = None, **options: Any) -> WeightTask:
+    """A task on text, or on random tokens of the model's vocabulary."""
     config = PruneConfig(**options).resolved()
     method = WEIGHT_METHODS[config.method]
     update = method.weight_update if config.weight_update is None else config.weight_update
     choice = Choice(config.weight_pattern, config.compare_within or method.within, update)
-    text = random_text(model.config.vocab_size)
+    text = text or random_text(model.config.vocab_size)
     calibration = None if method.needs(choice) == "nothing" else text
     layers = linears_by_layer(model)
     return WeightTask(
         model, byte_tokenizer(), config, choice, calibration, text, model.device, layers
     )
+
+
+def pruned_weights(task: WeightTask, folder: Path) -> dict[str, torch.Tensor]:
+    """What a task's method makes of all its linear layers."""
+    run = open_weight_run(folder, task.config, task.model, None, device="cpu")
+    prune_layers(task, run, Reporter(quiet=True))
+    return recorded_weights(run, len(task.layers))
+
+
+def recorded_weights(run: WeightRun, num_layers: int) -> dict[str, torch.Tensor]:
+    """All layers of a run, none of which is missing."""
+    weights: dict[str, torch.Tensor] = {}
+    for number in range(num_layers):
+        layer = run.layer(number)
+        assert layer is not None
+        weights |= layer
+    return weights

@@ -2,7 +2,7 @@
 
 from bonsai_fast.layer_major.inputs import InputRecorder, LinearInputs, Needs, UnusableInputsError
 from bonsai_fast.layer_major.residence import exchanged, resident
-from bonsai_fast.layer_major.sweep import Sweep, sweep_perplexity
+from bonsai_fast.layer_major.sweep import Sweep, check_memory, sweep_perplexity
 
 __all__ = [
     "InputRecorder",
@@ -10,6 +10,7 @@ __all__ = [
     "Needs",
     "Sweep",
     "UnusableInputsError",
+    "check_memory",
     "exchanged",
     "resident",
     "sweep_perplexity",

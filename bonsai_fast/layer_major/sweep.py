@@ -78,23 +78,15 @@ class Sweep:
         self.layers = list(model.get_submodule(layout.decoder.path).children())
         self._nll = SequenceNLL(model)
         self._num_passed = 0
-        budget = (
-            default_budget(self.device) if memory_budget is None else parse_bytes(memory_budget)
-        )
         sequences, length = input_ids.shape
         needs = WorkingSet.of(layout, self._nll, length)
+        budget = _budget(memory_budget, self.device)
+        _check_budget(needs, budget, length)
         with self._outside(), torch.no_grad(), evaluation_mode(model):
             self._returns_tuple = self._probe(input_ids[:1, :PROBE_TOKENS])
             first = self._calls_of(input_ids[:1])[0]
             size = first.numel() * sequences * first.element_size()
-            least = max(needs.mask + needs.layer, needs.logits + needs.hidden)
-            if budget < least:
-                raise ValueError(
-                    f"memory budget: one sequence of {length} tokens needs about "
-                    f"{-(-least // 2**20)} MiB beside the weights, "
-                    f"got a budget of {budget / 2**20:.0f} MiB"
-                )
-            rest = budget - size if budget - size >= least else budget
+            rest = budget - size if budget - size >= _least(needs) else budget
             limit = MAX_TOKENS.get(self.device.type, MAX_TOKENS["cpu"]) // length
             rows = max(1, min(needs.rows_within(rest), limit, sequences))
             self.batches = [
@@ -208,6 +200,36 @@ class Sweep:
                     f"{type(self.model).__name__}: layer {number} is told more about the text than "
                     f"its hidden states; it cannot be run alone"
                 )
+
+
+def check_memory(
+    model: PreTrainedModel,
+    length: int,
+    *,
+    device: torch.device | None = None,
+    memory_budget: int | str | None = None,
+) -> None:
+    """Raise ValueError if a `Sweep` over sequences of `length` tokens would not fit its budget."""
+    needs = WorkingSet.of(Layout.of(model), SequenceNLL(model), length)
+    _check_budget(needs, _budget(memory_budget, device or model.device), length)
+
+
+def _budget(memory_budget: int | str | None, device: torch.device) -> int:
+    return default_budget(device) if memory_budget is None else parse_bytes(memory_budget)
+
+
+def _least(needs: WorkingSet) -> int:
+    """Bytes for one sequence."""
+    return max(needs.mask + needs.layer, needs.logits + needs.hidden)
+
+
+def _check_budget(needs: WorkingSet, budget: int, length: int) -> None:
+    if budget < _least(needs):
+        raise ValueError(
+            f"memory budget: one sequence of {length} tokens needs about "
+            f"{-(-_least(needs) // 2**20)} MiB beside the weights, "
+            f"got a budget of {budget / 2**20:.0f} MiB"
+        )
 
 
 @contextmanager

@@ -186,7 +186,8 @@ class FusedEngine:
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
-            parts.append(self.nll.parent_of(normalize(structure.norm, states[0], workspace)))
+            hidden = normalize(structure.norm, states[0], workspace, kernels=self.kernels)
+            parts.append(self.nll.parent_of(hidden))
         return ParentReference.cat(parts)
 
     def _losses(
@@ -203,7 +204,7 @@ class FusedEngine:
         for chunk, which in zip(
             rows.split(wave.chunk_rows), sequence.split(wave.chunk_rows), strict=True
         ):
-            hidden = normalize(wave.structure.norm, chunk, wave.workspace)
+            hidden = normalize(wave.structure.norm, chunk, wave.workspace, kernels=wave.kernels)
             labels = tokens[which.to(tokens.device)]
             if parent is None:
                 found.append(self.nll.losses_of(hidden, labels).cpu())
@@ -263,7 +264,7 @@ def _kept_share(layout: Layout, keep: Tensor) -> float:
     """Of the weights of sub-layers that are masked, but not gone: how much is kept, on average."""
     kept = total = 0.0
     for block, parts in layout.keep_by_block(keep):
-        share = parts.float().mean(dim=1)
+        share = parts.sum(dim=1) / parts.shape[1]
         share = share[(share > 0) & (share < 1)]
         # rows of the projections beside each other: gate, up and down, or q and o
         size = (3 if isinstance(block, MLPBlock) else 2) * parts.shape[1] * block.part_width

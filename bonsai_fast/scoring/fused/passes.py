@@ -17,8 +17,24 @@ from bonsai_fast.scoring.fused.structure import Norm, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
 
 
-def normalize(norm: Norm, states: Tensor, workspace: Workspace, name: str = "normed") -> Tensor:
-    """RMS norm of the last dimension, in float32; lives in the workspace under this name."""
+def normalize(
+    norm: Norm,
+    states: Tensor,
+    workspace: Workspace,
+    name: str = "normed",
+    *,
+    kernels: bool = False,
+) -> Tensor:
+    """RMS norm of the last dimension, in float32.
+
+    Args:
+        norm: its factors.
+        states: [..., D].
+        workspace: holds the result under this name, and what it takes on the way.
+        kernels: whether one kernel of PyTorch's computes it, which a GPU has, into new memory.
+    """
+    if kernels and not norm.adds_one:
+        return F.rms_norm(states, states.shape[-1:], norm.weight, norm.eps)
     out = workspace(name, *states.shape)
     wide = workspace("float32", *states.shape, dtype=torch.float32)
     wide.copy_(states)
@@ -47,16 +63,17 @@ def inner(
         workspace: "second" may be used again afterwards, "first" may not.
         masks: what the rows keep of these operands' parts; None: everything.
         multiply: how products are taken; gathered ones always in full precision.
-        kernels: whether activation and masks are one pass of the project's own.
+        kernels: whether activation and masks are one pass of the project's own, and the norm one of
+            PyTorch's.
     Returns:
         [R, T, columns of the output projection], contiguous, 0 where a row keeps nothing; may live
         in the workspace.
     """
-    normed = normalize(operands.spec.norm, states, workspace)
+    normed = normalize(operands.spec.norm, states, workspace, kernels=kernels)
     if isinstance(operands, GatherOperands):
         inputs = operands.inner(normed, positions)
     elif isinstance(operands, AttentionOperands):
-        inputs = _attend(operands, normed, positions, workspace, multiply)
+        inputs = _attend(operands, normed, positions, workspace, multiply, kernels)
     elif kernels and operands.spec.activation_name is not None:
         name = operands.spec.activation_name
         return _gated_and_masked(operands, normed, masks, name, workspace, multiply)
@@ -143,6 +160,7 @@ def _attend(
     positions: Positions,
     workspace: Workspace,
     multiply: Multiply,
+    kernels: bool,
 ) -> Tensor:
     spec = operands.spec
     rows, length, _ = normed.shape
@@ -151,9 +169,9 @@ def _attend(
     key = _project("key", operands.key, normed, workspace, multiply).view(shape)
     value = _project("value", operands.value, normed, workspace, multiply).view(shape)
     if spec.query_norm is not None:
-        query = normalize(spec.query_norm, query, workspace, "normed query")
+        query = normalize(spec.query_norm, query, workspace, "normed query", kernels=kernels)
     if spec.key_norm is not None:
-        key = normalize(spec.key_norm, key, workspace, "normed key")
+        key = normalize(spec.key_norm, key, workspace, "normed key", kernels=kernels)
     query = _rotate("first", query, positions, workspace)
     key = _rotate("rotated key", key, positions, workspace)
     value = value.transpose(1, 2)

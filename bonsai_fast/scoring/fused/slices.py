@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bonsai_fast import ops
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands, Slicer
@@ -22,6 +23,8 @@ from bonsai_fast.scoring.fused.workspace import Workspace
 
 # kept channels are padded to a multiple of it, by zeros: widths that a GPU multiplies well
 CHANNEL_MULTIPLE = 64
+# 32-bit entries between two 16-byte boundaries
+ALIGNED_ENTRIES = 4
 
 
 def sliced(
@@ -139,7 +142,9 @@ class _Index:
     def __init__(self, lists: ops.KeptLists, width: int, device: torch.device) -> None:
         parts = lists.index[:, : lists.width]
         rows = parts[:, :, None] * width + torch.arange(width, dtype=torch.int32)
-        self._rows = rows.flatten(1).to(device)
+        rows = rows.flatten(1)
+        # every list begins on a boundary: kernels are compiled for that
+        self._rows = F.pad(rows, (0, -rows.shape[1] % ALIGNED_ENTRIES)).to(device)
         self.counts = [count * width for count in lists.count.tolist()]
 
     def rows(self, number: int) -> Tensor:
