@@ -101,23 +101,24 @@ def make_products(
     return products
 
 
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(s, id=s.name) for s in MODEL_SHAPES if s.name in ("SmolLM2-135M", "Llama-2-7B")),
+TIMED = [shape for shape in MODEL_SHAPES if shape.name in ("SmolLM2-135M", "Llama-2-7B")]
+CASES = [
+    pytest.param(None, 3, id="smoke"),
+    *(
+        pytest.param(shape, num_tokens, id=f"{shape}-{num_tokens}")
+        for shape in TIMED
+        for num_tokens in TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+    ),
 ]
 
 
 @pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("tokens", [0, 1, 2], ids=["few", "more", "many"])
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "num_tokens"), CASES)
 def bench_layers(
-    benchmark, summarize, stream_gb_per_s, gemm_gflop_per_s, device, shape, down, tokens
+    benchmark, summarize, stream_gb_per_s, gemm_gflop_per_s, device, shape, num_tokens, down
 ):
-    if tokens >= len(TOKENS[device.type]) or (shape is None and tokens > 0):
-        pytest.skip("not on this device")
-    hidden, full = (48, 80) if shape is None else (shape.hidden_size, shape.intermediate_size)
-    num_tokens = TOKENS[device.type][tokens]
+    hidden, full = (48, 512) if shape is None else (shape.hidden_size, shape.intermediate_size)
     dtype = torch.float32 if shape is None else torch.bfloat16
     products = make_products(hidden, full, down, num_tokens, device, dtype)
 

@@ -141,6 +141,8 @@ def summarize(pytestconfig: pytest.Config) -> Callable[[str, str, str, str], Non
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("benchmark_disable"):
+        return
     for title, rows in terminalreporter.config.stash[_CELLS].items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         widths = [max(len(c), *(len(row.get(c, "")) for row in rows.values())) for c in columns]

@@ -1,14 +1,16 @@
 """How noisy the policy gradient is, for each way to estimate it, at equal forward tokens.
 
-    python bench/gradient_variance.py [MODEL] --calibration FILE.txt --output DIR
+    python bench/gradient_variance.py RUN [MODEL]
 
-Sub-models are drawn as in the first step of `policy-gradient` and scored, on batches of one
-sequence each; the published estimator and others are then made from the same losses, of the shares
-that the default learns and of the probabilities of all blocks. What counts is the variance of an
-estimate, summed over coordinates, times the sub-models behind it: twice as many of them should
-halve the variance. It is given relative to the published estimator (two sub-models, a moving
-average). The signal is the squared length of the gradient over that product, for one sub-model.
-The last line of stdout is JSON. The same command resumes.
+RUN is the directory of a `policy-gradient` run, of `bonsai_fast.prune` or a cell of
+`bonsai_fast.compare`. Its steps are gone through again, and each is cut into smaller ones: what two
+sub-models of it would have given against a moving average, as published, or 2, 4, ... of them
+against each other. Nothing is scored. An estimate's variance around the others of its step, summed
+over coordinates, times the sub-models behind it is what counts, since twice as many should halve
+it; it is given relative to the published estimator. The signal is the squared length of the
+gradient, without what noise adds to it, over that product: what one sub-model tells. Both are taken
+for the shares that the run learned, if it did, and for the probabilities of its blocks or units.
+The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -16,135 +18,146 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bonsai_fast.allocation import Target
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.methods import Search
-from bonsai_fast.methods.bernoulli import WINDOW, Array, Masks, gradient, leave_out, sample
-from bonsai_fast.methods.policy_gradient import PolicyGradient
+from bonsai_fast.data import Sequences
+from bonsai_fast.ledger import Ledger
+from bonsai_fast.methods import Search, Task
+from bonsai_fast.methods.bernoulli import WINDOW, Array, Masks, gradient, leave_out
+from bonsai_fast.methods.policy_gradient import PolicyGradient, budgets
 from bonsai_fast.methods.shares import share_gradient
 from bonsai_fast.methods.variables import Variables
-from bonsai_fast.pipeline import prepare
 from bonsai_fast.progress import Reporter
 from bonsai_fast.prune import CommandOptions, load_parent
-from bonsai_fast.run_directory import open_run
+from bonsai_fast.run_directory import RunDirectory
+from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.units import Layout
 
-# sub-models scored on each batch, twice: independent, and in antithetic pairs
-DRAWN = 64
-# baseline and N_s
-ESTIMATORS = [
-    ("none", 2),
-    ("moving-average", 2),
-    *(("leave-one-out", count) for count in (2, 16, 64)),
-    *(("antithetic", count) for count in (4, 16, 64)),
-]
+# masks bool [N_s, n], losses [N_s], probabilities [n]
+Step = tuple[Masks, Array, Array]
+Estimate = Callable[[Masks, Array, Array], Array]
 PUBLISHED = ("moving-average", 2)
 
 
-def estimates(baseline: str, count: int, masks: Masks, losses: Array, estimate) -> Array:  # type: ignore[no-untyped-def]
-    """One estimate of each `count` sub-models that follow each other.
+def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]:
+    """The steps of a run, from its record."""
+    parent, _ = load_parent(model, CommandOptions())
+    state = json.loads((run / "run.json").read_text())
+    config = PruneConfig(**{**state["config"], "target": state["request"]["target"]})
+    layout = Layout.of(parent, attention="kv_group" if config.attention == "kv-group" else "head")
+    ledger = Ledger(run / "ledger", len(layout))
+    nothing = Sequences(torch.zeros(1, 2, dtype=torch.int64), "", "")
+    scorer = MaskScorer(parent, layout=layout)
+    task = Task(parent, scorer, nothing, config, Target.parse(config.target_text))
+    directory = RunDirectory(run, {}, {}, "retarget", ledger, layout)
+    search = Search(task, directory, Reporter(quiet=True))
+    everything = torch.ones(len(layout), dtype=torch.bool)
+    prior = search.prior("parent", everything, nothing.input_ids)
+    assert config.granularity is not None and config.rounds is not None
+    variables = Variables.of(layout, config.granularity, prior)
+    descent, allowed = PolicyGradient().first(search, variables, prior), budgets(task, variables)
+    steps = []
+    for number in range(config.rounds):
+        if not search.has_recorded(f"step-{number:05d}"):
+            break
+        masks = descent.masks()
+        keep, losses = search.recorded(f"step-{number:05d}")
+        assert torch.equal(keep, torch.from_numpy(masks)[:, variables.of_unit])
+        mean = losses.mean(dim=1, dtype=torch.float64).numpy()
+        steps.append((masks, mean, descent.probabilities))
+        descent.update(masks, mean, allowed[number * len(allowed) // config.rounds])
+    return steps, variables
 
-    Args:
-        masks: bool [batches, DRAWN, n].
-        losses: [batches, DRAWN].
-        estimate: (masks [count, n], advantage [count]) -> [coordinates].
+
+def estimates(steps: list[Step], baseline: str, count: int, estimate: Estimate) -> Array:
+    """What every `count` sub-models of a step make of it.
+
     Returns:
-        [estimates, coordinates].
+        [steps, estimates of a step, coordinates].
     """
-    average, found = float(losses.mean()), []
-    # in turns over the batches, as steps are
-    for first in range(0, losses.shape[1], count):
-        for drawn, own in zip(masks, losses[:, first : first + count], strict=True):
-            if baseline == "none":
-                advantage = own
-            elif baseline == "moving-average":
-                average += (float(own.mean()) - average) / WINDOW
-                advantage = own - average
-            else:
-                advantage = own - leave_out(own, 2 if baseline == "antithetic" else 1)
-            found.append(estimate(drawn[first : first + count], advantage))
-    return np.array(found)
+    parts = len(steps[0][1]) // count
+    averages, found = np.zeros(parts), []
+    for number, (masks, losses, probabilities) in enumerate(steps):
+        row = []
+        for part in range(parts):
+            inside = slice(part * count, (part + 1) * count)
+            own = losses[inside]
+            if baseline == "moving-average":
+                # begins with the first loss rather than at zero
+                weight = 1.0 / WINDOW if number else 1.0
+                averages[part] += weight * (own.mean() - averages[part])
+                own = own - averages[part]
+            elif baseline == "leave-one-out":
+                own = own - leave_out(own, 1)
+            row.append(estimate(masks[inside], own, probabilities))
+        found.append(row)
+    return np.array(found)[WINDOW:]
+
+
+def noise(found: Array) -> float:
+    """Variance of one estimate, summed over coordinates."""
+    return float(found.var(axis=1, ddof=1).sum(axis=1).mean())
 
 
 def signal(found: Array) -> float:
-    """Squared length of what independent estimates have in common: [estimates, coordinates]."""
-    count = len(found)
-    total = found.sum(axis=0)
-    return float((total @ total - np.sum(found**2)) / (count * (count - 1)))
+    """Squared length of what the estimates of a step have in common."""
+    count = found.shape[1]
+    total = found.sum(axis=1)
+    crossed = (total**2).sum(axis=1) - (found**2).sum(axis=(1, 2))
+    return float(crossed.mean() / (count * (count - 1)))
 
 
-def measure(search: Search, batches: int) -> list[dict[str, float | str]]:
-    """Score the sub-models, and compare the estimators."""
-    task = search.task
-    everything = torch.ones(len(task.layout), dtype=torch.bool)
-    prior = search.prior("parent", everything, task.calibration.input_ids)
-    variables = Variables.of(task.layout, "shares", prior)
-    probabilities = PolicyGradient().first(search, variables, prior).probabilities
-    drawn: dict[bool, tuple[Masks, Array]] = {}
-    for antithetic in (False, True):
-        masks, losses = [], []
-        for batch in range(batches):
-            seed = (task.config.seed, batch, int(antithetic))
-            masks.append(sample(probabilities, DRAWN, antithetic=antithetic, seed=seed))
-            keep = torch.from_numpy(masks[-1])[:, variables.of_unit]
-            text = task.calibration.input_ids[batch : batch + 1]
-            losses.append(search.losses(f"batch-{batch}", keep, text)[:, 0].double().numpy())
-        drawn[antithetic] = np.array(masks), np.array(losses)
+def compare(steps: list[Step], variables: Variables) -> list[dict[str, float | str]]:
+    """Every estimator on every kind of unknowns.
 
-    def of_shares(masks: Masks, advantage: Array) -> Array:
+    Raises:
+        ValueError: the run has too few steps, or of too few sub-models.
+    """
+    drawn = len(steps[0][1]) if steps else 0
+    if len(steps) <= WINDOW or drawn < 4:
+        raise ValueError(
+            f"expected a run of more than {WINDOW} steps of at least 4 sub-models, "
+            f"got {len(steps)} of {drawn}"
+        )
+
+    def of_shares(masks: Masks, advantage: Array, probabilities: Array) -> Array:
         return share_gradient(masks, advantage, probabilities, variables.groups)
 
-    def of_blocks(masks: Masks, advantage: Array) -> Array:
-        return gradient(masks, advantage, probabilities)
-
     rows: list[dict[str, float | str]] = []
-    for unknowns, estimate in (("shares", of_shares), ("blocks", of_blocks)):
-        noise: dict[tuple[str, int], float] = {}
-        length = signal(estimates("leave-one-out", 16, *drawn[False], estimate))
-        for baseline, count in ESTIMATORS:
-            found = estimates(baseline, count, *drawn[baseline == "antithetic"], estimate)
-            noise[baseline, count] = float(found.var(axis=0, ddof=1).sum()) * count
-        rows += [
-            {
-                "unknowns": unknowns,
-                "baseline": baseline,
-                "submodels_per_step": count,
-                "relative_variance": noise[baseline, count] / noise[PUBLISHED],
-                "signal": length / noise[baseline, count],
-            }
-            for baseline, count in ESTIMATORS
-        ]
+    kinds: dict[str, Estimate] = {"shares": of_shares, "probabilities": gradient}
+    for unknowns, estimate in kinds.items():
+        published = 2 * noise(estimates(steps, *PUBLISHED, estimate))
+        for baseline, count in [
+            ("none", 2), PUBLISHED,
+            *(("leave-one-out", 2**power) for power in range(1, int(np.log2(drawn)))),
+        ]:  # fmt: skip
+            found = estimates(steps, baseline, count, estimate)
+            cost = count * noise(found)
+            rows.append(
+                {
+                    "unknowns": unknowns,
+                    "baseline": baseline,
+                    "submodels_per_step": count,
+                    "relative_variance": cost / published,
+                    "signal": signal(found) / cost,
+                }
+            )
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--sparsity", type=float, default=0.2)
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--num-sequences", type=int)
-    parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    model, tokenizer = load_parent(options.model, CommandOptions())
-    config = PruneConfig(
-        method="policy-gradient",
-        sparsity=options.sparsity,
-        calibration=options.calibration,
-        num_sequences=options.num_sequences,
-        sequence_length=options.sequence_length,
-        evaluation_tokens=256,
-        seed=options.seed,
-    )
-    task, _ = prepare(model, tokenizer, config)
-    run = open_run(options.output, task.config, task.layout, model, task.calibration.sha256)
-    print(json.dumps(measure(Search(task, run, Reporter()), options.batches)))
+    print(json.dumps(compare(*recorded_steps(options.run, options.model))))
     return 0
 
 

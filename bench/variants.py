@@ -31,8 +31,8 @@ ADAPTED, RANK = ("q_proj", "v_proj"), 64
 SPARSITIES = (0.2, 0.35, 0.5)
 # of the largest output of an adapted projection
 LORA_ERROR = 0.02
-# nats, of about 10 on random weights and of 3 on English
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# share of a loss that is rounding; half a model without retraining is far from sure of anything
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -225,4 +225,4 @@ def _check_lora(parent: PreTrainedModel, model: PreTrainedModel, input_ids: torc
 
 def _close(model: PreTrainedModel, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
     losses = SequenceNLL(model)(input_ids.to(model.device)).cpu()
-    torch.testing.assert_close(losses, expected.cpu(), rtol=0, atol=TOLERANCE[model.dtype])
+    torch.testing.assert_close(losses, expected.cpu(), rtol=TOLERANCE[model.dtype], atol=0)

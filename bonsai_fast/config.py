@@ -26,12 +26,13 @@ Method = Literal[
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
-RouteName = Literal["dense", "slice", "gather"]
+RouteName = Literal["dense", "slice", "gather", "pack", "tail"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
 Granularity = Literal["units", "blocks", "shares", "layers"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
+Precision = Literal["int8", "fp8"]
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
 Perturbation = Literal["weights", "weights-divided", "gates"]
@@ -101,8 +102,14 @@ class PruneConfig:
     )
     route: RouteName | None = _option(
         None,
-        "How masked layers are computed: whole with zeros, from copies of what is kept, or by "
-        "kernels that gather it. Default: what costs less.",
+        "How masked layers are computed: whole with zeros (dense), from copies of what each "
+        "sub-model keeps (slice), by kernels that gather it (gather), from one copy of what any "
+        "keeps (pack), or with each one's part of that (tail). Default: what costs less.",
+    )
+    precision: Precision | None = _option(
+        None,
+        "8-bit products while scoring: int8 (CPU or CUDA) or fp8 (CUDA from compute capability 8.9 "
+        "on). Its ranking is compared with full precision first.",
     )
     spare_first: int | None = _option(
         None, "First decoder layers that a one-shot method leaves whole if the target allows it."

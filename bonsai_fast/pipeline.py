@@ -21,7 +21,7 @@ from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Plan, Search, Task
 from bonsai_fast.peak_memory import PeakMemory
 from bonsai_fast.reporting import write_report
-from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring import MaskScorer, check_precision
 from bonsai_fast.streaming import named_weights, stream_of
 from bonsai_fast.units import Layout
 
@@ -32,6 +32,8 @@ EVALUATION_LENGTH = 512
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
 # sub-models of the batch that a plan is timed by
 TIMED_SUBMODELS = 16
+# what precisions are compared on
+CHECKED_SUBMODELS, CHECKED_SEQUENCES = 12, 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,11 @@ def prepare(
         calibration=config.calibration,
     )
     scorer = MaskScorer(
-        model, layout=layout, route=config.route or "auto", memory_budget=config.memory_budget
+        model,
+        layout=layout,
+        route=config.route or "auto",
+        precision=config.precision or "full",
+        memory_budget=config.memory_budget,
     )
     if config.route is not None and scorer.engine.name != "fused":
         raise ValueError(
@@ -157,6 +163,8 @@ def execute(
             f"{run.path} is finished: meeting {search.task.config.target_text} from its ledger"
         )
     warnings_before = len(reporter.warnings)
+    if search.task.config.precision is not None and run.start == "new":
+        _check_precision(search)
     with PeakMemory(search.task.model.device) as peak:
         keep = METHODS[search.task.config.method].find(search)
     rounds = list(run.saved_masks)
@@ -202,6 +210,21 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in named_weights(model):
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
+
+
+def _check_precision(search: Search) -> None:
+    """Say whether the precision that was asked for ranks sub-models as full precision does."""
+    task = search.task
+    generator = torch.Generator().manual_seed(task.config.seed)
+    share = task.target.removal_budget(task.layout) / task.layout.num_decoder_parameters
+    draw = torch.rand(CHECKED_SUBMODELS, len(task.layout), generator=generator)
+    tokens = task.calibration.input_ids[:CHECKED_SEQUENCES]
+    with search.reporter.busy("comparing precisions"):
+        found = check_precision(task.scorer, draw >= share, tokens)
+    if found.is_sound:
+        search.reporter.note(str(found))
+    else:
+        search.reporter.warn(f"{found}: expect worse choices than in full precision")
 
 
 def _comment(search: Search, keep: torch.Tensor) -> None:

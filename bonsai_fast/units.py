@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,6 +54,11 @@ class Group:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @cached_property
+    def is_parts(self) -> bool:
+        """Whether the units are the block's parts, one by one."""
+        return torch.equal(self.part_of_unit, torch.arange(len(self)))
 
     def mean_over_columns(self, columns: torch.Tensor) -> torch.Tensor:
         """Averages over the columns of the output projection that each unit owns.
@@ -163,7 +169,7 @@ class Layout(Sequence[Unit]):
         Args:
             keep: bool [..., P].
         Returns:
-            for each sub-layer, in order, bool [..., H] or [..., I].
+            for each sub-layer, in order, bool [..., H] or [..., I]; may share memory with `keep`.
         """
         blocks = {id(group.block): group.block for group in self.groups}
         return [(block, self.keep_of_block(block, keep)) for block in blocks.values()]
@@ -181,7 +187,8 @@ class Layout(Sequence[Unit]):
         masks = []
         for group in self._groups_of_block[id(block)]:
             units = keep[..., group.start : group.stop]
-            masks.append((units if rows is None else units[rows])[..., group.part_of_unit])
+            units = units if rows is None else units[rows]
+            masks.append(units if group.is_parts else units[..., group.part_of_unit])
         return torch.stack(masks).all(dim=0) if len(masks) > 1 else masks[0]
 
     # Parameters -----------------------------------------------------------------------------------

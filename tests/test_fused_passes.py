@@ -65,15 +65,16 @@ def test_nan_stays_in_its_sequence_and_heads() -> None:
     assert torch.isfinite(found[1, :, 72:]).all()
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", [LlamaRMSNorm, GemmaRMSNorm])
-def test_norm_equals_that_of_the_model(family: type, dtype: torch.dtype) -> None:
+def test_norm_equals_that_of_the_model(family: type, dtype: torch.dtype, kernels: bool) -> None:
     module = family(41, eps=1e-3).to(dtype)
     torch.nn.init.normal_(module.weight, mean=1.0)
     states = torch.randn(2, 5, 3, 41).to(dtype)
     norm = Norm(module.weight, 1e-3, adds_one=family is GemmaRMSNorm)
     with torch.no_grad():
-        found = normalize(norm, states, Workspace(states))
+        found = normalize(norm, states, Workspace(states), kernels=kernels)
         truth, baseline = module.double()(states.double()), module.to(dtype)(states)
     assert found.dtype == dtype
     budget = 2 * float((baseline - truth).abs().max()) + ATOL[dtype]

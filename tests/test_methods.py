@@ -10,9 +10,9 @@ from searches import new_search
 from tiny import byte_tokenizer, tiny_llama
 
 import bonsai_fast as bf
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.ledger import write_atomically
 from bonsai_fast.methods import METHODS, NotRecordedError, Search
-from bonsai_fast.pipeline import pruned_model
 from bonsai_fast.progress import Reporter
 
 TEXT = torch.randint(2, 258, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -5,82 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from full_disk import small_files
-from report_pages import Page, integer, value
+from report_cases import CONFIGS, page_of, parent_of, prune, result_of, without_fresh_processes
+from report_pages import integer, value
 from safetensors.torch import load_file
-from tiny import save_tiny_parent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonsai_fast as bf
-from bonsai_fast import report
+from bonsai_fast.data import evaluation_sequences
+from bonsai_fast.evaluation import perplexity
 from bonsai_fast.ledger import Ledger
 from bonsai_fast.mask_files import load_mask
-from bonsai_fast.methods import Search
-from bonsai_fast.progress import Reporter
-from bonsai_fast.reporting import RunRecord, complete, write_report
-
-# a name, prompts and completions are whatever their authors like
-EVIL = 'm<script>alert("x")<'
-SMALL = {"num_sequences": 3, "sequence_length": 32, "evaluation_tokens": 256}
-PAPER = {"preset": "paper", "rounds": 3, "submodels_per_round": 12, "sparsity": 0.3}
-CONFIGS = {
-    "grouped": {"sparsity": 0.4, "sublayers": True},
-    "paper": PAPER,
-    "one-shot": {"method": "flap", "sparsity": 0.3},
-    "descent": {"method": "policy-gradient", "rounds": 6, "submodels_per_round": 4},
-    "weights": {"method": "wanda", "pattern": "2:4"},
-    "interrupted": PAPER,
-}
+from bonsai_fast.reporting import RunRecord, write_report
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_parent(tmp_path_factory.mktemp("parent") / EVIL)
-
-
-@pytest.fixture(scope="module")
-def runs(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """A run of every kind; the one that is interrupted stops in its second round."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        # loading in a fresh process is tested elsewhere, and takes longer than all of the run
-        for module in ("pipeline", "weight_pipeline"):
-            patch.setattr(f"bonsai_fast.{module}.verify_saved", lambda *_, **__: 0.0)
-        for name in CONFIGS:
-            if name != "interrupted":
-                prune(parent, folder / name, name)
-        real = Search.losses
-
-        def interrupt(search: Search, stage: str, *arguments: object, **how: object):  # type: ignore[no-untyped-def]
-            if stage == "round-02":
-                raise KeyboardInterrupt
-            return real(search, stage, *arguments, **how)  # type: ignore[arg-type]
-
-        patch.setattr(Search, "losses", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prune(parent, folder / "interrupted", "interrupted")
-        write_report(folder / "interrupted")
-    yield {name: folder / name for name in CONFIGS}
-
-
-def prune(parent: Path, output: Path, name: str, **changes: object) -> None:
-    config = bf.PruneConfig(**{**SMALL, **CONFIGS[name], **changes})  # type: ignore[arg-type]
-    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(parent)
-    bf.prune(model, tokenizer, config, output_dir=output, reporter=Reporter(quiet=True))
-
-
-def page_of(run: Path) -> Page:
-    return Page((run / "report.html").read_text())
-
-
-def result_of(run: Path) -> dict:  # type: ignore[type-arg]
-    return dict(json.loads((run / "run.json").read_text())["result"])
+@pytest.fixture
+def runs(report_runs: dict[str, Path]) -> dict[str, Path]:
+    return report_runs
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,16 +52,6 @@ def test_the_page_is_whole_and_needs_nothing_else(name: str, runs: dict[str, Pat
             assert set(named) <= set(ids) and (named or found["aria-hidden"] == "true")
     # what is missing is said
     assert all(section in ids or "Left out" in page.words["left-out"] for section in ("search",))
-
-
-def test_the_command_writes_the_same_page_as_the_run(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, run in runs.items():
-        code = report.main([str(run), "--output", str(tmp_path / name), "--no-samples"])
-        out = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert code == 0 and out["finished"] == (name != "interrupted")
-        assert (tmp_path / name).read_text() == (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("interrupted", "weights")])
@@ -183,10 +118,6 @@ def test_layers_are_those_of_the_saved_model(name: str, runs: dict[str, Path]) -
     assert filled.count("cell kept") + filled.count("cell gone") == 4 * 6
 
 
-def parent_of(run: Path) -> str:
-    return str(json.loads((run / "run.json").read_text())["parent"]["name"])
-
-
 def test_rounds_of_a_search(runs: dict[str, Path]) -> None:
     """Points are measured: a round's perplexity is its model's, cut out and run."""
     run = runs["paper"]
@@ -196,9 +127,6 @@ def test_rounds_of_a_search(runs: dict[str, Path]) -> None:
     parent = AutoModelForCausalLM.from_pretrained(parent_of(run), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(parent_of(run))
     layout = bf.Layout.of(parent)
-    from bonsai_fast.data import evaluation_sequences
-    from bonsai_fast.evaluation import perplexity
-
     text = evaluation_sequences(
         "builtin", tokenizer, max_tokens=256, length=128, calibration="builtin"
     )
@@ -278,7 +206,7 @@ def test_probes_and_plans_of_the_default(runs: dict[str, Path]) -> None:
 def test_methods_without_a_search_leave_sections_out_with_a_word(runs: dict[str, Path]) -> None:
     page = page_of(runs["one-shot"])
     assert not {"search", "relevance", "rounds"} & set(page.words)
-    for words in ("Predicted and measured: method flap", "Relevance: it was not", "one round led"):
+    for words in ("Predicted and measured: method flap", "Relevance: it was not", "no round lies"):
         assert words in page.words["left-out"]
     page = page_of(runs["descent"])
     assert page.count("mark", "descent") == page.count("error", "descent") == 6
@@ -316,170 +244,19 @@ def test_an_interrupted_run_says_so_and_is_not_touched(runs: dict[str, Path]) ->
 
 
 def test_a_retargeted_run_shows_its_new_result(
-    runs: dict[str, Path], parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bonsai_fast.pipeline.verify_saved", lambda *_, **__: 0.0)
+    without_fresh_processes(monkeypatch)
     run = tmp_path / "run"
     shutil.copytree(runs["grouped"], run)
     before = result_of(run)
-    prune(parent, run, "grouped", sparsity=0.2)
+    prune(parent_of(run), run, "grouped", sparsity=0.2)
     page, result = page_of(run), result_of(run)
     assert result["parameters"] > before["parameters"] and result["rounds"] == []
     assert integer(page.row("result", "parameters")[2]) == result["parameters"]
     assert "met from what was recorded" in page.words["result"]
     assert "agreement-round-01" in {figure for _, figure in page.marks}
     assert "--target sparsity=0.2" in page.words["reproduce"]
-
-
-def test_untrusted_words_are_only_words(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["one-shot"], run)
-    prompt = "</p><script>alert(1)</script> & so on"
-    assert report.main([str(run), "--prompt", prompt, '"><b>']) == 0
-    samples = json.loads((run / "samples.json").read_text())
-    assert [sample["prompt"] for sample in samples] == [prompt, '"><b>']
-    samples[0]["pruned"] = "<img src=x onerror=alert(2)>"
-    (run / "samples.json").write_text(json.dumps(samples))
-    write_report(run)
-    page = page_of(run)
-    assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
-    assert prompt in page.words["completions"] and samples[0]["pruned"] in page.words["completions"]
-    assert EVIL in page.words[""] and EVIL in page.words["reproduce"]
-
-
-def test_completions_are_greedy_generation(runs: dict[str, Path], parent: Path) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    pruned = AutoModelForCausalLM.from_pretrained(runs["one-shot"] / "model")
-    tokenizer = AutoTokenizer.from_pretrained(parent)
-    prompts = ("One", "x" * 120)  # the second one reaches the end of the context
-    for found in complete(dense, pruned, tokenizer, prompts, num_tokens=12):
-        for model, written in ((dense, found.dense), (pruned, found.pruned)):
-            input_ids = tokenizer(found.prompt, return_tensors="pt").input_ids
-            room = min(12, 128 - input_ids.shape[1])
-            tokens = model.generate(input_ids, max_new_tokens=room, do_sample=False)
-            new = tokens[0, input_ids.shape[1] :]
-            assert written == tokenizer.decode(new, skip_special_tokens=True)
-    with pytest.raises(ValueError, match="prompt: expected some text, got ''"):
-        complete(dense, pruned, tokenizer, ("",))
-
-
-LATENCY = {
-    "device": "cpu", "threads": 2, "rounds": 5,
-    "results": [
-        {
-            "model": "<i>a", "batch": 8, "prefill_tokens_per_s": 1234.56, "prefill_speedup": 1.0,
-            "prefill_spread": 0.04,
-            "decode_tokens_per_s": 9.87, "decode_speedup": 1.5, "time_to_first_token_s": 0.0123,
-            "peak_bytes": 3 * 2**30, "prefill_tokens": 512, "decode_tokens": 32,
-        },
-        {"model": "b", "batch": 1, "prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 1.0},
-    ],
-}  # fmt: skip
-
-
-def test_latency_of_the_other_command(runs: dict[str, Path], tmp_path: Path) -> None:
-    file, output = tmp_path / "latency.txt", tmp_path / "page.html"
-    for text in (f"a table\nof its\n{json.dumps(LATENCY)}\n", json.dumps(LATENCY, indent=1)):
-        file.write_text(text)
-        arguments = [str(runs["one-shot"]), "--no-samples", "--latency", str(file)]
-        assert report.main([*arguments, "--output", str(output)]) == 0
-        page = Page(output.read_text())
-        assert page.row("latency", "<i>a")[1:] == [
-            *("8", "1,234.6", "4\N{NO-BREAK SPACE}%", "\N{MULTIPLICATION SIGN}1.00", "12.3"),
-            *("9.9", "", "\N{MULTIPLICATION SIGN}1.50", "3\N{NO-BREAK SPACE}GiB"),
-        ]
-        assert page.row("latency", "b")[1:] == ["1", "2.0", "", "", "", "1.0", "", "", ""]
-        assert "device cpu, threads 2, rounds 5, prompt 512, new tokens 32" in page.words["latency"]
-
-
-def broken(run: Path, where: Path, file: str, content: bytes) -> str:
-    shutil.copytree(run, where)
-    (where / file).write_bytes(content)
-    return str(where)
-
-
-BAD = {
-    "no directory": (lambda r, t: ["nowhere"], "expected a run directory of bonsai_fast"),
-    "no run": (lambda r, t: [str(t)], "expected a run directory of bonsai_fast"),
-    "no arguments": (lambda r, t: [], "required"),
-    "unknown flag": (lambda r, t: [str(r["paper"]), "--promt", "x"], "--promt"),
-    "no samples of a prompt": (
-        lambda r, t: [str(r["paper"]), "--prompt", "x", "--no-samples"],
-        "not both",
-    ),
-    "prompt without a model": (
-        lambda r, t: [str(r["interrupted"]), "--prompt", "x"],
-        "not finished",
-    ),
-    "empty prompt": (lambda r, t: [str(r["one-shot"]), "--prompt", ""], "expected some text"),
-    "run.json of another": (
-        lambda r, t: [broken(r["paper"], t / "r", "run.json", b"[1]")],
-        "expected the record of a run",
-    ),
-    "damaged ledger": (
-        lambda r, t: [broken(r["paper"], t / "r", "ledger/000000.safetensors", b"x")],
-        "000000.safetensors cannot be read",
-    ),
-    "damaged mask": (
-        lambda r, t: [broken(r["paper"], t / "r", "masks/final.safetensors", b"x")],
-        "expected a mask",
-    ),
-    "damaged regression": (
-        lambda r, t: [broken(r["paper"], t / "r", "regressions/round-02.safetensors", b"x")],
-        "expected a regression",
-    ),
-    "damaged layout": (
-        lambda r, t: [broken(r["paper"], t / "r", "layout.json", b"{}")],
-        "a record is damaged",
-    ),
-    "damaged samples": (
-        lambda r, t: [broken(r["paper"], t / "r", "samples.json", b'[{"a": 1}]')],
-        "expected completions",
-    ),
-    "no latency file": (lambda r, t: [str(r["paper"]), "--latency", "none"], "none"),
-    "latency of something else": (
-        lambda r, t: [str(r["paper"]), "--latency", str(r["paper"] / "run.json")],
-        "no list of results",
-    ),
-    "nowhere to write": (
-        lambda r, t: [str(r["paper"]), "--output", str(t / "a" / "b.html")],
-        "No such file or directory",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_requests(
-    name: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make, message = BAD[name]
-    pages = {run: (run / "report.html").read_bytes() for run in runs.values()}
-    try:
-        code = report.main(make(runs, tmp_path))  # type: ignore[no-untyped-call]
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    out, err = capsys.readouterr()
-    assert code == 2 and out == "" and err.startswith("error: "), err
-    assert err.count("\n") == 1 and message in err, err
-    assert pages == {run: (run / "report.html").read_bytes() for run in runs.values()}
-
-
-def test_another_parent_is_not_taken_for_the_one_that_was_pruned(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["one-shot"], run)
-    manifest = json.loads((run / "run.json").read_text())
-    manifest["parent"]["name"] = str(save_tiny_parent(tmp_path / "other", hidden_size=24))
-    (run / "run.json").write_text(json.dumps(manifest))
-    assert report.main([str(run), "--prompt", "x"]) == 2
-    assert "is not the one that was pruned" in capsys.readouterr().err
-    (run / "samples.json").unlink()
-    assert report.main([str(run)]) == 0
-    assert "no completions: model" in capsys.readouterr().err
-    assert "Completions: no model" in page_of(run).words["left-out"]
 
 
 def test_a_full_disk_leaves_the_old_page(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class PolicyGradient:
             "baseline": config.baseline,
             "seed": config.seed,
         }
-        budget = _budgets(search.task, variables)[0]
+        budget = budgets(search.task, variables)[0]
         if config.granularity != "shares":
             start = self._start(config, variables, metric, budget)
             return BernoulliDescent(start, variables.costs, **options)
@@ -143,7 +143,7 @@ class PolicyGradient:
         """Levels after the last step, [n]; see `BernoulliDescent.levels`."""
         task, config = search.task, search.task.config
         assert config.rounds is not None
-        budgets = _budgets(task, variables)
+        allowed = budgets(task, variables)
         with search.reporter.bar("steps", total=config.rounds) as advance:
             for step in range(config.rounds):
                 masks = descent.masks()
@@ -151,7 +151,7 @@ class PolicyGradient:
                 losses = search.losses(
                     f"step-{step:05d}", keep, _batch(task, step), silent=True
                 ).mean(dim=1, dtype=torch.float64)
-                budget = budgets[step * len(budgets) // config.rounds]
+                budget = allowed[step * len(allowed) // config.rounds]
                 descent.update(masks, losses.numpy(), budget)
                 advance(1)
         s = descent.probabilities
@@ -181,7 +181,7 @@ def _batch(task: Task, step: int) -> torch.Tensor:
     return input_ids[order[place * size : (place + 1) * size]]
 
 
-def _budgets(task: Task, variables: Variables) -> list[float]:
+def budgets(task: Task, variables: Variables) -> list[float]:
     """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
     removal, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
     stages = 1

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+from bonsai_fast.native import kept_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,16 +131,14 @@ class KeptLists:
             raise ValueError(f"keep must be bool [K, N], got {keep.dtype} {list(keep.shape)}")
         if keep.device.type != "cpu":
             raise ValueError(f"keep must be on the CPU, where its width is read, not {keep.device}")
-        count = keep.sum(dim=1)
-        longest = int(count.max()) if len(count) else 0
-        width = -(-longest // multiple) * multiple
-        # A stable sort of removed-after-kept leaves the kept ones first, in order.
-        order = torch.argsort(~keep, dim=1, stable=True)
-        slots = torch.arange(width + INDEX_PADDING).expand(len(keep), -1)
-        last = (count - 1).clamp(min=0)[:, None]
-        index = order.gather(1, torch.minimum(slots, last)) if keep.shape[1] else slots * 0
-        index = index.masked_fill(count[:, None] == 0, 0)
-        return cls(index.to(torch.int32), count.to(torch.int32), width).to(device)
+        lists, count = kept_lists(keep, multiple=multiple)
+        width = lists.shape[1]
+        index = F.pad(lists, (0, INDEX_PADDING))
+        if width:
+            last = lists.gather(1, (count.long() - 1).clamp(min=0)[:, None])
+            beyond = torch.arange(index.shape[1], dtype=torch.int32) >= count[:, None]
+            index = torch.where(beyond, last, index)
+        return cls(index, count, width).to(device)
 
     def to(self, device: torch.device | str) -> KeptLists:
         """The same on another device."""

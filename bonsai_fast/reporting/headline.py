@@ -44,8 +44,7 @@ def title(run: RunRecord) -> str:
     """What the page is about."""
     name, result = parent_name(run), run.result
     if not result:
-        config = recorded_config(run.manifest)
-        goal = f"sparsity {config.sparsity}" if config.prunes_weights else config.target_text
+        goal = recorded_config(run.manifest).target_text.replace("=", " ")
         return f"{name} toward {goal}"
     if "zeros" in result:
         return f"{name} with {percent(result['sparsity'])} of its decoder's weights zero"

@@ -119,7 +119,7 @@ def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     elif "zeros" in result:
         why = "weights are zeroed layer by layer, without rounds."
     elif not result.get("rounds"):
-        why = "one round led to the result: its two points are in the first table."
+        why = "no round lies between the two models; the first table has both."
     else:
         points = [("dense", 0.0, result["dense_perplexity"])]
         points += [(r["name"], r["sparsity"], r["perplexity"]) for r in result["rounds"]]

@@ -12,7 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.scoring.engine import Engine, Progress
-from bonsai_fast.scoring.fused import FusedEngine, Rates, Route, UnsupportedStructureError
+from bonsai_fast.scoring.fused import (
+    FusedEngine,
+    Precision,
+    Rates,
+    Route,
+    UnsupportedStructureError,
+)
 from bonsai_fast.scoring.hooks import HooksEngine
 from bonsai_fast.scoring.memory import default_budget, logit_bytes_within, parse_bytes
 from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
@@ -36,7 +42,12 @@ class MaskScorer:
             "auto" is "fused" where that is possible.
         route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
             set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
-            each sub-model keeps where it lies; "auto" decides by what costs less.
+            each sub-model keeps where it lies, "pack" from one copy a wave of what any sub-model of
+            the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it; "auto" decides
+            by what costs less.
+        precision: of the products in layers: "full" is the model's own, "int8" (CPU, or CUDA from
+            compute capability 8.0 on) and "fp8" (CUDA from 8.9 on) have 8 bits and a scale for each
+            token and each output, and need the fused engine; see `check_precision`.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
             CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
             once for as many tokens as it allows, give it what can be spared.
@@ -51,13 +62,18 @@ class MaskScorer:
         layout: Layout | None = None,
         engine: EngineName = "auto",
         route: Route = "auto",
+        precision: Precision = "full",
         memory_budget: int | str | None = None,
     ) -> None:
         if engine not in get_args(EngineName):
             raise ValueError(f"engine: expected one of {get_args(EngineName)}, got {engine!r}")
         if route not in get_args(Route):
             raise ValueError(f"route: expected one of {get_args(Route)}, got {route!r}")
-        self.model = model
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+        if precision != "full" and route == "gather":
+            raise ValueError(f"precision {precision}: route gather has full precision only")
+        self.model, self.precision = model, precision
         self.layout = layout if layout is not None else Layout.of(model)
         self.memory_budget = (
             default_budget(model.device) if memory_budget is None else parse_bytes(memory_budget)
@@ -197,13 +213,17 @@ class MaskScorer:
     def _make_engine(self, engine: EngineName, route: Route) -> Engine:
         if engine != "hooks":
             try:
-                return FusedEngine(self.layout, self._nll, self.memory_budget, route)
+                return FusedEngine(
+                    self.layout, self._nll, self.memory_budget, route, self.precision
+                )
             except UnsupportedStructureError as error:
-                if engine == "fused":
+                if engine == "fused" or self.precision != "full":
                     name = type(self.model).__name__
                     raise ValueError(
                         f"{name} cannot be scored by the fused engine: {error}"
                     ) from error
+        elif self.precision != "full":
+            raise ValueError(f"precision {self.precision}: engine hooks has full precision only")
         return HooksEngine(self.layout, self._nll, self.memory_budget)
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:

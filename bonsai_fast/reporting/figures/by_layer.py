@@ -12,7 +12,7 @@ from bonsai_fast.reporting.words import PLUS_MINUS, significant
 
 WIDTH, HEIGHT = 340, 260
 RIGHT = 10
-LOG_RATIO = 30.0
+LOG_RATIO = 10.0
 
 
 def by_layer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from bonsai_fast.scoring.engine import Progress
 from bonsai_fast.scoring.fused.check import check_structure
 from bonsai_fast.scoring.fused.gather import gathers_heads
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.packed import PackedSublayers, PackedTree, packs_of
 from bonsai_fast.scoring.fused.passes import normalize
 from bonsai_fast.scoring.fused.policy import Route, cheapest, without_logits
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.products import Precision, products
 from bonsai_fast.scoring.fused.rates import Rates, rates_of
 from bonsai_fast.scoring.fused.structure import Structure, read_structure
 from bonsai_fast.scoring.fused.tree import MaskTree
@@ -49,6 +52,7 @@ class FusedEngine:
         nll: the model and its loss.
         memory_budget: bytes.
         route: how masked sub-layers are computed.
+        precision: of their products; see `products`.
     Attributes:
         kernels: whether the project's own ops do what PyTorch's functions could do as well: on
             CUDA, where those are kernels; True elsewhere runs their plain versions.
@@ -59,12 +63,19 @@ class FusedEngine:
     name = "fused"
 
     def __init__(
-        self, layout: Layout, nll: SequenceNLL, memory_budget: int, route: Route = "auto"
+        self,
+        layout: Layout,
+        nll: SequenceNLL,
+        memory_budget: int,
+        route: Route = "auto",
+        precision: Precision = "full",
     ) -> None:
         self.layout, self.nll, self.route = layout, nll, route
         self.kernels = nll.head.weight.device.type == "cuda"
         self._budget = memory_budget
         self._hooks = HooksEngine(layout, nll, memory_budget)
+        self._multiply = products(precision, nll.head.weight.device)
+        self._low = precision != "full"
         self._rates: Rates | None = None
         structure = self._structure()
         with evaluation_mode(nll.model):
@@ -126,13 +137,22 @@ class FusedEngine:
         tree = MaskTree(self.layout, structure.blocks, keep)
         positions = Positions(structure, input_ids.shape[1])
         workspace = Workspace(self.nll.head.weight)
+        waves = list(_waves(tree.num_leaves, len(input_ids), schedule.wave_rows))
+        if schedule.packs:
+            packs = packs_of(tree, structure, route, tokens=input_ids.numel(), waves=len(waves))
+            tree = PackedTree(tree, packs)
+            sublayers = PackedSublayers(
+                structure.sublayers, packs, workspace, contiguous=self.kernels
+            )
+            structure = replace(structure, sublayers=sublayers)
         found = torch.empty(tree.num_leaves, len(input_ids))
         report = _Report(progress, keep.shape[0] * len(input_ids), found.numel())
-        for leaves, sequences in _waves(tree.num_leaves, len(input_ids), schedule.wave_rows):
+        for leaves, sequences in waves:
             tokens = input_ids[sequences].to(self.nll.head.weight.device)
             wave = Wave(
                 structure, tree, leaves.start, leaves.stop, positions, schedule.chunk_rows,
                 route if schedule.slices else "dense", workspace, self.kernels,
+                self._multiply,
             )  # fmt: skip
             pairs = (leaves.stop - leaves.start) * len(tokens)
             states = wave.embed(tokens)
@@ -161,12 +181,13 @@ class FusedEngine:
         for rows in input_ids.split(min(schedule.wave_rows, schedule.chunk_rows)):
             wave = Wave(
                 structure, tree, 0, 1, positions, schedule.chunk_rows, "dense", workspace,
-                self.kernels,
+                self.kernels, self._multiply,
             )  # fmt: skip
             states = wave.embed(rows.to(self.nll.head.weight.device))
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
-            parts.append(self.nll.parent_of(normalize(structure.norm, states[0], workspace)))
+            hidden = normalize(structure.norm, states[0], workspace, kernels=self.kernels)
+            parts.append(self.nll.parent_of(hidden))
         return ParentReference.cat(parts)
 
     def _losses(
@@ -183,7 +204,7 @@ class FusedEngine:
         for chunk, which in zip(
             rows.split(wave.chunk_rows), sequence.split(wave.chunk_rows), strict=True
         ):
-            hidden = normalize(wave.structure.norm, chunk, wave.workspace)
+            hidden = normalize(wave.structure.norm, chunk, wave.workspace, kernels=wave.kernels)
             labels = tokens[which.to(tokens.device)]
             if parent is None:
                 found.append(self.nll.losses_of(hidden, labels).cpu())
@@ -203,7 +224,9 @@ class FusedEngine:
             kept_share=_kept_share(self.layout, keep.cpu()),
             tokens=together * length,
             element_size=self.nll.head.weight.element_size(),
-            gathers=all(
+            # the kernels multiply in full precision
+            gathers=not self._low
+            and all(
                 gathers_heads(block.head_dim) for block in self.layout.decoder.attention.values()
             ),
         )
@@ -241,7 +264,7 @@ def _kept_share(layout: Layout, keep: Tensor) -> float:
     """Of the weights of sub-layers that are masked, but not gone: how much is kept, on average."""
     kept = total = 0.0
     for block, parts in layout.keep_by_block(keep):
-        share = parts.float().mean(dim=1)
+        share = parts.sum(dim=1) / parts.shape[1]
         share = share[(share > 0) & (share < 1)]
         # rows of the projections beside each other: gate, up and down, or q and o
         size = (3 if isinstance(block, MLPBlock) else 2) * parts.shape[1] * block.part_width

@@ -21,11 +21,13 @@ class Schedule:
         wave_rows: whose states are held, layer after layer.
         chunk_rows: at work in a sub-layer at once.
         slices: whether a sliced copy of a sub-layer fits, too.
+        packs: whether a packed sub-layer fits beside it.
     """
 
     wave_rows: int
     chunk_rows: int
     slices: bool
+    packs: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class FusedWorkingSet:
         hidden: what the last norm and the LM head need for a row at work, logits left out.
         mask: attention mask and rotary tables.
         slices: sliced copies of the largest sub-layer.
+        pack: a packed copy of it.
         logits: one chunk of logits.
         max_chunk: rows beyond which a larger chunk is no faster.
     """
@@ -47,6 +50,7 @@ class FusedWorkingSet:
     hidden: int
     mask: int
     slices: int
+    pack: int
     logits: int
     max_chunk: int
 
@@ -76,20 +80,27 @@ class FusedWorkingSet:
             hidden=int(SAFETY * length * (element * 3 + 4) * width),
             mask=int(SAFETY * length * (length + 4 * 4 * width)),
             slices=int(SAFETY * element * largest),
+            # room for candidates included, the output projection's columns once more
+            pack=int(SAFETY * element * width * max(3 * query + 2 * key, 7 * channels)),
             logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
             max_chunk=max(1, MAX_TOKENS.get(device, MAX_TOKENS["cpu"]) // length),
         )
 
     def schedule(self, budget: int) -> Schedule | None:
         """The largest chunk and wave that fit; None if not even one row does."""
-        return self._schedule(budget, self.slices) or self._schedule(budget, 0)
+        both = self.slices + self.pack
+        return (
+            (self._schedule(budget, both) if both <= CHUNK_SHARE * budget else None)
+            or self._schedule(budget, self.slices)
+            or self._schedule(budget, 0)
+        )
 
     def _schedule(self, budget: int, slices: int) -> Schedule | None:
         room = budget - self.mask - slices
         chunk = max(1, min(self.max_chunk, int(CHUNK_SHARE * room) // self.layer))
         at_work = max(self.mask + slices + chunk * self.layer, self.logits + chunk * self.hidden)
         wave = (budget - at_work) // self.state
-        return Schedule(wave, chunk, slices > 0) if wave > 0 else None
+        return Schedule(wave, chunk, slices > 0, slices > self.slices) if wave > 0 else None
 
     @property
     def least_budget(self) -> int:

@@ -88,10 +88,11 @@ class Slicer:
     def __init__(self, spec: Attention | MLP, workspace: Workspace) -> None:
         self.spec = spec
         self._workspace = workspace
-        weight = spec.output.weight
         # rows of a transposed copy are contiguous: taking them is a plain copy
-        self._columns = workspace("output columns", weight.shape[1], weight.shape[0])
-        self._columns.copy_(weight.t())
+        self._columns = spec.output.weight.t()
+        if not self._columns.is_contiguous():
+            self._columns = workspace("output columns", *self._columns.shape)
+            self._columns.copy_(spec.output.weight.t())
 
     def __call__(self, keep: Tensor) -> AttentionOperands | MLPOperands:
         """Weights of the kept parts.

@@ -11,13 +11,30 @@ from bonsai_fast.scoring.fused.attention import attention
 from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.products import Multiply, full
 from bonsai_fast.scoring.fused.row_masks import RowMasks
 from bonsai_fast.scoring.fused.structure import Norm, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
 
 
-def normalize(norm: Norm, states: Tensor, workspace: Workspace, name: str = "normed") -> Tensor:
-    """RMS norm of the last dimension, in float32; lives in the workspace under this name."""
+def normalize(
+    norm: Norm,
+    states: Tensor,
+    workspace: Workspace,
+    name: str = "normed",
+    *,
+    kernels: bool = False,
+) -> Tensor:
+    """RMS norm of the last dimension, in float32.
+
+    Args:
+        norm: its factors.
+        states: [..., D].
+        workspace: holds the result under this name, and what it takes on the way.
+        kernels: whether one kernel of PyTorch's computes it, which a GPU has, into new memory.
+    """
+    if kernels and not norm.adds_one:
+        return F.rms_norm(states, states.shape[-1:], norm.weight, norm.eps)
     out = workspace(name, *states.shape)
     wide = workspace("float32", *states.shape, dtype=torch.float32)
     wide.copy_(states)
@@ -34,6 +51,7 @@ def inner(
     workspace: Workspace,
     masks: RowMasks | None = None,
     *,
+    multiply: Multiply = full,
     kernels: bool = False,
 ) -> Tensor:
     """What flows into the output projection.
@@ -44,56 +62,66 @@ def inner(
         positions: of T tokens.
         workspace: "second" may be used again afterwards, "first" may not.
         masks: what the rows keep of these operands' parts; None: everything.
-        kernels: whether activation and masks are one pass of the project's own.
+        multiply: how products are taken; gathered ones always in full precision.
+        kernels: whether activation and masks are one pass of the project's own, and the norm one of
+            PyTorch's.
     Returns:
         [R, T, columns of the output projection], contiguous, 0 where a row keeps nothing; may live
         in the workspace.
     """
-    normed = normalize(operands.spec.norm, states, workspace)
+    normed = normalize(operands.spec.norm, states, workspace, kernels=kernels)
     if isinstance(operands, GatherOperands):
         inputs = operands.inner(normed, positions)
     elif isinstance(operands, AttentionOperands):
-        inputs = _attend(operands, normed, positions, workspace)
+        inputs = _attend(operands, normed, positions, workspace, multiply, kernels)
     elif kernels and operands.spec.activation_name is not None:
-        return _gated_and_masked(operands, normed, masks, operands.spec.activation_name, workspace)
+        name = operands.spec.activation_name
+        return _gated_and_masked(operands, normed, masks, name, workspace, multiply)
     else:
-        inputs = _gated(operands, normed, workspace)
+        inputs = _gated(operands, normed, workspace, multiply)
     return inputs if masks is None else masks.zero_removed(inputs)
 
 
-def project_out(operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
+def project_out(
+    operands: Operands, inputs: Tensor, out: Tensor, multiply: Multiply = full
+) -> Tensor:
     """The output projection.
 
     Args:
         operands: weights.
         inputs: [R, T, columns], contiguous.
         out: [R, T, D], contiguous, may be overwritten.
+        multiply: as in `inner`.
     Returns:
         [R, T, D], contiguous; `out`, or a new tensor.
     """
     if isinstance(operands, GatherOperands):
         return operands.project_out(inputs)
     flat = out.view(-1, out.shape[-1])
-    torch.mm(inputs.view(-1, inputs.shape[-1]), operands.output_rows, out=flat)
+    multiply(inputs.view(-1, inputs.shape[-1]), operands.output_rows, flat)
     bias = operands.spec.output.bias
     if bias is not None:
         flat.add_(bias)
     return out
 
 
-def _project(name: str, projection: Projection, inputs: Tensor, workspace: Workspace) -> Tensor:
+def _project(
+    name: str, projection: Projection, inputs: Tensor, workspace: Workspace, multiply: Multiply
+) -> Tensor:
     rows, length, width = inputs.shape
     out = workspace(name, rows, length, len(projection.weight))
     flat = out.view(rows * length, -1)
-    torch.mm(inputs.view(-1, width), projection.weight.t(), out=flat)
+    multiply(inputs.view(-1, width), projection.weight.t(), flat)
     if projection.bias is not None:
         flat.add_(projection.bias)
     return out
 
 
-def _gated(operands: MLPOperands, normed: Tensor, workspace: Workspace) -> Tensor:
-    gate = _project("first", operands.gate, normed, workspace)
-    up = _project("second", operands.up, normed, workspace)
+def _gated(
+    operands: MLPOperands, normed: Tensor, workspace: Workspace, multiply: Multiply
+) -> Tensor:
+    gate = _project("first", operands.gate, normed, workspace, multiply)
+    up = _project("second", operands.up, normed, workspace, multiply)
     if isinstance(operands.spec.activation, nn.SiLU):
         F.silu(gate, inplace=True)
     else:
@@ -107,13 +135,14 @@ def _gated_and_masked(
     masks: RowMasks | None,
     activation: str,
     workspace: Workspace,
+    multiply: Multiply,
 ) -> Tensor:
     rows, length, width = normed.shape
     channels = len(operands.gate.weight)
     gate_up = workspace("gate and up", rows * length, 2 * channels)
     halves = zip((operands.gate, operands.up), gate_up.split(channels, dim=1), strict=True)
     for projection, half in halves:
-        torch.mm(normed.view(-1, width), projection.weight.t(), out=half)
+        multiply(normed.view(-1, width), projection.weight.t(), half)
         if projection.bias is not None:
             half.add_(projection.bias)
     if masks is None:
@@ -126,18 +155,23 @@ def _gated_and_masked(
 
 
 def _attend(
-    operands: AttentionOperands, normed: Tensor, positions: Positions, workspace: Workspace
+    operands: AttentionOperands,
+    normed: Tensor,
+    positions: Positions,
+    workspace: Workspace,
+    multiply: Multiply,
+    kernels: bool,
 ) -> Tensor:
     spec = operands.spec
     rows, length, _ = normed.shape
     shape = (rows, length, -1, spec.block.head_dim)
-    query = _project("second", operands.query, normed, workspace).view(shape)
-    key = _project("key", operands.key, normed, workspace).view(shape)
-    value = _project("value", operands.value, normed, workspace).view(shape)
+    query = _project("second", operands.query, normed, workspace, multiply).view(shape)
+    key = _project("key", operands.key, normed, workspace, multiply).view(shape)
+    value = _project("value", operands.value, normed, workspace, multiply).view(shape)
     if spec.query_norm is not None:
-        query = normalize(spec.query_norm, query, workspace, "normed query")
+        query = normalize(spec.query_norm, query, workspace, "normed query", kernels=kernels)
     if spec.key_norm is not None:
-        key = normalize(spec.key_norm, key, workspace, "normed key")
+        key = normalize(spec.key_norm, key, workspace, "normed key", kernels=kernels)
     query = _rotate("first", query, positions, workspace)
     key = _rotate("rotated key", key, positions, workspace)
     value = value.transpose(1, 2)

@@ -113,8 +113,8 @@ def measure(head: Tensor, num_channels: int, logit_rows: int, *, rows: int = ROW
     x = _random(rows, width, like=head)
     dense, gather, copying, copied_bytes = _projections(x, num_channels)
     labels = torch.randint(len(head), (rows,), device=device)
-    chunks = _seconds(device, lambda: _by_chunks(x, head, labels, logit_rows))
-    without = _seconds(device, lambda: ops.lm_head_nll(x, head, labels))
+    chunks = best_seconds(device, lambda: _by_chunks(x, head, labels, logit_rows))
+    without = best_seconds(device, lambda: ops.lm_head_nll(x, head, labels))
     return Rates(
         matmul_tflops=4 * rows * width * num_channels / dense / 1e12,
         copy_gb_per_s=2 * copied_bytes / copying / 1e9,
@@ -137,9 +137,9 @@ def _projections(x: Tensor, channels: int) -> tuple[float, float, float, int]:
     tables = (lists.index, lists.count, tiles)
     options = {"activation": "silu", "gated": True}
     return (
-        _seconds(device, lambda: F.linear(x, bank)),
-        _seconds(device, lambda: ops.kept_up_proj(x, bank, *tables, **options)),
-        _seconds(device, lambda: ops.compact_rows(bank, index, copy)),
+        best_seconds(device, lambda: F.linear(x, bank)),
+        best_seconds(device, lambda: ops.kept_up_proj(x, bank, *tables, **options)),
+        best_seconds(device, lambda: ops.compact_rows(bank, index, copy)),
         copy.nbytes,
     )
 
@@ -153,7 +153,7 @@ def _by_chunks(x: Tensor, head: Tensor, labels: Tensor, logit_rows: int) -> None
         ops.token_nll(F.linear(states, head), targets)
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+def best_seconds(device: torch.device, work: Callable[[], object]) -> float:
     """The best of several times, each long enough for the clock; the first call may compile."""
 
     def synchronize() -> None:

@@ -7,9 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bonsai_fast import ops
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands, Slicer
+from bonsai_fast.scoring.fused.packed import PackedMLP, packed_slices
 from bonsai_fast.scoring.fused.prefetch import (
     CUDASideStream,
     NoSideStream,
@@ -21,6 +23,8 @@ from bonsai_fast.scoring.fused.workspace import Workspace
 
 # kept channels are padded to a multiple of it, by zeros: widths that a GPU multiplies well
 CHANNEL_MULTIPLE = 64
+# 32-bit entries between two 16-byte boundaries
+ALIGNED_ENTRIES = 4
 
 
 def sliced(
@@ -35,6 +39,10 @@ def sliced(
         kernels: whether the project's own ops copy, on a GPU one mask ahead.
     """
     if len(keep) == 0:
+        return
+    if isinstance(spec, PackedMLP):
+        for gate, up, rows in packed_slices(spec, keep):
+            yield MLPOperands(spec, gate, up, rows)
         return
     if not kernels:
         slicer = Slicer(spec, workspace)
@@ -134,7 +142,9 @@ class _Index:
     def __init__(self, lists: ops.KeptLists, width: int, device: torch.device) -> None:
         parts = lists.index[:, : lists.width]
         rows = parts[:, :, None] * width + torch.arange(width, dtype=torch.int32)
-        self._rows = rows.flatten(1).to(device)
+        rows = rows.flatten(1)
+        # every list begins on a boundary: kernels are compiled for that
+        self._rows = F.pad(rows, (0, -rows.shape[1] % ALIGNED_ENTRIES)).to(device)
         self.counts = [count * width for count in lists.count.tolist()]
 
     def rows(self, number: int) -> Tensor:

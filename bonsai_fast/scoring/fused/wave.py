@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring.fused.gather import Bank, gathers
 from bonsai_fast.scoring.fused.operands import Operands, dense
+from bonsai_fast.scoring.fused.packed import PackedMLP, slice_order
 from bonsai_fast.scoring.fused.passes import inner, project_out
 from bonsai_fast.scoring.fused.policy import ConcreteRoute, Route, choose
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.products import Multiply, full
 from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
 from bonsai_fast.scoring.fused.slices import sliced
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
@@ -37,6 +39,7 @@ class Wave:
         chunk_rows: (sub-model, sequence) pairs that go through a sub-layer at once.
         route: see `policy`.
         workspace: shared by all waves.
+        multiply: how products are taken.
         kernels: whether the project's own ops do what PyTorch's functions could do as well.
     """
 
@@ -49,6 +52,7 @@ class Wave:
     route: Route
     workspace: Workspace
     kernels: bool = False
+    multiply: Multiply = full
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Where the states of all leaves are going to be: [leaves, B, T, D].
@@ -96,7 +100,8 @@ class _Step:
             union = kept.any(dim=0)
             route = self._route(int(union.sum()), self.sequences)
             if route == "slice":
-                copies.append((union, partial(self._fork, node, kept[:, union])))
+                order = slice_order(self.sublayer, union)
+                copies.append((union, partial(self._fork, node, kept[:, order])))
             elif route == "gather":
                 self._fork(node, kept[:, union], self._gathering.operands(union[None], None))
             else:
@@ -167,7 +172,8 @@ class _Step:
         masked = self.wave.workspace("second", count, rows, length, width)
         torch.where(removed[:, None, None], inputs.new_zeros(()), inputs, out=masked)
         out = self._out(count * rows)
-        return project_out(operands, masked.flatten(0, 1), out).view(count, *inputs.shape[:2], -1)
+        changes = project_out(operands, masked.flatten(0, 1), out, self.wave.multiply)
+        return changes.view(count, *inputs.shape[:2], -1)
 
     def _run(self, nodes: list[tuple[int, int]], operands: Operands | None) -> None:
         """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time.
@@ -190,13 +196,17 @@ class _Step:
             weights = self._gathered(masks) if operands is None else operands
             on_rows = None if table is None else table.of_rows(masks)
             inputs = self._inner(weights, source, on_rows)
-            source.add_(project_out(weights, inputs, self._out(len(chunk))))
+            source.add_(project_out(weights, inputs, self._out(len(chunk)), wave.multiply))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
 
     def _inner(self, operands: Operands, source: Tensor, masks: RowMasks | None) -> Tensor:
         wave = self.wave
-        return inner(operands, source, wave.positions, wave.workspace, masks, kernels=wave.kernels)
+        return inner(
+            *(operands, source, wave.positions, wave.workspace, masks),
+            multiply=wave.multiply,
+            kernels=wave.kernels,
+        )
 
     @property
     def _gathering(self) -> Bank:
@@ -239,5 +249,9 @@ class _Step:
         """How so many kept parts are computed for so many rows."""
         if kept == self._num_parts:
             return "dense"
-        route = choose(self.wave.route, kept / self._num_parts, rows * self.length)
+        copied = None
+        if isinstance(self.sublayer, PackedMLP):
+            fixed = self._num_parts - self.sublayer.candidates
+            copied = (kept - fixed) / self._num_parts
+        route = choose(self.wave.route, kept / self._num_parts, rows * self.length, copied)
         return "dense" if route == "gather" and not gathers(self.sublayer) else route

@@ -1,0 +1,145 @@
+"""What a run of gpu.py has found so far: printed as it comes, on disk at every moment."""
+
+from __future__ import annotations
+
+import platform
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bonsai_fast.ledger import write_json
+
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+
+
+class OutOfTimeError(Exception):
+    """The rest of a section is left out."""
+
+
+class Report:
+    """Rows of all sections.
+
+    Args:
+        path: JSON file, written anew with every row.
+        minutes: how long everything may take.
+        device: what is measured.
+        options: what was asked for.
+    """
+
+    def __init__(
+        self, path: Path, minutes: float, device: torch.device, options: dict[str, Any]
+    ) -> None:
+        self._path, self._deadline = path, time.monotonic() + 60 * minutes
+        self._content: dict[str, Any] = {
+            "machine": machine(device),
+            "options": options,
+            "sections": {},
+            "failures": {},
+            "out_of_time": {},
+            "finished": False,
+        }
+
+    @property
+    def seconds_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """What went wrong, by section."""
+        return dict(self._content["failures"])
+
+    def begin(self, section: str, title: str) -> None:
+        """Start a section."""
+        self._content["sections"][section] = []
+        print(f"\n{title}", flush=True)
+
+    def need(self, seconds: float, what: str) -> None:
+        """Give up the section unless so much time is left.
+
+        Raises:
+            OutOfTimeError: it is not.
+        """
+        if self.seconds_left < seconds:
+            raise OutOfTimeError(what)
+
+    def add(self, section: str, text: str, **row: Any) -> None:
+        """One result: a line for people, values for the file."""
+        self._content["sections"][section].append(row)
+        print(f"  {text}", flush=True)
+        self.save()
+
+    @contextmanager
+    def case(self, section: str) -> Iterator[None]:
+        """Around one of a section's cases: if it goes wrong, the others still have their turn."""
+        try:
+            yield
+        except OutOfTimeError:
+            raise
+        except Exception as error:  # whatever it is
+            traceback.print_exc()
+            self.fail(section, error)
+
+    def fail(self, section: str, error: BaseException) -> None:
+        """A section went wrong; what it had found before stays."""
+        lines = str(error).strip().splitlines() or [""]
+        message = f"{type(error).__name__}: {lines[0]}"
+        earlier = self._content["failures"].get(section)
+        self._content["failures"][section] = f"{earlier}; {message}" if earlier else message
+        print(f"  FAILED: {message}", flush=True)
+        self.save()
+
+    def cut(self, section: str, error: OutOfTimeError) -> None:
+        """There was no time for all of a section."""
+        self._content["out_of_time"][section] = f"from {error} on"
+        print(f"  no time left, from {error} on", flush=True)
+        self.save()
+
+    def finish(self) -> None:
+        """All sections have had their turn."""
+        self._content["finished"] = True
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, self._content)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What numbers depend on."""
+    found: dict[str, Any] = {
+        "name": machine_name(device),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def machine_name(device: torch.device) -> str:
+    """A name for a folder: 'nvidia-h200', 'cpu-x86_64'."""
+    if device.type != "cuda":
+        return f"{device.type}-{platform.machine()}"
+    return "-".join(torch.cuda.get_device_name(device).lower().split())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,386 @@
+"""Sections of gpu.py about whole models: the engine's answers, then sub-models per second.
+
+eager     (a) one forward pass of the model a sub-model and sequence, eager attention, masks
+          multiplied in by hooks, all logits in float32
+batched   (b) several sub-models in a batch, PyTorch's attention, masks multiplied row by row,
+          all logits in float32
+sliced    (c) a copy of the model from which a sub-model's units are cut; its forward passes
+          alone, in batches, and the cutting apart from that
+dense, slice, gather, auto    MaskScorer(engine="fused") by each route, and by that of its policy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from gpu_report import Report
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.peak_memory import PeakMemory
+from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.surgery import remove_units
+from bonsai_fast.testing import ModelShape, synchronized_timer
+from bonsai_fast.units import Layout
+
+ROUTES = ("dense", "slice", "gather", "auto")
+# most of what an engine may err in float32, and how much more than the hooks in bfloat16
+FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-3, 2.0
+# (what it is compared with, tokens, masked share) -> how many times as fast the engine is to be
+GOALS = {
+    ("batched", 4096, 0.05): 1.25,
+    ("batched", 4096, 0.3): 1.6,
+    ("batched", 4096, 0.5): 2.2,
+    ("eager", 128, 0.05): 9.0,
+    ("eager", 4096, 0.05): 2.6,
+    ("eager", 4096, 0.3): 3.4,
+    ("eager", 4096, 0.5): 4.6,
+    # of the time that the vendor's library needs for what is kept
+    ("sliced", 4096, 0.05): 0.9,
+    ("sliced", 4096, 0.3): 0.9,
+    ("sliced", 4096, 0.5): 0.9,
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Models and text.
+
+    Attributes:
+        shapes: of the models.
+        layers: of each; None: all, where they fit.
+        tokens: of every sub-model, most important first, with how many sub-models are scored.
+        max_length: of a sequence.
+        batch_logits: elements of the logits of one batch of (b) and (c), at most.
+        batch_tokens: tokens of it, at most.
+        masked: shares of units that are removed.
+        dtype: of the weights.
+    """
+
+    shapes: tuple[ModelShape, ...]
+    layers: int | None
+    tokens: dict[int, int]
+    max_length: int
+    batch_logits: int
+    batch_tokens: int
+    masked: tuple[float, ...]
+    dtype: torch.dtype
+
+    def batch(self, shape: ModelShape) -> int:
+        """Tokens of a batch."""
+        return min(self.batch_tokens, self.batch_logits // shape.vocab_size)
+
+
+# published depths; the model of no other name is a tiny one
+LAYERS = {"Llama-2-7B": 32, "Llama-3-8B": 32}
+SMALL_LAYERS = 4
+
+
+def random_model(
+    shape: ModelShape, layers: int, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A LLaMA of this shape with random weights."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def random_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
+    """Keep masks, bool [S, P]: in every sub-layer the same share is removed at random."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.ones(count, len(layout), dtype=torch.bool)
+    for group in layout.groups:
+        order = torch.rand(count, len(group), generator=generator).argsort(dim=1).argsort(dim=1)
+        keep[:, group.start : group.stop] = order >= round(masked * len(group))
+    return keep
+
+
+def engines(report: Report, device: torch.device, load: Load) -> None:
+    """The engine against hooks on a tiny model."""
+    report.begin("engines", "routes of the engine against hooks, a tiny model")
+    shape = ModelShape(
+        name="tiny", hidden_size=192, intermediate_size=320, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=32, vocab_size=1000,
+    )  # fmt: skip
+    model = random_model(shape, 3, torch.float32, device)
+    layout = Layout.of(model, attention="head", sublayers=True)
+    keep = torch.rand(12, len(layout), generator=torch.Generator().manual_seed(1)) < 0.8
+    tokens = torch.arange(3 * 150).view(3, 150) * 7 % 1000
+    exact = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        hooks = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
+        budget = FLOAT32_TOLERANCE
+        if dtype == torch.bfloat16:
+            budget += BFLOAT16_FACTOR * float((hooks - exact).abs().max())
+        for route in ROUTES:
+            report.need(5, f"{route} in {dtype}")
+            with report.case("engines"):
+                scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
+                error = float((scorer.score(keep, tokens) - exact).abs().max())
+                if not error <= budget:
+                    raise AssertionError(f"{route}, {dtype}: errs by {error:.3g}, not {budget:.3g}")
+                report.add(
+                    "engines",
+                    f"{route:8} {dtype!s:15} errs by {error:.2g} of {budget:.2g} nats",
+                    route=route, dtype=str(dtype), error=error, budget=budget,
+                )  # fmt: skip
+
+
+def scoring(report: Report, device: torch.device, load: Load) -> None:
+    """Milliseconds a sub-model, for every shape, number of tokens and masked share."""
+    report.begin("scoring", "milliseconds a sub-model")
+    for shape in load.shapes:
+        total = LAYERS.get(shape.name, SMALL_LAYERS)
+        layers = layers_that_fit(shape, total, device) if load.layers is None else load.layers
+        shallow: dict[int, Seconds] = {}
+        if layers < total:
+            print(f"  {shape}: {layers} of {total} layers; times of all are extrapolated from two")
+            shallow = _at_depth(report, device, load, shape, layers // 2, None)
+        _at_depth(report, device, load, shape, layers, Depths(layers, total, shallow))
+
+
+# of a sub-model, by way and masked share; baselines that masks do not change have None
+Seconds = dict[tuple[str, float | None], float]
+
+
+@dataclass(frozen=True)
+class Depths:
+    """How times of some layers become times of all.
+
+    Attributes:
+        layers, total: measured, and of the model.
+        shallow: times with half of those that were measured, by tokens.
+    """
+
+    layers: int
+    total: int
+    shallow: dict[int, Seconds]
+
+    def of_all(self, tokens: int, found: Seconds) -> Seconds:
+        """Times of the whole depth: every further layer costs what the last measured ones did."""
+        if self.layers == self.total:
+            return dict(found)
+        fewer = self.shallow.get(tokens, {})
+        further = (self.total - self.layers) / (self.layers - self.layers // 2)
+        return {
+            key: seconds + (seconds - fewer[key]) * further
+            for key, seconds in found.items()
+            if key in fewer
+        }
+
+
+def _at_depth(
+    report: Report,
+    device: torch.device,
+    load: Load,
+    shape: ModelShape,
+    layers: int,
+    depths: Depths | None,
+) -> dict[int, Seconds]:
+    report.need(20, f"{shape}, {layers} layers")
+    model = random_model(shape, layers, load.dtype, device)
+    times: dict[int, Seconds] = {}
+    for tokens, count in load.tokens.items():
+        found = times.setdefault(tokens, {})
+        try:
+            _Cases(report, load, shape, model, tokens, count, found).run()
+        finally:
+            if depths is not None:
+                _compare(report, shape, tokens, depths, found)
+    del model
+    _free(device)
+    return times
+
+
+def _compare(
+    report: Report, shape: ModelShape, tokens: int, depths: Depths, found: Seconds
+) -> None:
+    """Goals beside what was reached, with all layers."""
+    seconds = depths.of_all(tokens, found)
+    is_whole = depths.layers == depths.total
+    for (other, at, masked), goal in GOALS.items():
+        theirs = seconds.get((other, masked), seconds.get((other, None)))
+        ours = seconds.get(("auto", masked))
+        if at != tokens or theirs is None or ours is None:
+            continue
+        ratio = theirs / ours
+        report.add(
+            "scoring",
+            f"{shape.name:12} {tokens:6} tokens {masked:4.0%} masked  {ratio:.2f}x {other}, "
+            f"goal {goal}x: {'met' if ratio >= goal else 'NOT met'}"
+            f"{'' if is_whole else ' (extrapolated)'}",
+            shape=shape.name, tokens=tokens, masked=masked, compared_with=other, ratio=ratio,
+            goal=goal, met=ratio >= goal, extrapolated=not is_whole, layers=depths.total,
+            seconds=ours, submodels_per_second=1 / ours,
+        )  # fmt: skip
+
+
+def layers_that_fit(shape: ModelShape, total: int, device: torch.device) -> int:
+    """All layers, or as many as leave a third of a GPU's free memory for work."""
+    if device.type != "cuda":
+        return total
+    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
+    columns = 3 * shape.intermediate_size + heads * shape.head_dim
+    layer = 2 * shape.hidden_size * columns
+    room = torch.cuda.mem_get_info(device)[0] * 2 / 3 - 4 * shape.vocab_size * shape.hidden_size
+    return max(2, min(total, int(room // layer)))
+
+
+class _Cases:
+    """One model, one number of tokens."""
+
+    def __init__(
+        self,
+        report: Report,
+        load: Load,
+        shape: ModelShape,
+        model: PreTrainedModel,
+        tokens: int,
+        count: int,
+        found: Seconds,
+    ) -> None:
+        self._report, self._load, self._shape, self._model = report, load, shape, model
+        self._tokens, self._count, self._found = tokens, count, found
+        self._device = model.device
+        length = min(tokens, load.max_length)
+        generator = torch.Generator().manual_seed(1)
+        self._text = torch.randint(
+            shape.vocab_size, (tokens // length, length), generator=generator
+        ).to(self._device)
+        self._layout = Layout.of(model, attention="head")
+        # at least one sub-model, whatever it takes
+        self._together = max(1, min(count, load.batch(shape) // tokens))
+        self._rows = max(1, load.batch(shape) // length)
+
+    def run(self) -> None:
+        """Both baselines that masks do not change, then everything that they do."""
+        what = f"{self._shape} {self._tokens} tokens"
+        keep = random_masks(self._layout, self._count, self._load.masked[0])
+        self._report.need(10, f"eager {what}")
+        self._attempt("eager", lambda: self._eager(keep[:1]), 1)
+        self._report.need(10, f"batched {what}")
+        self._attempt("batched", lambda: self._batched(keep[: self._together]), self._together)
+        for masked in self._load.masked:
+            keep = random_masks(self._layout, self._count, masked)
+            self._report.need(10, f"{what} {masked:.0%}")
+            self._sliced(keep[0], masked)
+            for route in ROUTES:
+                self._report.need(10, f"{route} {what} {masked:.0%}")
+                self._fused(route, keep, masked)
+
+    def _attempt(
+        self,
+        way: str,
+        work: Callable[[], object],
+        submodels: int,
+        masked: float | None = None,
+        **more: object,
+    ) -> None:
+        """Time the second of two calls; one that goes wrong is reported, and left out."""
+        with self._report.case("scoring"):
+            work()  # compiles, and fills caches
+            with PeakMemory(self._device) as peak:
+                start = synchronized_timer()
+                work()
+                seconds = (synchronized_timer() - start) / submodels
+            self._found[way, masked] = seconds
+            memory = "" if peak.bytes is None else f"  +{peak.bytes / 2**30:6.2f} GiB"
+            self._row(way, masked, seconds, memory, peak_bytes=peak.bytes, **more)
+        _free(self._device)
+
+    def _row(
+        self, way: str, masked: float | None, seconds: float, note: str = "", **more: object
+    ) -> None:
+        share = "any" if masked is None else f"{masked:.0%}"
+        self._report.add(
+            "scoring",
+            f"{self._shape.name:12} {self._tokens:6} tokens {share:>4} masked  {way:8} "
+            f"{1e3 * seconds:10.3f} ms{note}",
+            shape=self._shape.name, tokens=self._tokens, masked=masked, way=way, seconds=seconds,
+            submodels_per_second=1 / seconds, layers=len(self._model.model.layers), **more,
+        )  # fmt: skip
+
+    def _eager(self, keep: torch.Tensor) -> None:
+        self._model.set_attn_implementation("eager")
+        try:
+            for row in keep:
+                for sequence in self._text:
+                    _forward(self._model, self._layout, row[None], sequence[None])
+        finally:
+            self._model.set_attn_implementation("sdpa")
+
+    def _batched(self, keep: torch.Tensor) -> None:
+        for rows in self._text.split(self._rows):
+            _forward(self._model, self._layout, keep, rows)
+
+    def _sliced(self, keep: torch.Tensor, masked: float) -> None:
+        with self._report.case("scoring"):
+            start = synchronized_timer()
+            smaller = remove_units(self._model, self._layout, keep)
+            self._row("cutting", masked, synchronized_timer() - start)
+            # of the one sub-model as many rows as the others have together
+            text = self._text.repeat(self._together, 1)
+            self._attempt(
+                "sliced",
+                lambda: [_forward(smaller, None, None, rows) for rows in text.split(self._rows)],
+                self._together,
+                masked,
+            )
+        smaller = None
+        _free(self._device)
+
+    def _fused(self, route: str, keep: torch.Tensor, masked: float) -> None:
+        scorer = MaskScorer(self._model, layout=self._layout, engine="fused", route=route)
+        self._attempt(
+            *(route, lambda: scorer.score(keep, self._text), len(keep), masked),
+            memory_budget=scorer.memory_budget,
+            rates=scorer.rates,
+        )
+
+
+@torch.inference_mode()
+def _forward(
+    model: PreTrainedModel,
+    layout: Layout | None,
+    keep: torch.Tensor | None,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Losses of every sub-model on these rows, as one writes it without this package."""
+    handles = []
+    if layout is not None and keep is not None:
+        for block, kept in layout.keep_by_block(keep):
+            width = block.head_dim if isinstance(block, AttentionBlock) else 1
+            projection = model.get_submodule(block.output)
+            weight = projection.weight
+            columns = kept.to(weight.device).repeat_interleave(width, dim=1)
+            factor = columns.repeat_interleave(len(rows), dim=0)[:, None].to(weight.dtype)
+            handles.append(
+                projection.register_forward_pre_hook(lambda _, args, f=factor: (args[0] * f,))
+            )
+    try:
+        tokens = rows if keep is None else rows.repeat(len(keep), 1)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

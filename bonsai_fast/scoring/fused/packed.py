@@ -1,0 +1,247 @@
+"""Sub-layers without what no sub-model of a call keeps, and in an order that makes slices cheap.
+
+The sub-models of a round of pruning keep most units alike: those that were removed before are gone
+from all, and of the others only a few candidates differ. A packed sub-layer is a copy of what any
+of them keeps; of an MLP, with its candidates first, what all keep behind, and room at the end:
+
+    [candidates | fixed | room]
+
+Run as it is, it is a parent that was pruned before. A mask's own slice is what lies from `fixed`
+on, once its candidates are copied into the room: few rows, where another slice copies them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.scoring.fused.policy import Route, packing_pays
+from bonsai_fast.scoring.fused.structure import (
+    MLP,
+    Attention,
+    Projection,
+    Removed,
+    Structure,
+    SubLayer,
+)
+from bonsai_fast.scoring.fused.tree import MaskTree
+from bonsai_fast.scoring.fused.workspace import Workspace
+
+PACKING: tuple[Route, ...] = ("auto", "pack", "tail")
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """What of a sub-layer is packed.
+
+    Attributes:
+        parts: int64 [n], the parts that any sub-model keeps, candidates first.
+        candidates: how many of them are not kept by all.
+    """
+
+    parts: Tensor
+    candidates: int
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMLP(MLP):
+    """An MLP whose channels are packed.
+
+    Attributes:
+        candidates: its first channels; the others are kept by all sub-models.
+        buffers: "gate", "up" and "output" rows [n + candidates, D], biases likewise, room included.
+    """
+
+    candidates: int
+    buffers: Mapping[str, Tensor]
+
+
+def packed_slices(spec: PackedMLP, keep: Tensor) -> Iterator[tuple[Projection, Projection, Tensor]]:
+    """Gate, up and output rows of every mask in turn, each until the next one is asked for.
+
+    Args:
+        spec: the MLP.
+        keep: bool [N, n] on the CPU; the fixed channels are kept.
+    """
+    count, total = spec.candidates, spec.block.num_channels
+    for kept in keep:
+        index = kept[:count].nonzero().flatten()
+        for buffer in spec.buffers.values():
+            room = buffer[total : total + len(index)]
+            torch.index_select(buffer[:count], 0, index.to(buffer.device), out=room)
+        stop = total + len(index)
+        part = {name: buffer[count:stop] for name, buffer in spec.buffers.items()}
+        gate, up = (Projection(part[name], part.get(f"{name} bias")) for name in ("gate", "up"))
+        yield gate, up, part["output"]
+
+
+def slice_order(spec: Attention | MLP, kept: Tensor) -> Tensor:
+    """Kept parts in the order in which they lie in a slice: int64 [n].
+
+    Args:
+        spec: the sub-layer.
+        kept: bool [parts].
+    """
+    index = kept.nonzero().flatten()
+    if isinstance(spec, PackedMLP):
+        varies = index < spec.candidates
+        index = torch.cat([index[~varies], index[varies]])
+    return index
+
+
+class PackedTree(MaskTree):
+    """A tree whose masks are those of packed sub-layers.
+
+    Args:
+        tree: of the whole sub-layers.
+        packs: by depth.
+    """
+
+    def __init__(self, tree: MaskTree, packs: Mapping[int, Pack]) -> None:
+        vars(self).update(vars(tree))
+        self._packs = packs
+
+    def kept(self, depth: int, masks: Sequence[int]) -> Tensor:
+        """See `MaskTree.kept`; of the parts that are packed, in their order."""
+        found = super().kept(depth, masks)
+        pack = self._packs.get(depth)
+        return found if pack is None else found[:, pack.parts]
+
+
+class PackedSublayers(Sequence[SubLayer]):
+    """Sub-layers that are packed when they are asked for, until the next one is.
+
+    Args:
+        whole: the sub-layers.
+        packs: by depth; the others stay as they are.
+        workspace: holds the copies.
+        contiguous: whether output projections must be [D, columns] in memory, for kernels.
+    """
+
+    def __init__(
+        self,
+        whole: Sequence[SubLayer],
+        packs: Mapping[int, Pack],
+        workspace: Workspace,
+        *,
+        contiguous: bool,
+    ) -> None:
+        self._whole, self._packs = whole, packs
+        self._workspace, self._contiguous = workspace, contiguous
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __getitem__(self, depth):  # type: ignore[no-untyped-def]
+        spec, pack = self._whole[depth], self._packs.get(depth)
+        if pack is None or isinstance(spec, Removed):
+            return spec
+        if len(pack.parts) == 0:
+            return Removed(spec.output.bias)
+        return self._mlp(spec, pack) if isinstance(spec, MLP) else self._attention(spec, pack)
+
+    def _mlp(self, spec: MLP, pack: Pack) -> PackedMLP:
+        total, width = len(pack.parts), spec.norm.weight.shape[0]
+        sources = {"gate": spec.gate.weight, "up": spec.up.weight, "output": self._columns(spec)}
+        for name, projection in (("gate", spec.gate), ("up", spec.up)):
+            if projection.bias is not None:
+                sources[f"{name} bias"] = projection.bias[:, None]
+        buffers = {}
+        for name, source in sources.items():
+            buffers[name] = self._workspace(
+                f"packed {name}", total + pack.candidates, 1 if name.endswith("bias") else width
+            )
+            index = pack.parts.to(source.device)
+            torch.index_select(source, 0, index, out=buffers[name][:total])
+        buffers = {name: b[:, 0] if name.endswith("bias") else b for name, b in buffers.items()}
+        gate, up = (
+            Projection(
+                buffers[name][:total],
+                buffers[f"{name} bias"][:total] if f"{name} bias" in buffers else None,
+            )
+            for name in ("gate", "up")
+        )
+        output = Projection(buffers["output"][:total].t(), spec.output.bias)
+        block = replace(spec.block, num_channels=total)
+        return PackedMLP(
+            block=block, norm=spec.norm, gate=gate, up=up, output=output,
+            activation=spec.activation, activation_name=spec.activation_name,
+            candidates=pack.candidates, buffers=buffers,
+        )  # fmt: skip
+
+    def _attention(self, spec: Attention, pack: Pack) -> Attention:
+        width, heads = spec.block.head_dim, pack.parts
+        kv_of_kept = torch.tensor(spec.block.kv_of_head)[heads]
+        kv_heads, kv_of_head = kv_of_kept.unique(return_inverse=True)
+        output = self._blocks("attention output", self._columns(spec), heads, width).t()
+        return replace(
+            spec,
+            block=replace(spec.block, kv_of_head=tuple(kv_of_head.tolist())),
+            query=self._projection("query", spec.query, heads, width),
+            key=self._projection("key", spec.key, kv_heads, width),
+            value=self._projection("value", spec.value, kv_heads, width),
+            output=Projection(
+                output.contiguous() if self._contiguous else output, spec.output.bias
+            ),
+        )
+
+    def _columns(self, spec: Attention | MLP) -> Tensor:
+        """The output projection's columns as rows, which are copied fast."""
+        weight = spec.output.weight
+        rows = self._workspace("output columns", weight.shape[1], weight.shape[0])
+        return rows.copy_(weight.t())
+
+    def _projection(self, name: str, source: Projection, parts: Tensor, width: int) -> Projection:
+        bias = source.bias
+        if bias is not None:
+            bias = bias.view(-1, width)[parts.to(bias.device)].flatten()
+        return Projection(self._blocks(name, source.weight, parts, width), bias)
+
+    def _blocks(self, name: str, matrix: Tensor, parts: Tensor, width: int) -> Tensor:
+        blocks = matrix.contiguous().view(-1, width * matrix.shape[1])
+        copy = self._workspace(f"packed {name}", len(parts), blocks.shape[1])
+        torch.index_select(blocks, 0, parts.to(matrix.device), out=copy)
+        return copy.view(-1, matrix.shape[1])
+
+
+def packs_of(
+    tree: MaskTree, structure: Structure, route: Route, *, tokens: int, waves: int
+) -> dict[int, Pack]:
+    """Which sub-layers are worth packing in a call, and how; see `policy.packing_pays`.
+
+    Args:
+        tree: of the call's sub-models.
+        structure: the model.
+        route: what the user wants.
+        tokens: of all sequences.
+        waves: how many there are.
+    """
+    packs = {}
+    for depth, block in enumerate(structure.blocks):
+        if block is None or route not in PACKING:
+            continue
+        groups = [
+            tree.kept(depth, [mask for mask, _ in node.children]).any(dim=0)
+            for node in tree.nodes(depth, 0, tree.num_leaves)
+        ]
+        kept = torch.stack(groups)
+        used, common = kept.any(dim=0), tree.kept_by_all(depth)
+        sizes = kept.sum(dim=1).tolist()
+        shares = [size / kept.shape[1] for size in sizes]
+        is_attention = isinstance(block, AttentionBlock)
+        fixed = 0 if is_attention else int(common.sum())
+        used_share, fixed_share = int(used.sum()) / kept.shape[1], fixed / kept.shape[1]
+        if not packing_pays(route, shares, used_share, fixed_share, tokens, waves):
+            continue
+        if is_attention:
+            packs[depth] = Pack(used.nonzero().flatten(), 0)
+        else:
+            candidates = (used & ~common).nonzero().flatten()
+            packs[depth] = Pack(
+                torch.cat([candidates, common.nonzero().flatten()]), len(candidates)
+            )
+    return packs

@@ -1,0 +1,180 @@
+"""Packed sub-layers: what no sub-model of a call keeps costs nothing, and nobody notices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES
+from surgery_cases import tokens
+from transformers import PreTrainedModel
+
+import bonsai_fast as bf
+from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring.fused import wave as wave_module
+from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.operands import MLPOperands
+from bonsai_fast.scoring.fused.policy import choose, packing_pays
+from bonsai_fast.streaming import stream_layers
+from bonsai_fast.units import Layout
+
+ROUTES = ["pack", "tail", "auto"]
+
+
+def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
+    """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary."""
+    generator = torch.Generator().manual_seed(2)
+    draw = torch.rand(len(layout), generator=generator)
+    keep = (draw > 0.4).repeat(count, 1)
+    varies = draw > 0.8
+    keep[:, varies] = torch.rand(count, int(varies.sum()), generator=generator) < 0.5
+    keep[1] = keep[0]
+    # they part late, too
+    keep[2, : len(layout) // 2] = keep[0, : len(layout) // 2]
+    return keep
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models gain nothing: decide as if copies cost nothing."""
+    for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
+        monkeypatch.setattr(f"bonsai_fast.scoring.fused.policy.{cost}", 0.0)
+
+
+@pytest.mark.usefixtures("always", "poisoned_empty")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("family", ["llama3", "llama_bias", "qwen2", "qwen3", "gemma", "phi3"])
+def test_equals_hooks(family: str, route: str) -> None:
+    model, input_ids = FAMILIES[family](), tokens(3)
+    for attention in ("head", "kv_group"):
+        layout = Layout.of(model, attention=attention)
+        masks = round_masks(layout)
+        expected = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
+        scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
+        found = scorer.score(masks, input_ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        scorer.engine.kernels = True  # their plain versions
+        found = scorer.score(masks, input_ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("wave", "chunk"), [(1, 1), (4, 3), (1000, 1000)])
+def test_waves_and_chunks(
+    wave: int, chunk: int, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, input_ids = FAMILIES["llama3"](), tokens(3)
+    scorer = MaskScorer(model, engine="fused", route=route)
+    masks = round_masks(scorer.layout)
+    expected = MaskScorer(model, engine="hooks").score(masks, input_ids)
+    schedule = Schedule(wave, chunk, slices=True, packs=True)
+    monkeypatch.setattr(FusedWorkingSet, "schedule", lambda *_: schedule)
+    torch.testing.assert_close(scorer.score(masks, input_ids), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("route", ROUTES)
+def test_streamed_models_are_packed_as_well(route: str) -> None:
+    model = FAMILIES["llama3"]()
+    masks = round_masks(Layout.of(model))
+    expected = MaskScorer(model, route=route).score(masks, tokens())
+    streamed = stream_layers(FAMILIES["llama3"](), device="cpu")
+    assert torch.equal(bf.MaskScorer(streamed, route=route).score(masks, tokens()), expected)
+
+
+@pytest.mark.parametrize("route", ["pack", "tail"])
+def test_a_sublayer_that_nobody_keeps_is_skipped(route: str) -> None:
+    model = FAMILIES["llama_bias"]()
+    layout = Layout.of(model)
+    masks = round_masks(layout)
+    for group in layout.groups:
+        if (group.layer, group.kind) in ((0, "channel"), (1, "head")):
+            masks[:, group.start : group.stop] = False
+    expected = MaskScorer(model, engine="hooks").score(masks, tokens())
+    found = MaskScorer(model, route=route).score(masks, tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch):
+    """Score, and collect the widths of the MLPs that are computed."""
+
+    def collect(model: PreTrainedModel, masks: torch.Tensor, route: str) -> Counter[int]:
+        seen: Counter[int] = Counter()
+        inner = wave_module.inner
+
+        def counting(operands, *arguments, **options):
+            if isinstance(operands, MLPOperands):
+                seen[len(operands.output_rows)] += 1
+            return inner(operands, *arguments, **options)
+
+        scorer = MaskScorer(model, engine="fused", route=route)
+        monkeypatch.setattr(wave_module, "inner", counting)
+        scorer.score(masks, tokens(2))
+        monkeypatch.undo()
+        return seen
+
+    return collect
+
+
+def test_no_more_is_computed_than_anybody_keeps(widths) -> None:
+    """40 channels: 24 kept by all, 6 by some, 10 by none."""
+    model = FAMILIES["llama"]()
+    layout = Layout.of(model)
+    masks = torch.ones(3, len(layout), dtype=torch.bool)
+    for group in layout.groups:
+        if group.kind == "channel":
+            masks[:, group.start : group.start + 10] = False
+            for number in range(3):
+                masks[number, group.start + 10 + number] = False
+                masks[number, group.start + 13 + 2 * number] = False
+    masks[:, layout.groups[0].start] = torch.tensor([False, True, True])
+    assert set(widths(model, masks, "dense")) == {40}
+    assert set(widths(model, masks, "pack")) == {30}
+    # two sub-models share what flows into the first MLP, and together keep all candidates
+    assert widths(model, masks, "tail") == {28: 7, 30: 1}
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kept_by", ["some", "all", "none"])
+def test_a_poisoned_channel_spoils_only_those_that_keep_it(kept_by: str, route: str) -> None:
+    model, input_ids = FAMILIES["llama3"](), tokens()
+    layout = Layout.of(model)
+    masks = round_masks(layout)
+    group = next(g for g in layout.groups if g.layer == 1 and g.kind == "channel")
+    count = masks[:, group.start : group.stop].sum(dim=0)
+    wanted = {"some": (count > 0) & (count < 6), "all": count == 6, "none": count == 0}[kept_by]
+    channel = int(wanted.nonzero()[0])
+    spoilt = masks[:, group.start + channel]
+    clean = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[channel] = float("nan")
+    found = MaskScorer(model, layout=layout, route=route).score(masks, input_ids)
+    assert not torch.isfinite(found[spoilt]).any()
+    torch.testing.assert_close(found[~spoilt], clean[~spoilt], rtol=0, atol=1e-4)
+
+
+def test_policy_packs_where_that_is_cheaper() -> None:
+    """30 % gone from all, 5 % more from each: one copy for 16 sub-models, or none for one."""
+    kept, used, fixed = 0.66, 0.7, 0.63
+    assert packing_pays("auto", [kept] * 16, used, fixed, 512, 1)
+    assert not packing_pays("auto", [1.0] * 16, 1.0, 1.0, 4096, 1)
+    assert not packing_pays("auto", [kept] * 2, used, fixed, 4, 1)
+    assert choose("auto", kept / used, 4096, copied_share=0.05) == "slice"
+    assert choose("auto", kept / used, 128, copied_share=0.05) == "dense"
+    assert not packing_pays("dense", [kept] * 16, used, fixed, 4096, 1)
+    assert not packing_pays("pack", [0.9], 1.0, 0.5, 4096, 1)
+    assert packing_pays("tail", [0.9], 1.0, 0.5, 1, 1)
+
+
+def test_a_packed_sublayer_must_fit_into_the_budget() -> None:
+    scorer = MaskScorer(FAMILIES["llama3"](), engine="fused")
+    needs = FusedWorkingSet.of(scorer.layout, scorer.engine.nll, 12)
+    needs = replace(needs, logits=0, hidden=0)
+    assert needs.schedule(2**30).packs
+    both = needs.slices + needs.pack
+    assert not needs.schedule(2 * both - 2).packs and needs.schedule(2 * both - 2).slices
