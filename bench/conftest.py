@@ -24,6 +24,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Larger than any last-level cache.
 STREAM_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+# On a CPU these shapes of single operations say nothing that smaller and others do not.
+GPU_SHAPES = ("Phi-2", "Llama-3-8B")
 # Of a matrix product that is as fast as they get.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -48,6 +50,23 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["gpu"] = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
         machine_info["driver"] = subprocess.check_output(query, text=True).strip()
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict) -> None:
+    commit_info.pop("project", None)  # the folder's name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    # whole models say themselves what they need
+    left_out = [
+        item
+        for item in items
+        if item.path.name != "bench_latency.py" and any(name in item.name for name in GPU_SHAPES)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

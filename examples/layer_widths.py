@@ -121,7 +121,8 @@ def main() -> None:
         kept = int(mask[group.start : group.stop].sum())
         print(f"layer {group.layer:2d} {group.kind}: {kept} of {len(group)}")
     save_mask(arguments.output, scorer.layout, torch.from_numpy(mask))
-    print(f"{found.fun:.4f} nats per token after {found.nfev} sub-models; {arguments.output}")
+    scored = found.nfev * len(found.population)  # SciPy counts calls, one a generation
+    print(f"{found.fun:.4f} nats per token after {scored} sub-models; {arguments.output}")
 
 
 if __name__ == "__main__":
