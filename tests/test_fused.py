@@ -351,7 +351,7 @@ def test_without_room_for_slices_the_dense_route_is_taken(
     engine = scorer.engine
     assert isinstance(engine, FusedEngine)
     needs = replace(FusedWorkingSet.of(scorer.layout, engine.nll, 12), logits=0, hidden=0)
-    tight = needs.schedule(needs.mask + needs.layer + needs.state)
+    tight = needs.schedule(needs.fixed + needs.layer + needs.state)
     assert tight == Schedule(wave_rows=1, chunk_rows=1, slices=False)
     assert needs.schedule(2**30).slices
     monkeypatch.setattr(FusedWorkingSet, "schedule", lambda *_: tight)

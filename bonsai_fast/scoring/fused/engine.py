@@ -235,7 +235,7 @@ class FusedEngine:
         return read_structure(self.nll.model, self.layout)
 
     def _schedule(self, length: int) -> Schedule:
-        needs = FusedWorkingSet.of(self.layout, self.nll, length)
+        needs = FusedWorkingSet.of(self.layout, self.nll, length, low=self._low)
         schedule = needs.schedule(self._budget)
         if schedule is None:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bonsai_fast.scoring.fused.eight_bits import BLOCK_BYTES, block_rows
 from bonsai_fast.scoring.memory import LOGIT_SHARE, MAX_TOKENS, SAFETY
 from bonsai_fast.scoring.nll import SequenceNLL
 from bonsai_fast.units import Layout
@@ -38,7 +39,8 @@ class FusedWorkingSet:
         state: a row's residual stream.
         layer: what the widest sub-layer needs for a row at work.
         hidden: what the last norm and the LM head need for a row at work, logits left out.
-        mask: attention mask and rotary tables.
+        fixed: attention mask, rotary tables, and for products in 8 bits the weights of a sub-layer
+            and a block of rows.
         slices: sliced copies of the largest sub-layer.
         pack: a packed copy of it.
         logits: one chunk of logits.
@@ -48,15 +50,17 @@ class FusedWorkingSet:
     state: int
     layer: int
     hidden: int
-    mask: int
+    fixed: int
     slices: int
     pack: int
     logits: int
     max_chunk: int
 
     @classmethod
-    def of(cls, layout: Layout, nll: SequenceNLL, length: int) -> FusedWorkingSet:
-        """Estimate them for sequences of `length` tokens."""
+    def of(
+        cls, layout: Layout, nll: SequenceNLL, length: int, *, low: bool = False
+    ) -> FusedWorkingSet:
+        """Estimate them for sequences of `length` tokens; `low`: products are in 8 bits."""
         element, width = nll.head.weight.element_size(), nll.head.weight.shape[1]
         attention, mlp = layout.decoder.attention.values(), layout.decoder.mlp.values()
         query = max((block.num_heads * block.head_dim for block in attention), default=0)
@@ -74,11 +78,16 @@ class FusedWorkingSet:
             2 * (2 * query + 2 * key) if device == "cuda" else 3 * query + 2 * key,
             2 * 3 * channels if device == "cuda" else 4 * channels,
         )
+        fixed = length * (length + 4 * 4 * width)
+        if low:
+            fixed += width * max(2 * query + 2 * key, 3 * channels)
+            widest = max(width, query, channels)
+            fixed += block_rows(nll.head.weight.device) * widest * BLOCK_BYTES
         return cls(
             state=length * width * element,
             layer=int(SAFETY * length * per_token),
             hidden=int(SAFETY * length * (element * 3 + 4) * width),
-            mask=int(SAFETY * length * (length + 4 * 4 * width)),
+            fixed=int(SAFETY * fixed),
             slices=int(SAFETY * element * largest),
             # room for candidates included, the output projection's columns once more
             pack=int(SAFETY * element * width * max(3 * query + 2 * key, 7 * channels)),
@@ -96,9 +105,9 @@ class FusedWorkingSet:
         )
 
     def _schedule(self, budget: int, slices: int) -> Schedule | None:
-        room = budget - self.mask - slices
+        room = budget - self.fixed - slices
         chunk = max(1, min(self.max_chunk, int(CHUNK_SHARE * room) // self.layer))
-        at_work = max(self.mask + slices + chunk * self.layer, self.logits + chunk * self.hidden)
+        at_work = max(self.fixed + slices + chunk * self.layer, self.logits + chunk * self.hidden)
         wave = (budget - at_work) // self.state
         return Schedule(wave, chunk, slices > 0, slices > self.slices) if wave > 0 else None
 
@@ -106,4 +115,4 @@ class FusedWorkingSet:
     def least_budget(self) -> int:
         """The smallest budget in which a row fits, chunks of logits being what they are."""
         head = max(self.hidden / (1 - LOGIT_SHARE), self.logits / LOGIT_SHARE)
-        return math.ceil(self.state + max(self.mask + self.layer, head))
+        return math.ceil(self.state + max(self.fixed + self.layer, head))

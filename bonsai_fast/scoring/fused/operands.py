@@ -4,10 +4,12 @@ of what many masks keep."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from bonsai_fast.scoring.fused.eight_bits import Weight
 from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
@@ -15,7 +17,7 @@ from bonsai_fast.scoring.fused.workspace import Workspace
 
 @dataclass(frozen=True, eq=False)
 class AttentionOperands:
-    """Weights of the heads that are computed.
+    """Weights of the heads that are computed; valid, as what is made of them, while these exist.
 
     Attributes:
         spec: the whole sub-layer.
@@ -30,6 +32,17 @@ class AttentionOperands:
     value: Projection
     output_rows: Tensor
     kv_of_head: tuple[int, ...]
+
+    @cached_property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        """Query, key and value as right sides of products."""
+        query, key, value = self.query.weight, self.key.weight, self.value.weight
+        return Weight(query.t()), Weight(key.t()), Weight(value.t())
+
+    @cached_property
+    def output(self) -> Weight:
+        """The output projection, likewise."""
+        return Weight(self.output_rows)
 
     @property
     def columns(self) -> int:
@@ -47,7 +60,7 @@ class AttentionOperands:
 
 @dataclass(frozen=True, eq=False)
 class MLPOperands:
-    """Weights of the channels that are computed.
+    """Weights of the channels that are computed; valid, as those of heads, while these exist.
 
     Attributes:
         spec: the whole sub-layer.
@@ -59,6 +72,16 @@ class MLPOperands:
     gate: Projection
     up: Projection
     output_rows: Tensor
+
+    @cached_property
+    def weights(self) -> tuple[Weight, Weight]:
+        """Gate and up as right sides of products."""
+        return Weight(self.gate.weight.t()), Weight(self.up.weight.t())
+
+    @cached_property
+    def output(self) -> Weight:
+        """The output projection, likewise."""
+        return Weight(self.output_rows)
 
     @property
     def columns(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bonsai_fast import ops
 from bonsai_fast.scoring.fused.attention import attention
+from bonsai_fast.scoring.fused.eight_bits import Weight
 from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands import AttentionOperands, MLPOperands, Operands
 from bonsai_fast.scoring.fused.positions import Positions
@@ -98,7 +101,7 @@ def project_out(
     if isinstance(operands, GatherOperands):
         return operands.project_out(inputs)
     flat = out.view(-1, out.shape[-1])
-    multiply(inputs.view(-1, inputs.shape[-1]), operands.output_rows, flat)
+    multiply(inputs.view(-1, inputs.shape[-1]), [(operands.output, flat)])
     bias = operands.spec.output.bias
     if bias is not None:
         flat.add_(bias)
@@ -106,22 +109,27 @@ def project_out(
 
 
 def _project(
-    name: str, projection: Projection, inputs: Tensor, workspace: Workspace, multiply: Multiply
-) -> Tensor:
-    rows, length, width = inputs.shape
-    out = workspace(name, rows, length, len(projection.weight))
-    flat = out.view(rows * length, -1)
-    multiply(inputs.view(-1, width), projection.weight.t(), flat)
-    if projection.bias is not None:
-        flat.add_(projection.bias)
-    return out
+    projections: Sequence[Projection],
+    weights: Sequence[Weight],
+    inputs: Tensor,
+    outs: Sequence[Tensor],
+    multiply: Multiply,
+) -> None:
+    """The same inputs [R, T, D] by several projections, into [R * T, columns] each."""
+    multiply(inputs.view(-1, inputs.shape[-1]), list(zip(weights, outs, strict=True)))
+    for projection, out in zip(projections, outs, strict=True):
+        if projection.bias is not None:
+            out.add_(projection.bias)
 
 
 def _gated(
     operands: MLPOperands, normed: Tensor, workspace: Workspace, multiply: Multiply
 ) -> Tensor:
-    gate = _project("first", operands.gate, normed, workspace, multiply)
-    up = _project("second", operands.up, normed, workspace, multiply)
+    rows, length, _ = normed.shape
+    shape = (rows, length, len(operands.gate.weight))
+    gate, up = workspace("first", *shape), workspace("second", *shape)
+    halves = (gate.flatten(0, 1), up.flatten(0, 1))
+    _project((operands.gate, operands.up), operands.weights, normed, halves, multiply)
     if isinstance(operands.spec.activation, nn.SiLU):
         F.silu(gate, inplace=True)
     else:
@@ -137,14 +145,11 @@ def _gated_and_masked(
     workspace: Workspace,
     multiply: Multiply,
 ) -> Tensor:
-    rows, length, width = normed.shape
+    rows, length, _ = normed.shape
     channels = len(operands.gate.weight)
     gate_up = workspace("gate and up", rows * length, 2 * channels)
-    halves = zip((operands.gate, operands.up), gate_up.split(channels, dim=1), strict=True)
-    for projection, half in halves:
-        multiply(normed.view(-1, width), projection.weight.t(), half)
-        if projection.bias is not None:
-            half.add_(projection.bias)
+    halves = gate_up.split(channels, dim=1)
+    _project((operands.gate, operands.up), operands.weights, normed, halves, multiply)
     if masks is None:
         keep = torch.ones(1, channels, dtype=torch.bool, device=normed.device)
         mask_of_token = torch.zeros(rows * length, dtype=torch.int32, device=normed.device)
@@ -164,10 +169,10 @@ def _attend(
 ) -> Tensor:
     spec = operands.spec
     rows, length, _ = normed.shape
-    shape = (rows, length, -1, spec.block.head_dim)
-    query = _project("second", operands.query, normed, workspace, multiply).view(shape)
-    key = _project("key", operands.key, normed, workspace, multiply).view(shape)
-    value = _project("value", operands.value, normed, workspace, multiply).view(shape)
+    parts = {"second": operands.query, "key": operands.key, "value": operands.value}
+    outs = [workspace(name, rows * length, len(part.weight)) for name, part in parts.items()]
+    _project(list(parts.values()), operands.weights, normed, outs, multiply)
+    query, key, value = (out.view(rows, length, -1, spec.block.head_dim) for out in outs)
     if spec.query_norm is not None:
         query = normalize(spec.query_norm, query, workspace, "normed query", kernels=kernels)
     if spec.key_norm is not None:

@@ -1,28 +1,23 @@
-"""Matrix products of a sub-layer: in the model's dtype, or in 8 bits with scales.
-
-Rows of the left side and columns of the right side each have a scale of their own, so that one
-token's outlier costs the others nothing:
-
-    a ~ s_a q_a,  b ~ q_b s_b,  a b ~ s_a (q_a q_b) s_b
-"""
+"""How the matrix products of a sub-layer are taken: in the model's dtype, or in 8 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Precision = Literal["full", "int8", "fp8"]
-# a [M, K], b [K, N], out [M, N]: out = a b
-Multiply = Callable[[Tensor, Tensor, Tensor], None]
+from bonsai_fast.scoring.fused.eight_bits import FP8, Weight, blocks, quantized
 
-INT8_MAX = 127.0
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+Precision = Literal["full", "int8", "fp8"]
+# b [K, N] and where to put a b, [M, N]
+Pair = tuple[Weight, Tensor]
+# a [M, K] by every b
+Multiply = Callable[[Tensor, Sequence[Pair]], None]
+
 # what tensor cores take on CUDA: sizes are multiples of these, and more rows than the last
-CUDA_MULTIPLE = {"int8": 8, "fp8": 16}
+CUDA_MULTIPLE = {torch.int8: 8, FP8: 16}
 MIN_CUDA_ROWS = 17
 # first compute capability that has the products
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
@@ -51,61 +46,54 @@ def products(precision: Precision, device: torch.device) -> Multiply:
     return int8 if precision == "int8" else fp8
 
 
-def full(a: Tensor, b: Tensor, out: Tensor) -> None:
+def full(a: Tensor, pairs: Sequence[Pair]) -> None:
     """In the dtype of the operands."""
-    torch.mm(a, b, out=out)
+    for weight, out in pairs:
+        torch.mm(a, weight.matrix, out=out)
 
 
-def int8(a: Tensor, b: Tensor, out: Tensor) -> None:
+def int8(a: Tensor, pairs: Sequence[Pair]) -> None:
     """By 8-bit integers and 32-bit sums; shapes that the device does not take in full precision."""
-    if not _fits(a, b, "int8"):
-        return full(a, b, out)
-    left, left_scale = quantized(a, 1, torch.int8)
-    right, right_scale = quantized(b.t(), 1, torch.int8)
-    sums = torch._int_mm(left, right.t()).float()
-    out.copy_(sums.mul_(left_scale).mul_(right_scale.t()))
-    return None
+    _in_8_bits(a, pairs, torch.int8, _int8_product)
 
 
-def fp8(a: Tensor, b: Tensor, out: Tensor) -> None:
+def fp8(a: Tensor, pairs: Sequence[Pair]) -> None:
     """By e4m3 floats; shapes that the device does not take in full precision."""
-    if not _fits(a, b, "fp8"):
-        return full(a, b, out)
-    left, left_scale = quantized(a, 1, FP8)
-    right, right_scale = quantized(b.t(), 1, FP8)
+    _in_8_bits(a, pairs, FP8, _fp8_product)
+
+
+# rows [R, K] with scales [R, 1], rows [N, K] with scales [N, 1] -> [R, N]
+_Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _in_8_bits(a: Tensor, pairs: Sequence[Pair], dtype: torch.dtype, product: _Product) -> None:
+    full(a, [(weight, out) for weight, out in pairs if not _fits(a, weight.matrix, dtype)])
+    fitting = [(weight, out) for weight, out in pairs if _fits(a, weight.matrix, dtype)]
+    for rows in blocks(len(a), a.device) if fitting else ():
+        left = quantized(a[rows], dtype)
+        for weight, out in fitting:
+            out[rows] = product(*left, *weight.quantized(dtype))
+
+
+def _int8_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
+    sums = torch._int_mm(left, right.t()).float()
+    return sums.mul_(left_scale).mul_(right_scale.t())
+
+
+def _fp8_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
     # rows scaled one by one come out in bfloat16 alone
-    found = torch._scaled_mm(
+    found: Tensor = torch._scaled_mm(
         left,
         right.t(),
         scale_a=left_scale,
         scale_b=right_scale.t(),
         out_dtype=torch.bfloat16,
     )
-    out.copy_(found)
-    return None
+    return found
 
 
-def quantized(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An 8-bit copy, contiguous, and the float32 scales that it must be multiplied by.
-
-    Args:
-        x: [R, C]; what is not finite gives scales that are not.
-        dim: along which a scale reaches.
-        dtype: int8 or float8_e4m3fn.
-    """
-    most = INT8_MAX if dtype == torch.int8 else FP8_MAX
-    wide = x.float().contiguous()
-    scale = wide.abs().amax(dim=dim, keepdim=True).div_(most)
-    scale.masked_fill_(scale == 0, 1.0)
-    wide = wide / scale
-    if dtype == torch.int8:
-        wide = wide.round_()
-    # NaN has no place in an integer; the scale carries it
-    return wide.nan_to_num_(0.0).clamp_(-most, most).to(dtype), scale
-
-
-def _fits(a: Tensor, b: Tensor, precision: Literal["int8", "fp8"]) -> bool:
+def _fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     if a.device.type != "cuda":
         return True
-    multiple = CUDA_MULTIPLE[precision]
+    multiple = CUDA_MULTIPLE[dtype]
     return len(a) >= MIN_CUDA_ROWS and a.shape[1] % multiple == 0 and b.shape[1] % multiple == 0

@@ -90,6 +90,7 @@ class _Step:
     def advance(self, nodes: list[Node]) -> None:
         """Nodes whose sub-models part here one by one; of the others, those of one mask together,
         or all that run densely, or all that are gathered."""
+        whole_weights = dense(self.sublayer)
         slots_of_mask: dict[int, list[int]] = defaultdict(list)
         copies: list[tuple[Tensor, Callable[[Operands], None]]] = []
         for node in nodes:
@@ -105,7 +106,7 @@ class _Step:
             elif route == "gather":
                 self._fork(node, kept[:, union], self._gathering.operands(union[None], None))
             else:
-                self._fork(node, kept, dense(self.sublayer))
+                self._fork(node, kept, whole_weights)
         masks = list(slots_of_mask)
         sizes = self._kept(masks).sum(dim=1).tolist()
         whole: list[tuple[int, int]] = []
@@ -124,7 +125,9 @@ class _Step:
                 gathered += [(slot, mask) for slot in slots]
             else:
                 whole += [(slot, mask if size < self._num_parts else WHOLE) for slot in slots]
-        self._run(sorted(whole), dense(self.sublayer))
+        self._run(sorted(whole), whole_weights)
+        # what was made of them makes room for what is made of copies
+        del whole_weights
         self._run(gathered, None)
         if copies:
             self._run_copies(copies)
