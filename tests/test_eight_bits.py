@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused import eight_bits
-from bonsai_fast.scoring.fused.eight_bits import Weight, blocks
+from bonsai_fast.scoring.fused.eight_bits import Scaled, blocks
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.products import Pair, int8
+from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.streaming import stream_layers
 from bonsai_fast.units import Layout
 
@@ -29,7 +30,7 @@ ROUTES = ["dense", "slice", "pack", "tail", "auto"]
 CPU = torch.device("cpu")
 
 
-def anew(a: torch.Tensor, pairs: list[Pair]) -> None:
+def anew(a: torch.Tensor, pairs: list[Pair], _: Workspace) -> None:
     """int8 products, written down as they are meant."""
 
     def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,15 +135,14 @@ class Copies:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
-    found, quantized = Copies(), eight_bits.quantized
+    found, quantize = Copies(), eight_bits.quantize
 
-    def noting(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        copy, scale = quantized(x, dtype)
+    def noting(x: torch.Tensor, copy: torch.Tensor, workspace: Workspace) -> Scaled:
         found.note(x, copy)
-        return copy, scale
+        return quantize(x, copy, workspace)
 
     # `products` has its own name for it, by which it makes the left sides
-    monkeypatch.setattr(eight_bits, "quantized", noting)
+    monkeypatch.setattr(eight_bits, "quantize", noting)
     return found
 
 
@@ -152,10 +152,10 @@ def test_a_weight_is_quantised_once_a_wave(copies: Copies) -> None:
     scorer = scorer_of(tiny_llama(), "dense")
     products = 0
 
-    def counting(a: torch.Tensor, pairs: list[Pair]) -> None:
+    def counting(a: torch.Tensor, pairs: list[Pair], workspace: Workspace) -> None:
         nonlocal products
         products += len(pairs)
-        int8(a, pairs)
+        int8(a, pairs, workspace)
 
     scorer.engine._multiply = counting
     scorer.score(round_masks(scorer.layout), tokens(3))
@@ -209,12 +209,3 @@ def test_blocks_cover_all_rows_in_even_parts(rows: int, monkeypatch: pytest.Monk
     assert [row for each in found for row in range(rows)[each]] == list(range(rows))
     sizes = [each.stop - each.start for each in found]
     assert len(sizes) == -(-rows // 7) and max(sizes, default=0) - min(sizes, default=0) <= 1
-
-
-def test_an_input_is_not_written_to() -> None:
-    """It is in float32 already: working in its place would need no copy."""
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    before = x.clone()
-    eight_bits.quantized(x, torch.int8)
-    Weight(x).quantized(torch.int8)
-    assert torch.equal(x, before)

@@ -13,8 +13,9 @@ from tiny import save_tiny_parent
 from bonsai_fast.prune import main
 from bonsai_fast.scoring import MaskScorer, PrecisionCheck, check_precision
 from bonsai_fast.scoring.fused import products as module
-from bonsai_fast.scoring.fused.eight_bits import FP8, Weight, quantized
+from bonsai_fast.scoring.fused.eight_bits import FP8, Weight, quantize
 from bonsai_fast.scoring.fused.products import fp8, int8, products
+from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.units import Layout
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def matrices(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def test_quantized_rows_are_as_near_as_8_bits_are(dtype: torch.dtype) -> None:
     a, _ = matrices(torch.float32)
     a[3] = 0.0
-    small, scale = quantized(a, dtype)
+    small, scale = quantize(a, torch.empty(a.shape, dtype=dtype), Workspace(a))
     assert small.dtype == dtype and small.is_contiguous() and scale.shape == (37, 1)
     error = (small.float() * scale - a).abs() / a.abs().amax(dim=1, keepdim=True).clamp_min(1e-9)
     assert float(error.max()) <= (0.5 / 127 if dtype == torch.int8 else 2**-4) + 1e-6
@@ -47,7 +48,7 @@ def test_int8_products(dtype: torch.dtype) -> None:
     exact = a.double() @ b.double()
     for right in (b, b.t().contiguous().t()):
         out = torch.empty(37, 29, dtype=dtype)
-        int8(a, [(Weight(right), out)])
+        int8(a, [(Weight(right), out)], Workspace(a))
         error = (out.double() - exact).abs() / (
             a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
         )
@@ -58,9 +59,9 @@ def test_int8_products(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_stays_in_its_row_and_column(poison: float) -> None:
     a, b = matrices(torch.float32)
     clean, out = torch.empty(37, 29), torch.empty(37, 29)
-    int8(a, [(Weight(b), clean)])
+    int8(a, [(Weight(b), clean)], Workspace(a))
     a[5, 7], b[3, 11] = poison, poison
-    int8(a, [(Weight(b), out)])
+    int8(a, [(Weight(b), out)], Workspace(a))
     assert not torch.isfinite(out[5]).any() and not torch.isfinite(out[:, 11]).any()
     rest = torch.ones(37, 29, dtype=torch.bool)
     rest[5], rest[:, 11] = False, False
@@ -81,7 +82,7 @@ def test_fp8_products_are_handed_to_the_gpu_as_it_wants_them(
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     a, b = matrices(torch.float32)
     out = torch.empty(37, 29)
-    fp8(a, [(Weight(b), out)])
+    fp8(a, [(Weight(b), out)], Workspace(a))
     error = (out - a @ b).abs() / (a.norm(dim=1)[:, None] * b.norm(dim=0))
     assert 0 < float(error.max()) < 0.05
 

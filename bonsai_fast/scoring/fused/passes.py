@@ -86,7 +86,11 @@ def inner(
 
 
 def project_out(
-    operands: Operands, inputs: Tensor, out: Tensor, multiply: Multiply = full
+    operands: Operands,
+    inputs: Tensor,
+    out: Tensor,
+    workspace: Workspace,
+    multiply: Multiply = full,
 ) -> Tensor:
     """The output projection.
 
@@ -94,14 +98,14 @@ def project_out(
         operands: weights.
         inputs: [R, T, columns], contiguous.
         out: [R, T, D], contiguous, may be overwritten.
-        multiply: as in `inner`.
+        workspace, multiply: as in `inner`.
     Returns:
         [R, T, D], contiguous; `out`, or a new tensor.
     """
     if isinstance(operands, GatherOperands):
         return operands.project_out(inputs)
     flat = out.view(-1, out.shape[-1])
-    multiply(inputs.view(-1, inputs.shape[-1]), [(operands.output, flat)])
+    multiply(inputs.view(-1, inputs.shape[-1]), [(operands.output, flat)], workspace)
     bias = operands.spec.output.bias
     if bias is not None:
         flat.add_(bias)
@@ -113,10 +117,11 @@ def _project(
     weights: Sequence[Weight],
     inputs: Tensor,
     outs: Sequence[Tensor],
+    workspace: Workspace,
     multiply: Multiply,
 ) -> None:
     """The same inputs [R, T, D] by several projections, into [R * T, columns] each."""
-    multiply(inputs.view(-1, inputs.shape[-1]), list(zip(weights, outs, strict=True)))
+    multiply(inputs.view(-1, inputs.shape[-1]), list(zip(weights, outs, strict=True)), workspace)
     for projection, out in zip(projections, outs, strict=True):
         if projection.bias is not None:
             out.add_(projection.bias)
@@ -129,7 +134,7 @@ def _gated(
     shape = (rows, length, len(operands.gate.weight))
     gate, up = workspace("first", *shape), workspace("second", *shape)
     halves = (gate.flatten(0, 1), up.flatten(0, 1))
-    _project((operands.gate, operands.up), operands.weights, normed, halves, multiply)
+    _project((operands.gate, operands.up), operands.weights, normed, halves, workspace, multiply)
     if isinstance(operands.spec.activation, nn.SiLU):
         F.silu(gate, inplace=True)
     else:
@@ -149,7 +154,7 @@ def _gated_and_masked(
     channels = len(operands.gate.weight)
     gate_up = workspace("gate and up", rows * length, 2 * channels)
     halves = gate_up.split(channels, dim=1)
-    _project((operands.gate, operands.up), operands.weights, normed, halves, multiply)
+    _project((operands.gate, operands.up), operands.weights, normed, halves, workspace, multiply)
     if masks is None:
         keep = torch.ones(1, channels, dtype=torch.bool, device=normed.device)
         mask_of_token = torch.zeros(rows * length, dtype=torch.int32, device=normed.device)
@@ -171,7 +176,7 @@ def _attend(
     rows, length, _ = normed.shape
     parts = {"second": operands.query, "key": operands.key, "value": operands.value}
     outs = [workspace(name, rows * length, len(part.weight)) for name, part in parts.items()]
-    _project(list(parts.values()), operands.weights, normed, outs, multiply)
+    _project(list(parts.values()), operands.weights, normed, outs, workspace, multiply)
     query, key, value = (out.view(rows, length, -1, spec.block.head_dim) for out in outs)
     if spec.query_norm is not None:
         query = normalize(spec.query_norm, query, workspace, "normed query", kernels=kernels)

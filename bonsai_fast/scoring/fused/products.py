@@ -8,13 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bonsai_fast.scoring.fused.eight_bits import FP8, Weight, blocks, quantized
+from bonsai_fast.scoring.fused.eight_bits import (
+    FP8,
+    Scaled,
+    Weight,
+    blocks,
+    fp8_product,
+    int8_product,
+    quantize,
+)
+from bonsai_fast.scoring.fused.workspace import Workspace
 
 Precision = Literal["full", "int8", "fp8"]
 # b [K, N] and where to put a b, [M, N]
 Pair = tuple[Weight, Tensor]
-# a [M, K] by every b
-Multiply = Callable[[Tensor, Sequence[Pair]], None]
+# a [M, K] by every b; what lies between is put into the workspace
+Multiply = Callable[[Tensor, Sequence[Pair], Workspace], None]
 
 # what tensor cores take on CUDA: sizes are multiples of these, and more rows than the last
 CUDA_MULTIPLE = {torch.int8: 8, FP8: 16}
@@ -46,50 +55,37 @@ def products(precision: Precision, device: torch.device) -> Multiply:
     return int8 if precision == "int8" else fp8
 
 
-def full(a: Tensor, pairs: Sequence[Pair]) -> None:
+def full(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
     """In the dtype of the operands."""
     for weight, out in pairs:
         torch.mm(a, weight.matrix, out=out)
 
 
-def int8(a: Tensor, pairs: Sequence[Pair]) -> None:
+def int8(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
     """By 8-bit integers and 32-bit sums; shapes that the device does not take in full precision."""
-    _in_8_bits(a, pairs, torch.int8, _int8_product)
+    _in_8_bits(a, pairs, workspace, torch.int8, int8_product)
 
 
-def fp8(a: Tensor, pairs: Sequence[Pair]) -> None:
+def fp8(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
     """By e4m3 floats; shapes that the device does not take in full precision."""
-    _in_8_bits(a, pairs, FP8, _fp8_product)
+    _in_8_bits(a, pairs, workspace, FP8, fp8_product)
 
 
-# rows [R, K] with scales [R, 1], rows [N, K] with scales [N, 1] -> [R, N]
-_Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _in_8_bits(a: Tensor, pairs: Sequence[Pair], dtype: torch.dtype, product: _Product) -> None:
-    full(a, [(weight, out) for weight, out in pairs if not _fits(a, weight.matrix, dtype)])
-    fitting = [(weight, out) for weight, out in pairs if _fits(a, weight.matrix, dtype)]
+def _in_8_bits(
+    a: Tensor,
+    pairs: Sequence[Pair],
+    workspace: Workspace,
+    dtype: torch.dtype,
+    product: Callable[[Scaled, Scaled, Tensor, Workspace], None],
+) -> None:
+    full(a, [pair for pair in pairs if not _fits(a, pair[0].matrix, dtype)], workspace)
+    fitting = [pair for pair in pairs if _fits(a, pair[0].matrix, dtype)]
+    rights = [weight.scaled(dtype, workspace) for weight, _ in fitting]
     for rows in blocks(len(a), a.device) if fitting else ():
-        left = quantized(a[rows], dtype)
-        for weight, out in fitting:
-            out[rows] = product(*left, *weight.quantized(dtype))
-
-
-def _int8_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
-    sums = torch._int_mm(left, right.t()).float()
-    return sums.mul_(left_scale).mul_(right_scale.t())
-
-
-def _fp8_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
-    # rows scaled one by one come out in bfloat16 alone
-    found: Tensor = torch._scaled_mm(
-        left,
-        right.t(),
-        scale_a=left_scale,
-        scale_b=right_scale.t(),
-        out_dtype=torch.bfloat16,
-    )
-    return found
+        block = a[rows]
+        left = quantize(block, workspace("block in 8 bits", *block.shape, dtype=dtype), workspace)
+        for right, (_, out) in zip(rights, fitting, strict=True):
+            product(left, right, out[rows], workspace)
 
 
 def _fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

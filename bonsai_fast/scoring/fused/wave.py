@@ -175,7 +175,7 @@ class _Step:
         masked = self.wave.workspace("second", count, rows, length, width)
         torch.where(removed[:, None, None], inputs.new_zeros(()), inputs, out=masked)
         out = self._out(count * rows)
-        changes = project_out(operands, masked.flatten(0, 1), out, self.wave.multiply)
+        changes = self._project_out(operands, masked.flatten(0, 1), out)
         return changes.view(count, *inputs.shape[:2], -1)
 
     def _run(self, nodes: list[tuple[int, int]], operands: Operands | None) -> None:
@@ -199,7 +199,7 @@ class _Step:
             weights = self._gathered(masks) if operands is None else operands
             on_rows = None if table is None else table.of_rows(masks)
             inputs = self._inner(weights, source, on_rows)
-            source.add_(project_out(weights, inputs, self._out(len(chunk)), wave.multiply))
+            source.add_(self._project_out(weights, inputs, self._out(len(chunk))))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
 
@@ -210,6 +210,9 @@ class _Step:
             multiply=wave.multiply,
             kernels=wave.kernels,
         )
+
+    def _project_out(self, operands: Operands, inputs: Tensor, out: Tensor) -> Tensor:
+        return project_out(operands, inputs, out, self.wave.workspace, self.wave.multiply)
 
     @property
     def _gathering(self) -> Bank:
