@@ -9,6 +9,8 @@ import pytest
 import torch
 from families import FAMILIES
 from surgery_cases import tokens
+from test_fused_ops import OpCalls
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import bonsai_fast as bf
@@ -18,13 +20,17 @@ from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.operands import MLPOperands
 from bonsai_fast.scoring.fused.policy import choose, packing_pays
 from bonsai_fast.streaming import stream_layers
+from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
-ROUTES = ["pack", "tail", "auto"]
+ROUTES = ["pack", "tail", "split", "auto"]
 
 
-def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
-    """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary."""
+def round_masks(layout: Layout, count: int = 7) -> torch.Tensor:
+    """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary.
+
+    In layer 2, a sub-model keeps all candidates, another none, and the last one no MLP at all.
+    """
     generator = torch.Generator().manual_seed(2)
     draw = torch.rand(len(layout), generator=generator)
     keep = (draw > 0.4).repeat(count, 1)
@@ -33,20 +39,24 @@ def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
     keep[1] = keep[0]
     # they part late, too
     keep[2, : len(layout) // 2] = keep[0, : len(layout) // 2]
+    last = slice(layout.groups[-1].start, layout.groups[-1].stop)
+    keep[3, last], keep[4, last] = draw[last] > 0.4, (draw[last] > 0.4) & ~varies[last]
+    keep[6, last] = False
     return keep
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models gain nothing: decide as if copies cost nothing."""
+    """Tiny models gain nothing: decide as if copies cost nothing, and narrow products little."""
     for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
         monkeypatch.setattr(f"bonsai_fast.scoring.fused.policy.{cost}", 0.0)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 4)
 
 
 @pytest.mark.usefixtures("always", "poisoned_empty")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", ["llama3", "llama_bias", "qwen2", "qwen3", "gemma", "phi3"])
-def test_equals_hooks(family: str, route: str) -> None:
+def test_equals_hooks_and_the_pruned_model(family: str, route: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(3)
     for attention in ("head", "kv_group"):
         layout = Layout.of(model, attention=attention)
@@ -55,6 +65,11 @@ def test_equals_hooks(family: str, route: str) -> None:
         scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
         found = scorer.score(masks, input_ids)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        smaller = remove_units(model, layout, masks[0])
+        with torch.no_grad():
+            logits = smaller(input_ids=input_ids).logits[:, :-1].transpose(1, 2)
+        losses = F.cross_entropy(logits, input_ids[:, 1:], reduction="none").mean(1)
+        torch.testing.assert_close(found[0], losses, rtol=0, atol=1e-4)
         scorer.engine.kernels = True  # their plain versions
         found = scorer.score(masks, input_ids)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -85,7 +100,7 @@ def test_streamed_models_are_packed_as_well(route: str) -> None:
     assert torch.equal(bf.MaskScorer(streamed, route=route).score(masks, tokens()), expected)
 
 
-@pytest.mark.parametrize("route", ["pack", "tail"])
+@pytest.mark.parametrize("route", ["pack", "tail", "split"])
 def test_a_sublayer_that_nobody_keeps_is_skipped(route: str) -> None:
     model = FAMILIES["llama_bias"]()
     layout = Layout.of(model)
@@ -147,8 +162,9 @@ def test_a_poisoned_channel_spoils_only_those_that_keep_it(kept_by: str, route: 
     masks = round_masks(layout)
     group = next(g for g in layout.groups if g.layer == 1 and g.kind == "channel")
     count = masks[:, group.start : group.stop].sum(dim=0)
-    wanted = {"some": (count > 0) & (count < 6), "all": count == 6, "none": count == 0}[kept_by]
-    channel = int(wanted.nonzero()[0])
+    most = len(masks)
+    wanted = {"some": (count > 0) & (count < most), "all": count == most, "none": count == 0}
+    channel = int(wanted[kept_by].nonzero()[0])
     spoilt = masks[:, group.start + channel]
     clean = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
     with torch.no_grad():
@@ -169,6 +185,11 @@ def test_policy_packs_where_that_is_cheaper() -> None:
     assert not packing_pays("dense", [kept] * 16, used, fixed, 4096, 1)
     assert not packing_pays("pack", [0.9], 1.0, 0.5, 4096, 1)
     assert packing_pays("tail", [0.9], 1.0, 0.5, 1, 1)
+    assert packing_pays("split", [0.9], 1.0, 0.5, 1, 1)
+    assert packing_pays("split", [0.5], 0.5, 0.5, 1, 1)
+    # nothing is gone from all, and all or nothing is a candidate
+    assert not packing_pays("split", [0.9], 1.0, 0.0, 1, 1)
+    assert not packing_pays("split", [1.0], 1.0, 1.0, 1, 1)
 
 
 def test_a_packed_sublayer_must_fit_into_the_budget() -> None:
