@@ -12,10 +12,13 @@ from surgery_cases import tokens
 from test_fused_ops import OpCalls
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 import bonsai_fast as bf
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring.fused import split as split_module
 from bonsai_fast.scoring.fused import wave as wave_module
+from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.operands import MLPOperands
 from bonsai_fast.scoring.fused.policy import choose, packing_pays
@@ -151,6 +154,112 @@ def test_no_more_is_computed_than_anybody_keeps(widths) -> None:
     assert set(widths(model, masks, "pack")) == {30}
     # two sub-models share what flows into the first MLP, and together keep all candidates
     assert widths(model, masks, "tail") == {28: 7, 30: 1}
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch):
+    """Score by route split, and collect (rows, channels) of every product for what all keep, and
+    what each launch for candidates gathers: rows and channels of every mask in it."""
+
+    def collect(model: PreTrainedModel, masks: torch.Tensor) -> tuple[list, list]:
+        fixed: list[tuple[int, int]] = []
+        gathered: list[list[tuple[int, int]]] = []
+        inner, candidates = split_module.inner_of_normed, GatherOperands.inner
+
+        def product(operands, normed, *arguments, **options):
+            fixed.append((len(normed), operands.columns))
+            return inner(operands, normed, *arguments, **options)
+
+        def gather(operands, normed, positions):
+            counts = operands.query.count.tolist()
+            gathered.append(list(zip(operands.rows_of_mask, counts, strict=True)))
+            return candidates(operands, normed, positions)
+
+        scorer = MaskScorer(model, engine="fused", route="split")
+        monkeypatch.setattr(split_module, "inner_of_normed", product)
+        monkeypatch.setattr(GatherOperands, "inner", gather)
+        scorer.score(masks, tokens(2))
+        monkeypatch.undo()
+        return fixed, gathered
+
+    return collect
+
+
+def test_one_product_for_what_all_keep_and_lists_for_the_rest(
+    parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 channels: 24 kept by all that have the MLP, 6 by some, 10 by none; 2 sequences."""
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 10)
+    model = FAMILIES["llama"]()
+    layout = Layout.of(model)
+    masks = torch.ones(4, len(layout), dtype=torch.bool)
+    heads, first, *_, last = layout.groups
+    masks[:, heads.start : heads.start + 4] = ~torch.eye(4, dtype=torch.bool)
+    for number in range(4):
+        masks[number, first.start + 2 * number] = False
+    masks[:, last.start : last.start + 10] = False
+    masks[0, last.start + 10 : last.start + 16] = False
+    masks[1, last.start + 10] = masks[2, last.start + 11 : last.start + 13] = False
+    masks[3, last.start : last.stop] = False
+    fixed, gathered = parts(model, masks)
+    # the MLP between them has no candidates, and is no packed one
+    assert fixed == [(8, 30), (6, 20)]
+    # of those that all keep, 6 and 4 are gathered, so that 10 divides the others
+    assert gathered == [[(2, 9)] * 4, [(2, 4), (2, 9), (2, 8)]]
+
+
+def test_what_submodels_share_is_one_product_where_they_part(
+    parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 1)
+    model = FAMILIES["llama"]()
+    layout = Layout.of(model)
+    masks = torch.ones(3, len(layout), dtype=torch.bool)
+    for number in range(3):
+        masks[number, layout.groups[1].start : layout.groups[1].start + number] = False
+    fixed, gathered = parts(model, masks)
+    assert fixed == [(2, 38)]
+    assert sorted(gathered) == [[(2, 0)], [(2, 1)], [(2, 2)]]
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("route", [*ROUTES, "gather"])
+@pytest.mark.parametrize("biased", ["gate_proj", "up_proj"])
+def test_one_of_gate_and_up_has_a_bias(biased: str, route: str) -> None:
+    model = FAMILIES["llama3"]()
+    for layer in model.model.layers:
+        getattr(layer.mlp, biased).bias = torch.nn.Parameter(torch.linspace(-1, 1, 40))
+    masks = round_masks(Layout.of(model))
+    expected = MaskScorer(model, engine="hooks").score(masks, tokens())
+    found = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+def test_an_activation_that_no_kernel_has_is_packed_alone() -> None:
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = ACT2FN["quick_gelu"]
+    masks = round_masks(Layout.of(model))
+    with OpCalls() as calls:
+        found = MaskScorer(model, engine="fused", route="split").score(masks, tokens())
+    assert not calls.counts["kept_up_proj"]
+    expected = MaskScorer(model, engine="hooks").score(masks, tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_low_precision_errs_as_hooks_do(route: str, dtype: torch.dtype) -> None:
+    model = FAMILIES["llama_bias"]()
+    masks = round_masks(Layout.of(model))
+    exact = MaskScorer(model, engine="hooks").score(masks, tokens())
+    model = model.to(dtype)
+    hooks = MaskScorer(model, engine="hooks").score(masks, tokens())
+    found = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
+    budget = 2 * float((hooks - exact).abs().max()) + 1e-3
+    assert float((found - exact).abs().max()) <= budget
 
 
 @pytest.mark.usefixtures("always")
