@@ -32,7 +32,8 @@ ROUTES = ["pack", "tail", "split", "auto"]
 def round_masks(layout: Layout, count: int = 7) -> torch.Tensor:
     """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary.
 
-    In layer 2, a sub-model keeps all candidates, another none, and the last one no MLP at all.
+    In layer 2, a sub-model keeps all candidates, another none, and the last one no MLP at all, in
+    which alone it differs from the one before.
     """
     generator = torch.Generator().manual_seed(2)
     draw = torch.rand(len(layout), generator=generator)
@@ -44,6 +45,7 @@ def round_masks(layout: Layout, count: int = 7) -> torch.Tensor:
     keep[2, : len(layout) // 2] = keep[0, : len(layout) // 2]
     last = slice(layout.groups[-1].start, layout.groups[-1].stop)
     keep[3, last], keep[4, last] = draw[last] > 0.4, (draw[last] > 0.4) & ~varies[last]
+    keep[6] = keep[5]
     keep[6, last] = False
     return keep
 
