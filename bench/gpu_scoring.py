@@ -7,6 +7,9 @@ batched   (b) several sub-models in a batch, PyTorch's attention, masks multipli
 sliced    (c) a copy of the model from which a sub-model's units are cut; its forward passes
           alone, in batches, and the cutting apart from that
 dense, slice, gather, auto    MaskScorer(engine="fused") by each route, and by that of its policy
+round dense, pack, tail, split    the same on masks as a later round of pruning has them: some units
+          gone from all sub-models, most kept by all, the others candidates; for the smallest masked
+          share alone, of what is not gone
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from bonsai_fast.testing import ModelShape, synchronized_timer
 from bonsai_fast.units import Layout
 
 ROUTES = ("dense", "slice", "gather", "auto")
+ROUND_ROUTES = ("dense", "pack", "tail", "split")
+# of the units of every sub-layer, in a later round: gone from all sub-models
+GONE = 0.3
 # most of what an engine may err in float32, and how much more than the hooks in bfloat16
 FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-3, 2.0
 # (what it is compared with, tokens, masked share) -> how many times as fast the engine is to be
@@ -109,6 +115,21 @@ def random_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
     return keep
 
 
+def round_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
+    """Keep masks of a later round, bool [S, P]: in every sub-layer the same units are gone, and of
+    the others the same ones are candidates, of which each sub-model masks a half at random."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.ones(count, len(layout), dtype=torch.bool)
+    for group in layout.groups:
+        order = torch.randperm(len(group), generator=generator)
+        gone, half = round(GONE * len(group)), round(masked * (1 - GONE) * len(group))
+        keep[:, group.start + order[:gone]] = False
+        candidates = group.start + order[gone : gone + 2 * half]
+        draw = torch.rand(count, 2 * half, generator=generator).argsort(dim=1).argsort(dim=1)
+        keep[:, candidates] = draw >= half
+    return keep
+
+
 def engines(report: Report, device: torch.device, load: Load) -> None:
     """The engine against hooks on a tiny model."""
     report.begin("engines", "routes of the engine against hooks, a tiny model")
@@ -118,20 +139,23 @@ def engines(report: Report, device: torch.device, load: Load) -> None:
     )  # fmt: skip
     model = random_model(shape, 3, torch.float32, device)
     layout = Layout.of(model, attention="head", sublayers=True)
-    keep = torch.rand(12, len(layout), generator=torch.Generator().manual_seed(1)) < 0.8
+    drawn = torch.rand(12, len(layout), generator=torch.Generator().manual_seed(1)) < 0.8
+    # some routes score the first half, those of later rounds the other
+    keep = torch.cat([drawn, round_masks(layout, 12, 0.1)])
     tokens = torch.arange(3 * 150).view(3, 150) * 7 % 1000
     exact = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
     for dtype in (torch.float32, torch.bfloat16):
         model = model.to(dtype)
         hooks = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
-        budget = FLOAT32_TOLERANCE
-        if dtype == torch.bfloat16:
-            budget += BFLOAT16_FACTOR * float((hooks - exact).abs().max())
-        for route in ROUTES:
+        for route in (*ROUTES, *ROUND_ROUTES[1:]):
             report.need(5, f"{route} in {dtype}")
+            rows = slice(None, 12) if route in ROUTES else slice(12, None)
+            budget = FLOAT32_TOLERANCE
+            if dtype == torch.bfloat16:
+                budget += BFLOAT16_FACTOR * float((hooks[rows] - exact[rows]).abs().max())
             with report.case("engines"):
                 scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
-                error = float((scorer.score(keep, tokens) - exact).abs().max())
+                error = float((scorer.score(keep[rows], tokens) - exact[rows]).abs().max())
                 if not error <= budget:
                     raise AssertionError(f"{route}, {dtype}: errs by {error:.3g}, not {budget:.3g}")
                 report.add(
@@ -281,7 +305,12 @@ class _Cases:
             self._sliced(keep[0], masked)
             for route in ROUTES:
                 self._report.need(10, f"{route} {what} {masked:.0%}")
-                self._fused(route, keep, masked)
+                self._fused(route, route, keep, masked)
+        masked = min(self._load.masked)
+        keep = round_masks(self._layout, self._count, masked)
+        for route in ROUND_ROUTES:
+            self._report.need(10, f"round {route} {what} {masked:.0%}")
+            self._fused(f"round {route}", route, keep, masked)
 
     def _attempt(
         self,
@@ -309,7 +338,7 @@ class _Cases:
         share = "any" if masked is None else f"{masked:.0%}"
         self._report.add(
             "scoring",
-            f"{self._shape.name:12} {self._tokens:6} tokens {share:>4} masked  {way:8} "
+            f"{self._shape.name:12} {self._tokens:6} tokens {share:>4} masked  {way:11} "
             f"{1e3 * seconds:10.3f} ms{note}",
             shape=self._shape.name, tokens=self._tokens, masked=masked, way=way, seconds=seconds,
             submodels_per_second=1 / seconds, layers=len(self._model.model.layers), **more,
@@ -344,10 +373,10 @@ class _Cases:
         smaller = None
         _free(self._device)
 
-    def _fused(self, route: str, keep: torch.Tensor, masked: float) -> None:
+    def _fused(self, way: str, route: str, keep: torch.Tensor, masked: float) -> None:
         scorer = MaskScorer(self._model, layout=self._layout, engine="fused", route=route)
         self._attempt(
-            *(route, lambda: scorer.score(keep, self._text), len(keep), masked),
+            *(way, lambda: scorer.score(keep, self._text), len(keep), masked),
             memory_budget=scorer.memory_budget,
             rates=scorer.rates,
         )

@@ -28,13 +28,13 @@ from bonsai_fast.allocation import Target
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
 from bonsai_fast.ledger import Ledger
+from bonsai_fast.loading import LoadingOptions, load_parent
 from bonsai_fast.methods import Search, Task
 from bonsai_fast.methods.bernoulli import WINDOW, Array, Masks, gradient, leave_out
 from bonsai_fast.methods.policy_gradient import PolicyGradient, budgets
 from bonsai_fast.methods.shares import share_gradient
 from bonsai_fast.methods.variables import Variables
 from bonsai_fast.progress import Reporter
-from bonsai_fast.prune import CommandOptions, load_parent
 from bonsai_fast.run_directory import RunDirectory
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.units import Layout
@@ -47,7 +47,7 @@ PUBLISHED = ("moving-average", 2)
 
 def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]:
     """The steps of a run, from its record."""
-    parent, _ = load_parent(model, CommandOptions())
+    parent, _ = load_parent(model, LoadingOptions())
     state = json.loads((run / "run.json").read_text())
     config = PruneConfig(**{**state["config"], "target": state["request"]["target"]})
     layout = Layout.of(parent, attention="kv_group" if config.attention == "kv-group" else "head")

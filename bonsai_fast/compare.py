@@ -14,20 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from transformers.utils import logging
-
+from bonsai_fast.command_line import INTERRUPTED, OneLineParser, fail, silence_transformers
 from bonsai_fast.comparison import Comparison, as_table
 from bonsai_fast.config import AttentionGranularity, HeadLayout, PruneConfig
 from bonsai_fast.embedded import NAME
 from bonsai_fast.ledger import LedgerError
+from bonsai_fast.loading import LoadingOptions, load_parent
 from bonsai_fast.progress import Reporter
-from bonsai_fast.prune import (
-    INTERRUPTED,
-    CommandOptions,
-    OneLineParser,
-    fail,
-    load_parent,
-)
 
 METHODS = "random,magnitude-l1,wanda-sp,flap,bonsai"
 
@@ -105,16 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
     )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options, rest = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    options, rest = parser.parse(arguments)
     reporter = Reporter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     output = Path(options.output or f"runs/compare-{Path(rest.model or NAME).name}")
-    loading = CommandOptions(
+    loading = LoadingOptions(
         device=options.device,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,

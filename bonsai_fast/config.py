@@ -26,7 +26,7 @@ Method = Literal[
 ]
 Preset = Literal["default", "paper"]
 AttentionGranularity = Literal["head", "kv-group"]
-RouteName = Literal["dense", "slice", "gather", "pack", "tail"]
+RouteName = Literal["dense", "slice", "gather", "pack", "tail", "split"]
 HeadLayout = Literal["rectangular", "free"]
 RegressionName = Literal["groups", "ridge", "paper"]
 PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
@@ -104,7 +104,8 @@ class PruneConfig:
         None,
         "How masked layers are computed: whole with zeros (dense), from copies of what each "
         "sub-model keeps (slice), by kernels that gather it (gather), from one copy of what any "
-        "keeps (pack), or with each one's part of that (tail). Default: what costs less.",
+        "keeps (pack), with each one's part of that (tail), or with one product for what all keep "
+        "and kernels that gather the rest (split). Default: what costs less, never split.",
     )
     precision: Precision | None = _option(
         None,

@@ -11,11 +11,15 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
-from transformers import HfArgumentParser
-from transformers.utils import logging
-
+from bonsai_fast.command_line import (
+    INTERRUPTED,
+    WRONG_RESULT,
+    OneLineParser,
+    fail,
+    silence_transformers,
+)
 from bonsai_fast.exporting import (
     TOLERANCE,
     Agreement,
@@ -32,10 +36,6 @@ from bonsai_fast.exporting import (
 )
 from bonsai_fast.exporting.source import model_directory
 from bonsai_fast.progress import Reporter
-
-USAGE_ERROR = 2
-WRONG_RESULT = 1
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +82,26 @@ class ExportOptions:
             raise ValueError("gguf_parent is for --format gguf only")
 
 
-class _Parser(HfArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message}\n")
-
-
-def parse(arguments: list[str]) -> tuple[str, ExportOptions]:
+def parse(arguments: list[str] | None) -> tuple[str, ExportOptions]:
     """Command line -> model, options; a bad one exits with code 2 and one line."""
-    parser = _Parser(
+    parser = OneLineParser(
         cast(Any, (ExportOptions,)), prog="python -m bonsai_fast.export", description=__doc__
     )
     parser.add_argument("model", help="A run's directory, or a saved model's.")
-    try:
-        options, rest = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    options, rest = parser.parse(arguments)
     return rest.model, options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    model, options = parse(sys.argv[1:] if arguments is None else arguments)
+    model, options = parse(arguments)
     reporter = Reporter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     try:
         with reporter.busy(f"exporting {model}"):
             result = export(model, options)
     except (ValueError, OSError) as error:
-        return _fail(error, USAGE_ERROR)
+        return fail(error)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
@@ -128,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             reporter.warn(f"not checked: {error}")
         except CheckError as error:
-            return _fail(error, WRONG_RESULT)
+            return fail(error, WRONG_RESULT)
     print(json.dumps({**asdict(result), "check": agreement and asdict(agreement)}))
     return 0
 
@@ -170,11 +159,6 @@ def default_output(directory: Path, options: ExportOptions) -> Path:
     directory = directory.resolve()
     suffix = f"{options.precision}.gguf" if options.format == "gguf" else options.format
     return directory.with_name(f"{directory.name}-{suffix}")
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from bonsai_fast.command_line import INTERRUPTED, OneLineParser, fail, silence_transformers
 from bonsai_fast.embedded import NAME
+from bonsai_fast.loading import LoadingOptions, load_model
 from bonsai_fast.progress import Reporter
-from bonsai_fast.prune import INTERRUPTED, CommandOptions, OneLineParser, fail, load_model
 from bonsai_fast.semi_structured import (
     BACKENDS,
     stored_bytes,
@@ -81,10 +81,10 @@ class LatencyOptions:
         return sizes
 
     @property
-    def loading(self) -> CommandOptions:
+    def loading(self) -> LoadingOptions:
         """The part that says how a model is loaded."""
-        names = {option.name for option in fields(CommandOptions)} & set(vars(self))
-        return CommandOptions(**{name: getattr(self, name) for name in names})
+        names = {option.name for option in fields(LoadingOptions)} & set(vars(self))
+        return LoadingOptions(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help=f"Directory of a model or a run, or a hub name; {NAME} is the embedded model.",
     )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options, rest = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    options, rest = parser.parse(arguments)
     reporter = Reporter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     threads = torch.get_num_threads()
     try:
         if options.threads is not None:
@@ -161,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def load_all(names: list[str], options: CommandOptions) -> dict[str, PreTrainedModel]:
+def load_all(names: list[str], options: LoadingOptions) -> dict[str, PreTrainedModel]:
     """Load models by the names that were typed; a name that comes again gets a number.
 
     Raises:

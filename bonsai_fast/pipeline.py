@@ -108,7 +108,7 @@ def prepare(
     )
     target = Target.parse(config.target_text)
     target.removal_budget(layout)  # refuses the impossible
-    longest = min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
+    longest = longest_window(model)
     assert config.num_sequences is not None
     calibration = calibration_sequences(
         config.calibration,
@@ -118,13 +118,7 @@ def prepare(
         seed=config.seed,
         model=model,
     )
-    evaluation = evaluation_sequences(
-        config.evaluation or ("builtin" if config.calibration == "self" else config.calibration),
-        tokenizer,
-        max_tokens=config.evaluation_tokens,
-        length=min(EVALUATION_LENGTH, longest, config.evaluation_tokens),
-        calibration=config.calibration,
-    )
+    evaluation = evaluation_text(config, tokenizer, longest)
     scorer = MaskScorer(
         model,
         layout=layout,
@@ -139,6 +133,32 @@ def prepare(
         )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
     return Task(model, scorer, calibration, config, target), evaluation
+
+
+def longest_window(model: PreTrainedModel) -> int:
+    """Tokens of a window of text, unless asked for otherwise."""
+    return min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
+
+
+def evaluation_text(
+    config: PruneConfig, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Sequences:
+    """Text for perplexity, none of which calibrates.
+
+    Args:
+        config: resolved.
+        tokenizer: of the model.
+        longest: window that it takes.
+    Raises:
+        ValueError: the text is not there, or too short.
+    """
+    return evaluation_sequences(
+        config.evaluation or ("builtin" if config.calibration == "self" else config.calibration),
+        tokenizer,
+        max_tokens=config.evaluation_tokens,
+        length=min(EVALUATION_LENGTH, longest, config.evaluation_tokens),
+        calibration=config.calibration,
+    )
 
 
 def execute(

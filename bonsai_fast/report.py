@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
+from bonsai_fast.command_line import INTERRUPTED, OneLineParser, fail, silence_transformers
 from bonsai_fast.embedded import NAME
+from bonsai_fast.loading import DTYPES, LoadingOptions, load_parent
 from bonsai_fast.progress import Reporter
-from bonsai_fast.prune import (
-    DTYPES,
-    INTERRUPTED,
-    CommandOptions,
-    OneLineParser,
-    fail,
-    load_parent,
-)
 from bonsai_fast.reporting import PROMPTS, RunRecord, complete, save_completions, write_report
 from bonsai_fast.run_directory import fingerprint
 
@@ -66,14 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         cast(Any, ReportOptions), prog="python -m bonsai_fast.report", description=__doc__
     )
     parser.add_argument("run", metavar="RUN_DIR", help="A run's directory, finished or not.")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options, rest = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    options, rest = parser.parse(arguments)
     reporter = Reporter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     directory = Path(rest.run)
     try:
         run = RunRecord.read(directory)
@@ -104,7 +92,7 @@ def _sample(run: RunRecord, options: ReportOptions, reporter: Reporter) -> None:
     """
     parent = run.manifest["parent"]
     name, dtype = parent["name"], parent["dtype"]
-    loading = CommandOptions(
+    loading = LoadingOptions(
         device=options.device,
         dtype=dtype if dtype in DTYPES else "auto",
         trust_remote_code=options.trust_remote_code,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.data import calibration_sequences, evaluation_sequences
+from bonsai_fast.data import calibration_sequences
 from bonsai_fast.delivery import VERIFIED_TOKENS, logit_tolerance
 from bonsai_fast.evaluation import Perplexity, check_tasks, evaluate_tasks
 from bonsai_fast.layer_major import check_memory, sweep_perplexity
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
-from bonsai_fast.pipeline import EVALUATION_LENGTH, MAX_LENGTH, check_finite
+from bonsai_fast.pipeline import check_finite, evaluation_text, longest_window
 from bonsai_fast.progress import Reporter
 from bonsai_fast.reporting import write_report
 from bonsai_fast.run_directory import WeightRun
@@ -117,7 +117,7 @@ def prepare_weights(
         check_tasks(config.task_names)
     layers = linears_by_layer(model)
     _check_shapes(layers, choice)
-    longest = min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
+    longest = longest_window(model)
     assert config.num_sequences is not None
     calibration = None
     if method.needs(choice) != "nothing":
@@ -129,13 +129,7 @@ def prepare_weights(
             seed=config.seed,
             model=model,
         )
-    evaluation = evaluation_sequences(
-        config.evaluation or ("builtin" if config.calibration == "self" else config.calibration),
-        tokenizer,
-        max_tokens=config.evaluation_tokens,
-        length=min(EVALUATION_LENGTH, longest, config.evaluation_tokens),
-        calibration=config.calibration,
-    )
+    evaluation = evaluation_text(config, tokenizer, longest)
     texts = [text for text in (calibration, evaluation) if text is not None]
     longest = max(text.input_ids.shape[1] for text in texts)
     check_memory(model, longest, device=device, memory_budget=config.memory_budget)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny_parent
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bonsai_fast.prune as command
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.prune import load_parent, main, parse
+from bonsai_fast.loading import load_parent
+from bonsai_fast.prune import main, parse
 
 SMALL = ["--num-sequences", "2", "--sequence-length", "32", "--evaluation-tokens", "256"]
 
@@ -25,13 +28,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_parent(tmp_path_factory.mktemp("parent"))
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run = partial(run_command, main)
 
 
 def test_last_line_of_stdout_is_json(

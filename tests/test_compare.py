@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from commands import run_command
 from searches import new_search
 from tiny import save_tiny_parent, tiny_llama
 
@@ -29,13 +31,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_parent(tmp_path_factory.mktemp("parent"))
 
 
-def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+compare = partial(run_command, main)
 
 
 def test_all_cells_and_all_files(

@@ -26,7 +26,7 @@ from bonsai_fast.scoring.fused.workspace import Workspace
 from bonsai_fast.streaming import stream_layers
 from bonsai_fast.units import Layout
 
-ROUTES = ["dense", "slice", "pack", "tail", "auto"]
+ROUTES = ["dense", "slice", "pack", "tail", "split", "auto"]
 CPU = torch.device("cpu")
 
 

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 from export_cases import save_pruned
 
 import bonsai_fast.export as command
@@ -24,14 +26,7 @@ from bonsai_fast.exporting import (
 )
 from bonsai_fast.exporting.check import run_engine
 
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run = partial(run_command, main)
 
 
 def test_last_line_of_stdout_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

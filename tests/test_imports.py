@@ -31,22 +31,22 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"methods"},
     "parts": {
         *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
-        *("ledger", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
-        *(
-            "run_directory",
-            "scoring",
-            "selection",
-            "semi_structured",
-            "statistics",
-            "streaming",
-            "surgery",
-            "timing",
-        ),
+        *("ledger", "loading", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
+        *("run_directory", "scoring", "selection", "semi_structured", "statistics", "streaming"),
+        *("surgery", "timing"),
     },
     "model": {"config", "masks", "models", "pattern", "units"},
     "ops": {"ops"},
     "implementations": {"kernels", "native", "reference"},
-    "foundation": {"_C", "cache_directory", "chart", "hub", "peak_memory", "progress"},
+    "foundation": {
+        "_C",
+        "cache_directory",
+        "chart",
+        "command_line",
+        "hub",
+        "peak_memory",
+        "progress",
+    },
 }
 
 # These import, beside the standard library and their own folder, nothing else.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from tiny import save_tiny_parent, tiny_llama
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 import bonsai_fast.latency as command
 from bonsai_fast import semi_structured, timing
 from bonsai_fast.latency import LatencyOptions, load_all, main, store
+from bonsai_fast.loading import LoadingOptions
 from bonsai_fast.native import wanda_keep
-from bonsai_fast.prune import CommandOptions
 from bonsai_fast.surgery import remove_units, save_pretrained
 from bonsai_fast.timing import Latency, PhaseTimes, Rounds, Workload, measure_rounds
 from bonsai_fast.units import Layout
@@ -47,13 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run = partial(run_command, main)
 
 
 @pytest.fixture
@@ -184,9 +180,9 @@ def test_a_name_that_is_a_directory_is_not_the_embedded_model(
     loaded = []
     monkeypatch.setattr(command, "load_model", lambda name, options: loaded.append(name))
     monkeypatch.chdir(folder)
-    load_all([command.NAME], CommandOptions())
+    load_all([command.NAME], LoadingOptions())
     (folder / command.NAME).mkdir()
-    load_all([command.NAME, "run"], CommandOptions())
+    load_all([command.NAME, "run"], LoadingOptions())
     (folder / command.NAME).rmdir()
     assert loaded == [None, command.NAME, "run/model"]
 

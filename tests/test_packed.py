@@ -9,22 +9,32 @@ import pytest
 import torch
 from families import FAMILIES
 from surgery_cases import tokens
+from test_fused_ops import OpCalls
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 import bonsai_fast as bf
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring.fused import split as split_module
 from bonsai_fast.scoring.fused import wave as wave_module
+from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.operands import MLPOperands
 from bonsai_fast.scoring.fused.policy import choose, packing_pays
 from bonsai_fast.streaming import stream_layers
+from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
-ROUTES = ["pack", "tail", "auto"]
+ROUTES = ["pack", "tail", "split", "auto"]
 
 
-def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
-    """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary."""
+def round_masks(layout: Layout, count: int = 7) -> torch.Tensor:
+    """As in a round of pruning: 40 % gone from all, most of the rest kept by all, few vary.
+
+    In layer 2, a sub-model keeps all candidates, another none, and the last one no MLP at all, in
+    which alone it differs from the one before.
+    """
     generator = torch.Generator().manual_seed(2)
     draw = torch.rand(len(layout), generator=generator)
     keep = (draw > 0.4).repeat(count, 1)
@@ -33,20 +43,25 @@ def round_masks(layout: Layout, count: int = 6) -> torch.Tensor:
     keep[1] = keep[0]
     # they part late, too
     keep[2, : len(layout) // 2] = keep[0, : len(layout) // 2]
+    last = slice(layout.groups[-1].start, layout.groups[-1].stop)
+    keep[3, last], keep[4, last] = draw[last] > 0.4, (draw[last] > 0.4) & ~varies[last]
+    keep[6] = keep[5]
+    keep[6, last] = False
     return keep
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models gain nothing: decide as if copies cost nothing."""
+    """Tiny models gain nothing: decide as if copies cost nothing, and narrow products little."""
     for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
         monkeypatch.setattr(f"bonsai_fast.scoring.fused.policy.{cost}", 0.0)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 4)
 
 
 @pytest.mark.usefixtures("always", "poisoned_empty")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", ["llama3", "llama_bias", "qwen2", "qwen3", "gemma", "phi3"])
-def test_equals_hooks(family: str, route: str) -> None:
+def test_equals_hooks_and_the_pruned_model(family: str, route: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(3)
     for attention in ("head", "kv_group"):
         layout = Layout.of(model, attention=attention)
@@ -55,6 +70,11 @@ def test_equals_hooks(family: str, route: str) -> None:
         scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
         found = scorer.score(masks, input_ids)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        smaller = remove_units(model, layout, masks[0])
+        with torch.no_grad():
+            logits = smaller(input_ids=input_ids).logits[:, :-1].transpose(1, 2)
+        losses = F.cross_entropy(logits, input_ids[:, 1:], reduction="none").mean(1)
+        torch.testing.assert_close(found[0], losses, rtol=0, atol=1e-4)
         scorer.engine.kernels = True  # their plain versions
         found = scorer.score(masks, input_ids)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -85,7 +105,7 @@ def test_streamed_models_are_packed_as_well(route: str) -> None:
     assert torch.equal(bf.MaskScorer(streamed, route=route).score(masks, tokens()), expected)
 
 
-@pytest.mark.parametrize("route", ["pack", "tail"])
+@pytest.mark.parametrize("route", ["pack", "tail", "split"])
 def test_a_sublayer_that_nobody_keeps_is_skipped(route: str) -> None:
     model = FAMILIES["llama_bias"]()
     layout = Layout.of(model)
@@ -138,6 +158,112 @@ def test_no_more_is_computed_than_anybody_keeps(widths) -> None:
     assert widths(model, masks, "tail") == {28: 7, 30: 1}
 
 
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch):
+    """Score by route split, and collect (rows, channels) of every product for what all keep, and
+    what each launch for candidates gathers: rows and channels of every mask in it."""
+
+    def collect(model: PreTrainedModel, masks: torch.Tensor) -> tuple[list, list]:
+        fixed: list[tuple[int, int]] = []
+        gathered: list[list[tuple[int, int]]] = []
+        inner, candidates = split_module.inner_of_normed, GatherOperands.inner
+
+        def product(operands, normed, *arguments, **options):
+            fixed.append((len(normed), operands.columns))
+            return inner(operands, normed, *arguments, **options)
+
+        def gather(operands, normed, positions):
+            counts = operands.query.count.tolist()
+            gathered.append(list(zip(operands.rows_of_mask, counts, strict=True)))
+            return candidates(operands, normed, positions)
+
+        scorer = MaskScorer(model, engine="fused", route="split")
+        monkeypatch.setattr(split_module, "inner_of_normed", product)
+        monkeypatch.setattr(GatherOperands, "inner", gather)
+        scorer.score(masks, tokens(2))
+        monkeypatch.undo()
+        return fixed, gathered
+
+    return collect
+
+
+def test_one_product_for_what_all_keep_and_lists_for_the_rest(
+    parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 channels: 24 kept by all that have the MLP, 6 by some, 10 by none; 2 sequences."""
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 10)
+    model = FAMILIES["llama"]()
+    layout = Layout.of(model)
+    masks = torch.ones(4, len(layout), dtype=torch.bool)
+    heads, first, *_, last = layout.groups
+    masks[:, heads.start : heads.start + 4] = ~torch.eye(4, dtype=torch.bool)
+    for number in range(4):
+        masks[number, first.start + 2 * number] = False
+    masks[:, last.start : last.start + 10] = False
+    masks[0, last.start + 10 : last.start + 16] = False
+    masks[1, last.start + 10] = masks[2, last.start + 11 : last.start + 13] = False
+    masks[3, last.start : last.stop] = False
+    fixed, gathered = parts(model, masks)
+    # the MLP between them has no candidates, and is no packed one
+    assert fixed == [(8, 30), (6, 20)]
+    # of those that all keep, 6 and 4 are gathered, so that 10 divides the others
+    assert gathered == [[(2, 9)] * 4, [(2, 4), (2, 9), (2, 8)]]
+
+
+def test_what_submodels_share_is_one_product_where_they_part(
+    parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bonsai_fast.scoring.fused.packed.FIXED_MULTIPLE", 1)
+    model = FAMILIES["llama"]()
+    layout = Layout.of(model)
+    masks = torch.ones(3, len(layout), dtype=torch.bool)
+    for number in range(3):
+        masks[number, layout.groups[1].start : layout.groups[1].start + number] = False
+    fixed, gathered = parts(model, masks)
+    assert fixed == [(2, 38)]
+    assert sorted(gathered) == [[(2, 0)], [(2, 1)], [(2, 2)]]
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("route", [*ROUTES, "gather"])
+@pytest.mark.parametrize("biased", ["gate_proj", "up_proj"])
+def test_one_of_gate_and_up_has_a_bias(biased: str, route: str) -> None:
+    model = FAMILIES["llama3"]()
+    for layer in model.model.layers:
+        getattr(layer.mlp, biased).bias = torch.nn.Parameter(torch.linspace(-1, 1, 40))
+    masks = round_masks(Layout.of(model))
+    expected = MaskScorer(model, engine="hooks").score(masks, tokens())
+    found = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+def test_an_activation_that_no_kernel_has_is_packed_alone() -> None:
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = ACT2FN["quick_gelu"]
+    masks = round_masks(Layout.of(model))
+    with OpCalls() as calls:
+        found = MaskScorer(model, engine="fused", route="split").score(masks, tokens())
+    assert not calls.counts["kept_up_proj"]
+    expected = MaskScorer(model, engine="hooks").score(masks, tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_low_precision_errs_as_hooks_do(route: str, dtype: torch.dtype) -> None:
+    model = FAMILIES["llama_bias"]()
+    masks = round_masks(Layout.of(model))
+    exact = MaskScorer(model, engine="hooks").score(masks, tokens())
+    model = model.to(dtype)
+    hooks = MaskScorer(model, engine="hooks").score(masks, tokens())
+    found = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
+    budget = 2 * float((hooks - exact).abs().max()) + 1e-3
+    assert float((found - exact).abs().max()) <= budget
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kept_by", ["some", "all", "none"])
@@ -147,8 +273,9 @@ def test_a_poisoned_channel_spoils_only_those_that_keep_it(kept_by: str, route: 
     masks = round_masks(layout)
     group = next(g for g in layout.groups if g.layer == 1 and g.kind == "channel")
     count = masks[:, group.start : group.stop].sum(dim=0)
-    wanted = {"some": (count > 0) & (count < 6), "all": count == 6, "none": count == 0}[kept_by]
-    channel = int(wanted.nonzero()[0])
+    most = len(masks)
+    wanted = {"some": (count > 0) & (count < most), "all": count == most, "none": count == 0}
+    channel = int(wanted[kept_by].nonzero()[0])
     spoilt = masks[:, group.start + channel]
     clean = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
     with torch.no_grad():
@@ -169,6 +296,11 @@ def test_policy_packs_where_that_is_cheaper() -> None:
     assert not packing_pays("dense", [kept] * 16, used, fixed, 4096, 1)
     assert not packing_pays("pack", [0.9], 1.0, 0.5, 4096, 1)
     assert packing_pays("tail", [0.9], 1.0, 0.5, 1, 1)
+    assert packing_pays("split", [0.9], 1.0, 0.5, 1, 1)
+    assert packing_pays("split", [0.5], 0.5, 0.5, 1, 1)
+    # nothing is gone from all, and all or nothing is a candidate
+    assert not packing_pays("split", [0.9], 1.0, 0.0, 1, 1)
+    assert not packing_pays("split", [1.0], 1.0, 1.0, 1, 1)
 
 
 def test_a_packed_sublayer_must_fit_into_the_budget() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from report_cases import EVIL, page_of, parent_of
 from report_pages import Page
 from tiny import save_tiny_parent
@@ -158,11 +159,7 @@ def test_bad_requests(
 ) -> None:
     make, message = BAD[name]
     pages = {run: (run / "report.html").read_bytes() for run in runs.values()}
-    try:
-        code = report.main(make(runs, tmp_path))  # type: ignore[no-untyped-call]
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    out, err = capsys.readouterr()
+    code, out, err = run_command(report.main, capsys, *make(runs, tmp_path))  # type: ignore[no-untyped-call]
     assert code == 2 and out == "" and err.startswith("error: "), err
     assert err.count("\n") == 1 and message in err, err
     assert pages == {run: (run / "report.html").read_bytes() for run in runs.values()}

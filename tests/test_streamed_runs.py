@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 
 import bonsai_fast as bf
-import bonsai_fast.prune as command
+import bonsai_fast.loading as loading
 from bonsai_fast.ledger import Ledger
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.prune import main
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_streamed(
     assert device_memory(torch.device("cpu")) > 2**30
     flags = [str(parent), "--plan", "--memory-budget", "16MB", *SMALL]
     for memory, streamed in ((weights + 16_000_000, False), (weights + 15_999_999, True)):
-        monkeypatch.setattr(command, "device_memory", lambda _, memory=memory: memory)
+        monkeypatch.setattr(loading, "device_memory", lambda _, memory=memory: memory)
         assert main(flags) == 0
         err = capsys.readouterr().err
         assert ("does not fit into memory" in err) == streamed

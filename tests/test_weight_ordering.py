@@ -14,8 +14,8 @@ from weight_cases import pruned_weights, random_text, recorded_weights, task_of
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.data import Sequences
 from bonsai_fast.layer_major import sweep_perplexity
+from bonsai_fast.loading import LoadingOptions, load_parent
 from bonsai_fast.progress import Reporter
-from bonsai_fast.prune import CommandOptions, load_parent
 from bonsai_fast.run_directory import open_weight_run
 from bonsai_fast.weight_layers import exchanged_weights, prune_layers
 from bonsai_fast.weight_pipeline import prepare_weights
@@ -82,7 +82,7 @@ def test_groups_and_updates(damage: Any) -> None:
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path: Path) -> None:
     """Perplexity of a real model at 2:4: Wanda hurts it, magnitude destroys it."""
-    model, tokenizer = load_parent(None, CommandOptions(device="cpu"))
+    model, tokenizer = load_parent(None, LoadingOptions(device="cpu"))
     small = {"num_sequences": 4, "sequence_length": 256, "evaluation_tokens": 1024}
 
     def measured(method: str) -> float:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from commands import run_command
 from families import FAMILIES
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from torch import nn
@@ -290,13 +292,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_parent(tmp_path_factory.mktemp("parent"))
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+command = partial(run_command, main)
 
 
 def test_the_command_and_its_plan(

@@ -43,11 +43,14 @@ class MaskScorer:
         route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
             set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
             each sub-model keeps where it lies, "pack" from one copy a wave of what any sub-model of
-            the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it; "auto" decides
-            by what costs less.
+            the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it, "split" so,
+            too, but of MLPs one product for what all keep, and what else each sub-model keeps by
+            kernels that read it where it lies; "auto" decides by what costs less, though never for
+            "split", which no GPU has measured yet.
         precision: of the products in layers: "full" is the model's own, "int8" (CPU, or CUDA from
             compute capability 8.0 on) and "fp8" (CUDA from 8.9 on) have 8 bits and a scale for each
-            token and each output, and need the fused engine; see `check_precision`.
+            token and each output, and need the fused engine; see `check_precision`. What "split"
+            gathers stays in full precision.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
             CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
             once for as many tokens as it allows, give it what can be spared.

@@ -10,28 +10,17 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, cast
 
-from transformers.utils import logging
-
+from bonsai_fast.command_line import INTERRUPTED, OneLineParser, fail, silence_transformers
 from bonsai_fast.mask_files import load_mask
 from bonsai_fast.progress import Reporter
 from bonsai_fast.surgery.checkpoint import MAX_SHARD_SIZE, slice_checkpoint
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
 
-
-class _Parser(argparse.ArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message}\n")
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; a bad one exits with code 2 and one line."""
-    parser = _Parser(prog="python -m bonsai_fast.surgery", description=__doc__)
+    parser = OneLineParser(cast(Any, ()), prog="python -m bonsai_fast.surgery", description=__doc__)
     parser.add_argument("parent_dir", help="Directory of the model, in safetensors.")
     parser.add_argument("mask", help="Keep mask: masks/NAME.safetensors of a run.")
     parser.add_argument("output_dir", help="New directory for the smaller model.")
@@ -46,10 +35,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options = parse(arguments)
     reporter = Reporter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     try:
         mask = load_mask(options.mask)
         result = slice_checkpoint(
@@ -63,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             reporter=reporter,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        return fail(error)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bonsai_fast import ops
+from bonsai_fast.scoring.fused.packed import PackedMLP
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Norm, Projection
 from bonsai_fast.scoring.fused.workspace import Workspace
@@ -64,17 +65,25 @@ class GatherOperands:
             found = self._heads(self.spec, tokens, rows, positions)
         return found.view(rows, length, self.columns)
 
-    def project_out(self, inputs: Tensor) -> Tensor:
-        """The output projection with its bias: [R, T, columns] -> [R, T, D]."""
+    def project_out(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The output projection with its bias, added to `residual`, if any.
+
+        Args:
+            inputs: [R, T, columns].
+            residual: [R, T, D].
+        Returns:
+            A new tensor [R, T, D].
+        """
         rows, length, _ = inputs.shape
         tokens, output = inputs.flatten(0, 1), self.spec.output
         tables = (self.query.index, self.query.count, self._tiles(rows, length))
+        added = (output.bias, None if residual is None else residual.flatten(0, 1))
         if isinstance(self.spec, MLP):
             assert self.bank.output_rows is not None
-            change: Tensor = ops.kept_down_proj(tokens, self.bank.output_rows, *tables, output.bias)
+            change: Tensor = ops.kept_down_proj(tokens, self.bank.output_rows, *tables, *added)
         else:
             heads = tokens.unflatten(1, (self.query.width, -1))
-            change = ops.kept_o_proj(heads, output.weight, *tables, output.bias)
+            change = ops.kept_o_proj(heads, output.weight, *tables, *added)
         return change.view(rows, length, -1)
 
     def _channels(self, spec: MLP, tokens: Tensor, tiles: Tensor) -> Tensor:
@@ -134,7 +143,8 @@ class Bank:
     """The weights of one sub-layer as the kernels want them.
 
     Heads are read from the model's own weights. Channels want gate and up below each other, which
-    some models have, and the columns of the output projection as rows: these are copied.
+    some models have, and the columns of the output projection as rows: these are copied. A packed
+    MLP has both.
 
     Args:
         spec: the sub-layer.
@@ -145,7 +155,9 @@ class Bank:
         self.spec = spec
         self.gate_up: Projection | None = None
         self.output_rows: Tensor | None = None
-        if isinstance(spec, MLP):
+        if isinstance(spec, PackedMLP):
+            self.gate_up, self.output_rows = spec.gate_up, spec.buffers["output"]
+        elif isinstance(spec, MLP):
             self.gate_up = _joined(spec.gate, spec.up, workspace)
             weight = spec.output.weight
             self.output_rows = workspace("output columns", weight.shape[1], weight.shape[0])
@@ -155,7 +167,7 @@ class Bank:
         """Operands of rows grouped by mask.
 
         Args:
-            keep: bool [K, parts] on the CPU.
+            keep: bool [K, parts] on the CPU; parts may be the first ones alone.
             rows_of_mask: rows of each mask; None: there is one, for any number of rows.
         """
         rows = None if rows_of_mask is None else tuple(rows_of_mask)
@@ -169,7 +181,9 @@ class Bank:
 
 def _joined(gate: Projection, up: Projection, workspace: Workspace) -> Projection:
     """Gate rows, then up rows, as one weight: where they lie, or copied."""
-    bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
+    bias = None
+    if gate.bias is not None or up.bias is not None:
+        bias = torch.cat([gate.bias_or_zeros, up.bias_or_zeros])
     (rows, width), weight = gate.weight.shape, gate.weight
     end = weight.data_ptr() + weight.numel() * weight.element_size()
     if weight.is_contiguous() and up.weight.is_contiguous() and up.weight.data_ptr() == end:

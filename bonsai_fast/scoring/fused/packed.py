@@ -7,7 +7,8 @@ of them keeps; of an MLP, with its candidates first, what all keep behind, and r
     [candidates | fixed | room]
 
 Run as it is, it is a parent that was pruned before. A mask's own slice is what lies from `fixed`
-on, once its candidates are copied into the room: few rows, where another slice copies them all.
+on, once its candidates are copied into the room: few rows, where another slice copies them all. Or
+`fixed` is one product for all masks, and kernels gather the candidates; see `split`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from bonsai_fast.scoring.fused.structure import (
 from bonsai_fast.scoring.fused.tree import MaskTree
 from bonsai_fast.scoring.fused.workspace import Workspace
 
-PACKING: tuple[Route, ...] = ("auto", "pack", "tail")
+PACKING: tuple[Route, ...] = ("auto", "pack", "tail", "split")
+# fixed channels of a split MLP are a multiple of it: widths that a GPU multiplies well
+FIXED_MULTIPLE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,28 @@ class Pack:
 
     Attributes:
         parts: int64 [n], the parts that any sub-model keeps, candidates first.
-        candidates: how many of them are not kept by all.
+        candidates: how many are first; all sub-models keep the others.
     """
 
     parts: Tensor
     candidates: int
+
+    @classmethod
+    def of_channels(cls, used: Tensor, common: Tensor, multiple: int) -> Pack:
+        """Channels of an MLP.
+
+        Args:
+            used: bool [channels], what any sub-model keeps.
+            common: bool [channels], what all keep that keep any.
+            multiple: where there are candidates, some that all keep join them, so that as many are
+                left as it divides.
+        """
+        candidates = used & ~common
+        if candidates.any():
+            fixed = (used & common).nonzero().flatten()
+            candidates[fixed[: len(fixed) % multiple]] = True
+        fixed = (used & ~candidates).nonzero().flatten()
+        return cls(torch.cat([candidates.nonzero().flatten(), fixed]), int(candidates.sum()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +72,14 @@ class PackedMLP(MLP):
     """An MLP whose channels are packed.
 
     Attributes:
-        candidates: its first channels; the others are kept by all sub-models.
+        candidates: its first channels; the others are kept by all sub-models that keep any.
         buffers: "gate", "up" and "output" rows [n + candidates, D], biases likewise, room included.
+        gate_up: gate and up of these buffers, one below the other: [2 (n + candidates), D].
     """
 
     candidates: int
     buffers: Mapping[str, Tensor]
+    gate_up: Projection
 
 
 def packed_slices(spec: PackedMLP, keep: Tensor) -> Iterator[tuple[Projection, Projection, Tensor]]:
@@ -146,31 +168,27 @@ class PackedSublayers(Sequence[SubLayer]):
 
     def _mlp(self, spec: MLP, pack: Pack) -> PackedMLP:
         total, width = len(pack.parts), spec.norm.weight.shape[0]
+        rows = total + pack.candidates
+        gate_up = Projection(self._workspace("packed gate and up", 2 * rows, width), None)
         sources = {"gate": spec.gate.weight, "up": spec.up.weight, "output": self._columns(spec)}
-        for name, projection in (("gate", spec.gate), ("up", spec.up)):
-            if projection.bias is not None:
-                sources[f"{name} bias"] = projection.bias[:, None]
-        buffers = {}
+        buffers = {"gate": gate_up.weight[:rows], "up": gate_up.weight[rows:]}
+        buffers["output"] = self._workspace("packed output", rows, width)
+        if spec.gate.bias is not None or spec.up.bias is not None:
+            bias = self._workspace("packed gate and up bias", 2 * rows)
+            gate_up = Projection(gate_up.weight, bias)
+            sources |= {"gate bias": spec.gate.bias_or_zeros, "up bias": spec.up.bias_or_zeros}
+            buffers |= {"gate bias": bias[:rows], "up bias": bias[rows:]}
+        index = pack.parts.to(spec.gate.weight.device)
         for name, source in sources.items():
-            buffers[name] = self._workspace(
-                f"packed {name}", total + pack.candidates, 1 if name.endswith("bias") else width
-            )
-            index = pack.parts.to(source.device)
             torch.index_select(source, 0, index, out=buffers[name][:total])
-        buffers = {name: b[:, 0] if name.endswith("bias") else b for name, b in buffers.items()}
-        gate, up = (
-            Projection(
-                buffers[name][:total],
-                buffers[f"{name} bias"][:total] if f"{name} bias" in buffers else None,
-            )
-            for name in ("gate", "up")
-        )
+        part = {name: buffer[:total] for name, buffer in buffers.items()}
+        gate, up = (Projection(part[name], part.get(f"{name} bias")) for name in ("gate", "up"))
         output = Projection(buffers["output"][:total].t(), spec.output.bias)
         block = replace(spec.block, num_channels=total)
         return PackedMLP(
             block=block, norm=spec.norm, gate=gate, up=up, output=output,
             activation=spec.activation, activation_name=spec.activation_name,
-            candidates=pack.candidates, buffers=buffers,
+            candidates=pack.candidates, buffers=buffers, gate_up=gate_up,
         )  # fmt: skip
 
     def _attention(self, spec: Attention, pack: Pack) -> Attention:
@@ -240,8 +258,6 @@ def packs_of(
         if is_attention:
             packs[depth] = Pack(used.nonzero().flatten(), 0)
         else:
-            candidates = (used & ~common).nonzero().flatten()
-            packs[depth] = Pack(
-                torch.cat([candidates, common.nonzero().flatten()]), len(candidates)
-            )
+            multiple = FIXED_MULTIPLE if route == "split" else 1
+            packs[depth] = Pack.of_channels(used, common, multiple)
     return packs

@@ -73,6 +73,22 @@ def inner(
         in the workspace.
     """
     normed = normalize(operands.spec.norm, states, workspace, kernels=kernels)
+    return inner_of_normed(
+        operands, normed, positions, workspace, masks, multiply=multiply, kernels=kernels
+    )
+
+
+def inner_of_normed(
+    operands: Operands,
+    normed: Tensor,
+    positions: Positions,
+    workspace: Workspace,
+    masks: RowMasks | None = None,
+    *,
+    multiply: Multiply = full,
+    kernels: bool = False,
+) -> Tensor:
+    """`inner` behind the norm, whose output `normed` is."""
     if isinstance(operands, GatherOperands):
         inputs = operands.inner(normed, positions)
     elif isinstance(operands, AttentionOperands):

@@ -1,5 +1,8 @@
-"""Which route a sub-layer takes: all of it with its masked part zeroed, a slice of it, or kernels
-that gather what is kept; and whether it is packed first."""
+"""Which route a sub-layer takes: all of it with its masked part zeroed, a slice of it, kernels that
+gather what is kept, or these for its candidates alone; and whether it is packed first.
+
+"auto" never takes "split": no GPU has measured it yet, and on a CPU it is slower.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 from bonsai_fast.scoring.fused.rates import Rates
 
 ConcreteRoute = Literal["dense", "slice", "gather"]
-Route = Literal["auto", "dense", "slice", "gather", "pack", "tail"]
+Route = Literal["auto", "dense", "slice", "gather", "pack", "tail", "split"]
 
 # A CPU copies a weight in the time in which it multiplies so many tokens by it. A table, not a
 # measurement at run time: an interrupted run must go on with the same routes, or its last bits
@@ -31,12 +34,12 @@ def choose(
     """Route for the rows of one mask in one sub-layer, on a CPU or where one was chosen before.
 
     Args:
-        route: what is wanted; "auto" decides.
+        route: what is wanted; "auto" decides, though never for "split".
         kept_share: of the sub-layer's parts, in (0, 1).
         tokens: that have this mask.
         copied_share: what a slice of a packed sub-layer copies; None: it is not packed.
     """
-    if route == "pack":
+    if route == "pack" or route == "split":  # what can be split asks nobody
         return "dense"
     if route == "tail":
         return "dense" if copied_share is None else "slice"
@@ -63,12 +66,14 @@ def packing_pays(
         route: what is wanted; "auto" decides, for a CPU.
         kept_shares: of the sub-layer's parts, for every group of sub-models with the same states.
         used_share: of parts that any of them keeps.
-        fixed_share: of parts that all of them keep, if slices of a packed sub-layer spare them.
+        fixed_share: of parts that all of them keep, if a packed sub-layer spares them.
         tokens: of each group.
         waves: how many there are.
     """
     if route == "tail":
         return fixed_share > 0 or used_share < 1
+    if route == "split":
+        return used_share < 1 or 0 < fixed_share < 1
     if route == "pack":
         return used_share < 1
     if route != "auto":

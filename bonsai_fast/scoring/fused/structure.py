@@ -43,6 +43,11 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def bias_or_zeros(self) -> Tensor:
+        """[out]."""
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:

@@ -76,8 +76,13 @@ class MaskTree:
         return self._layout.keep_of_block(block, self._keep, owners)
 
     def kept_by_all(self, depth: int) -> Tensor:
-        """What every sub-model keeps of a sub-layer: bool [query heads] or [channels]."""
-        return MaskTree.kept(self, depth, range(len(self._owner[depth]))).all(dim=0)
+        """What every sub-model keeps that keeps anything of a sub-layer.
+
+        Returns:
+            bool [query heads] or [channels]; all True if none keeps anything.
+        """
+        kept = MaskTree.kept(self, depth, range(len(self._owner[depth])))
+        return kept[kept.any(dim=1)].all(dim=0)
 
     def nodes(self, depth: int, start: int, stop: int) -> Iterator[Node]:
         """Nodes before sub-layer `depth` among the leaves start..stop-1; slots count from start."""

@@ -22,6 +22,7 @@ from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.products import Multiply, full
 from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
 from bonsai_fast.scoring.fused.slices import sliced
+from bonsai_fast.scoring.fused.split import Split, split
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
 from bonsai_fast.scoring.fused.tree import MaskTree, Node
 from bonsai_fast.scoring.fused.workspace import Workspace
@@ -86,6 +87,11 @@ class _Step:
         self.rows = states.flatten(0, 1)  # [leaves * B, T, D]
         self.sequences, self.length = states.shape[1:3]
         self._bank: Bank | None = None
+        self._split: Split | None = None
+        if wave.route == "split":
+            self._split = split(
+                *(sublayer, wave.positions, wave.workspace, wave.multiply), kernels=wave.kernels
+            )
 
     def advance(self, nodes: list[Node]) -> None:
         """Nodes whose sub-models part here one by one; of the others, those of one mask together,
@@ -98,6 +104,9 @@ class _Step:
                 slots_of_mask[node.children[0][0]].append(node.slot)
                 continue
             kept = self._kept([mask for mask, _ in node.children])
+            if self._split is not None:
+                self._fork_split(node, kept, self._split)
+                continue
             union = kept.any(dim=0)
             route = self._route(int(union.sum()), self.sequences)
             if route == "slice":
@@ -169,6 +178,29 @@ class _Step:
                     else:
                         torch.add(source, change, out=target)
 
+    def _fork_split(self, node: Node, kept: Tensor, split: Split) -> None:
+        """The same where what all keep is a product of its own, which they share.
+
+        Args:
+            node: the node.
+            kept: bool [children, parts].
+            split: the sub-layer.
+        """
+        empty = (~kept.any(dim=1)).tolist()
+        for begin in range(0, self.sequences, self.wave.chunk_rows):
+            here = slice(begin, min(begin + self.wave.chunk_rows, self.sequences))
+            source = self.states[node.slot, here]
+            shared = split.shared(source, self._out(len(source)))
+            # the first child has the node's own slot, which the others read: it comes last
+            for child in reversed(range(len(node.children))):
+                target = self.states[node.children[child][1], here]
+                if empty[child]:
+                    target.copy_(source)
+                    self._add_bias(target)
+                else:
+                    change = split.change(*shared, kept[child : child + 1], [len(source)])
+                    torch.add(source, change, out=target)
+
     def _changes(self, operands: Operands, inputs: Tensor, removed: Tensor) -> Tensor:
         """What several masks make of the same inputs: [masks, R, T, D]."""
         count, (rows, length, width) = len(removed), inputs.shape
@@ -181,7 +213,8 @@ class _Step:
     def _run(self, nodes: list[tuple[int, int]], operands: Operands | None) -> None:
         """Advance nodes, each a slot and the mask to be put on it, a chunk of rows at a time.
 
-        Without operands what each chunk's masks keep is gathered; nodes of one mask are neighbours.
+        Without operands what each chunk's masks keep is gathered, of all parts or, where the
+        sub-layer is split, of its candidates; nodes of one mask are neighbours.
         """
         wave, sequences = self.wave, self.sequences
         table = None if operands is None else self._table([mask for _, mask in nodes])
@@ -196,12 +229,26 @@ class _Step:
             else:
                 source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
                 torch.index_select(self.rows, 0, index, out=source)
-            weights = self._gathered(masks) if operands is None else operands
             on_rows = None if table is None else table.of_rows(masks)
-            inputs = self._inner(weights, source, on_rows)
-            source.add_(self._project_out(weights, inputs, self._out(len(chunk))))
+            source.add_(self._change(operands, source, masks, on_rows))
             if not adjacent:
                 self.rows.index_copy_(0, index, source)
+
+    def _change(
+        self, operands: Operands | None, source: Tensor, masks: list[int], on_rows: RowMasks | None
+    ) -> Tensor:
+        """What the sub-layer adds to rows that have these masks, as `_run` has it: a new tensor or
+        one in the workspace."""
+        out = self._out(len(source))
+        if operands is None:
+            # equal ones side by side are one group of rows
+            runs = [(mask, len(list(rows))) for mask, rows in groupby(masks)]
+            keep, counts = self._kept([mask for mask, _ in runs]), [count for _, count in runs]
+            if self._split is not None:
+                return self._split.change(*self._split.shared(source, out), keep, counts)
+            operands = self._gathering.operands(keep, counts)
+        inputs = self._inner(operands, source, on_rows)
+        return self._project_out(operands, inputs, out)
 
     def _inner(self, operands: Operands, source: Tensor, masks: RowMasks | None) -> Tensor:
         wave = self.wave
@@ -219,12 +266,6 @@ class _Step:
         if self._bank is None:
             self._bank = Bank(self.sublayer, self.wave.workspace)
         return self._bank
-
-    def _gathered(self, masks: list[int]) -> Operands:
-        """Operands of rows whose masks these are, equal ones side by side."""
-        runs = [(mask, len(list(rows))) for mask, rows in groupby(masks)]
-        keep = self._kept([mask for mask, _ in runs])
-        return self._gathering.operands(keep, [count for _, count in runs])
 
     def _table(self, masks: list[int]) -> MaskTable:
         different = sorted(set(masks) - {WHOLE})
@@ -253,6 +294,8 @@ class _Step:
 
     def _route(self, kept: int, rows: int) -> ConcreteRoute:
         """How so many kept parts are computed for so many rows."""
+        if self._split is not None:
+            return "gather"
         if kept == self._num_parts:
             return "dense"
         copied = None
