@@ -73,7 +73,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Schedule(9, 3, slices=True, packs=True)
     monkeypatch.setattr(FusedWorkingSet, "schedule", lambda *_: schedule)
     monkeypatch.setitem(eight_bits.BLOCK_ROWS, "cpu", 7)
-    for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
+    for cost in ("COPY_TOKENS", "ALONE_TOKENS", "QUANTISE_TOKENS"):
         monkeypatch.setattr(f"bonsai_fast.scoring.fused.policy.{cost}", 0.0)
 
 

@@ -365,3 +365,6 @@ def test_policy_slices_when_enough_is_masked_for_enough_tokens() -> None:
     assert choose("auto", 0.9999, 128) == "dense"
     assert choose("dense", 0.5, 8192) == "dense"
     assert choose("slice", 0.9999, 1) == "slice"
+    # in 8 bits a copy costs more
+    assert choose("auto", 0.5, 128) == "slice" and choose("auto", 0.5, 128, low=True) == "dense"
+    assert choose("auto", 0.5, 1024, low=True) == "slice"

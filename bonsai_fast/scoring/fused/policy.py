@@ -18,6 +18,8 @@ Route = Literal["auto", "dense", "slice", "gather", "pack", "tail", "split"]
 # measurement at run time: an interrupted run must go on with the same routes, or its last bits
 # would differ.
 COPY_TOKENS = 80.0
+# where products are in 8 bits, each copy is quantised as well, in the time of so many tokens
+QUANTISE_TOKENS = 200.0
 # what zeroing costs there beside the products it follows
 SELECT_SHARE = 0.03
 # what products of one mask alone lose there beside those of a chunk of rows, in tokens
@@ -29,7 +31,12 @@ NLL_TIE = 0.95
 
 
 def choose(
-    route: Route, kept_share: float, tokens: int, copied_share: float | None = None
+    route: Route,
+    kept_share: float,
+    tokens: int,
+    copied_share: float | None = None,
+    *,
+    low: bool = False,
 ) -> ConcreteRoute:
     """Route for the rows of one mask in one sub-layer, on a CPU or where one was chosen before.
 
@@ -38,6 +45,7 @@ def choose(
         kept_share: of the sub-layer's parts, in (0, 1).
         tokens: that have this mask.
         copied_share: what a slice of a packed sub-layer copies; None: it is not packed.
+        low: whether products are in 8 bits.
     """
     if route == "pack" or route == "split":  # what can be split asks nobody
         return "dense"
@@ -48,6 +56,8 @@ def choose(
     lost = COPY_TOKENS * kept_share
     if copied_share is not None:
         lost = COPY_TOKENS * copied_share + ALONE_TOKENS
+    if low:
+        lost += QUANTISE_TOKENS * kept_share
     saved = tokens * (1 - kept_share + SELECT_SHARE)
     return "slice" if saved > lost else "dense"
 

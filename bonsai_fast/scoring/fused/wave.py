@@ -302,5 +302,6 @@ class _Step:
         if isinstance(self.sublayer, PackedMLP):
             fixed = self._num_parts - self.sublayer.candidates
             copied = (kept - fixed) / self._num_parts
-        route = choose(self.wave.route, kept / self._num_parts, rows * self.length, copied)
+        share, low = kept / self._num_parts, self.wave.multiply is not full
+        route = choose(self.wave.route, share, rows * self.length, copied, low=low)
         return "dense" if route == "gather" and not gathers(self.sublayer) else route
