@@ -123,8 +123,8 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     taken: Counter[str] = Counter()
     choose = wave_module.choose
 
-    def counting(*arguments):
-        route = choose(*arguments)
+    def counting(*arguments, **options):
+        route = choose(*arguments, **options)
         taken[route] += 1
         return route
 
