@@ -42,6 +42,12 @@ def masks_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run / "masks").iterdir())}
 
 
+@pytest.fixture
+def not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose results other tests load in a fresh process, which takes longer than they."""
+    monkeypatch.setattr("bonsai_fast.delivery.verify_saved", lambda *_, **__: 0.0)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_meets_its_target_and_says_what_it_did(preset: str, tmp_path: Path) -> None:
     result = prune(tmp_path / "run", sparsity=0.3, **PRESETS[preset])
@@ -73,6 +79,7 @@ def test_same_seed_same_masks_other_seed_other_masks(preset: str, tmp_path: Path
     assert masks_of(runs["a"]) == masks_of(runs["b"]) != masks_of(runs["c"])
 
 
+@pytest.mark.usefixtures("not_loaded_again")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_finished_run_is_retargeted_without_scoring(preset: str, tmp_path: Path) -> None:
     options = PRESETS[preset]
@@ -88,6 +95,7 @@ def test_finished_run_is_retargeted_without_scoring(preset: str, tmp_path: Path)
     assert params.params <= result.parameters <= 1.05 * params.params
 
 
+@pytest.mark.usefixtures("not_loaded_again")
 def test_repeating_a_finished_run_does_nothing(tmp_path: Path) -> None:
     first = prune(tmp_path / "run", sparsity=0.2, **PRESETS["default"])
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -95,6 +103,7 @@ def test_repeating_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
+@pytest.mark.usefixtures("not_loaded_again")
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,6 +125,7 @@ def test_options_of_a_run(options: dict[str, object], tmp_path: Path) -> None:
     assert config["model_type"] == ("llama" if "uniform" in options else "bonsai_llama")
 
 
+@pytest.mark.usefixtures("not_loaded_again")
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     prune(tmp_path / "run", sparsity=0.2, **PRESETS["default"])
     before = masks_of(tmp_path / "run")
