@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.nn import functional as F
+from baselines import multiplied, token_losses
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bonsai_fast.embedded import embedded_model
-from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.testing import synchronized_timer
 from bonsai_fast.units import Layout
@@ -74,34 +73,12 @@ CASES = [
 CURVE = ((2, 128), (4, 128), (8, 128), (2, 256), (2, 512))
 
 
-def _multiplied(model: PreTrainedModel, layout: Layout, keep: torch.Tensor, rows: int) -> list:
-    """Hooks that multiply each of `len(keep)` sub-models' masks into its `rows` sequences."""
-    handles = []
-    for block, kept in layout.keep_by_block(keep):
-        width = block.head_dim if isinstance(block, AttentionBlock) else 1
-        projection = model.get_submodule(block.output)
-        columns = kept.repeat_interleave(width, dim=1).repeat_interleave(rows, dim=0)[:, None]
-        factor = columns.to(projection.weight.device, projection.weight.dtype)
-        handles.append(
-            projection.register_forward_pre_hook(lambda _, args, f=factor: (args[0] * f,))
-        )
-    return handles
-
-
-@torch.inference_mode()
 def _chunk(
     model: PreTrainedModel, layout: Layout, keep: torch.Tensor, input_ids: torch.Tensor
 ) -> torch.Tensor:
-    handles = _multiplied(model, layout, keep, len(input_ids))
-    try:
-        tokens = input_ids.repeat(len(keep), 1)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    finally:
-        for handle in handles:
-            handle.remove()
-    labels = tokens[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.view_as(labels).mean(dim=1).view(len(keep), len(input_ids)).cpu()
+    with multiplied(model, layout, keep):
+        losses = token_losses(model, input_ids.repeat(len(keep), 1))
+    return losses.mean(dim=1).view(len(keep), len(input_ids)).cpu()
 
 
 def one_by_one(

@@ -2,7 +2,7 @@
 
     python bench/gpu.py
     python bench/gpu.py --sections ratios,scoring --minutes 5
-    python bench/gpu.py --small --device cpu --output /tmp/gpu.json
+    python bench/gpu.py --small --device cpu --output gpu.json
 
 Right answers come first, then speed: each kernel beside the vendor's product, copies, attention,
 losses, and sub-models per second on the shapes of Llama-2-7B and Llama-3-8B with random weights.
@@ -22,7 +22,8 @@ from pathlib import Path
 import gpu_kernels
 import gpu_scoring
 import torch
-from gpu_report import OutOfTimeError, Report, machine_name
+from gpu_report import OutOfTimeError, Report
+from machine import machine_name
 
 from bonsai_fast.testing import MODEL_SHAPES, ModelShape
 
@@ -64,7 +65,7 @@ def sections(small: bool, layers: int | None) -> dict[str, Section]:
                 "losses": gpu_kernels.losses,
             }.items()
         },
-        "engines": partial(gpu_scoring.engines, load=load),
+        "engines": gpu_scoring.engines,
         "scoring": partial(gpu_scoring.scoring, load=load),
     }
 

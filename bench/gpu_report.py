@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine_name
 
 from bonsai_fast.ledger import write_json
 
@@ -129,13 +130,6 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
-
-
-def machine_name(device: torch.device) -> str:
-    """A name for a folder: 'nvidia-h200', 'cpu-x86_64'."""
-    if device.type != "cuda":
-        return f"{device.type}-{platform.machine()}"
-    return "-".join(torch.cuda.get_device_name(device).lower().split())
 
 
 def _version(package: str) -> str | None:

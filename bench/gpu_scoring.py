@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from baselines import multiplied, token_losses
+from gpu_models import layers_that_fit, random_masks, random_model, round_masks
 from gpu_report import Report
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from bonsai_fast.models import AttentionBlock
 from bonsai_fast.peak_memory import PeakMemory
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import remove_units
@@ -31,8 +31,6 @@ from bonsai_fast.units import Layout
 
 ROUTES = ("dense", "slice", "gather", "auto")
 ROUND_ROUTES = ("dense", "pack", "tail", "split")
-# of the units of every sub-layer, in a later round: gone from all sub-models
-GONE = 0.3
 # most of what an engine may err in float32, and how much more than the hooks in bfloat16
 FLOAT32_TOLERANCE, BFLOAT16_FACTOR = 1e-3, 2.0
 # (what it is compared with, tokens, masked share) -> how many times as fast the engine is to be
@@ -85,52 +83,7 @@ LAYERS = {"Llama-2-7B": 32, "Llama-3-8B": 32}
 SMALL_LAYERS = 4
 
 
-def random_model(
-    shape: ModelShape, layers: int, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """A LLaMA of this shape with random weights."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
-
-
-def random_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
-    """Keep masks, bool [S, P]: in every sub-layer the same share is removed at random."""
-    generator = torch.Generator().manual_seed(0)
-    keep = torch.ones(count, len(layout), dtype=torch.bool)
-    for group in layout.groups:
-        order = torch.rand(count, len(group), generator=generator).argsort(dim=1).argsort(dim=1)
-        keep[:, group.start : group.stop] = order >= round(masked * len(group))
-    return keep
-
-
-def round_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
-    """Keep masks of a later round, bool [S, P]: in every sub-layer the same units are gone, and of
-    the others the same ones are candidates, of which each sub-model masks a half at random."""
-    generator = torch.Generator().manual_seed(0)
-    keep = torch.ones(count, len(layout), dtype=torch.bool)
-    for group in layout.groups:
-        order = torch.randperm(len(group), generator=generator)
-        gone, half = round(GONE * len(group)), round(masked * (1 - GONE) * len(group))
-        keep[:, group.start + order[:gone]] = False
-        candidates = group.start + order[gone : gone + 2 * half]
-        draw = torch.rand(count, 2 * half, generator=generator).argsort(dim=1).argsort(dim=1)
-        keep[:, candidates] = draw >= half
-    return keep
-
-
-def engines(report: Report, device: torch.device, load: Load) -> None:
+def engines(report: Report, device: torch.device) -> None:
     """The engine against hooks on a tiny model."""
     report.begin("engines", "routes of the engine against hooks, a tiny model")
     shape = ModelShape(
@@ -254,17 +207,6 @@ def _compare(
         )  # fmt: skip
 
 
-def layers_that_fit(shape: ModelShape, total: int, device: torch.device) -> int:
-    """All layers, or as many as leave a third of a GPU's free memory for work."""
-    if device.type != "cuda":
-        return total
-    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
-    columns = 3 * shape.intermediate_size + heads * shape.head_dim
-    layer = 2 * shape.hidden_size * columns
-    room = torch.cuda.mem_get_info(device)[0] * 2 / 3 - 4 * shape.vocab_size * shape.hidden_size
-    return max(2, min(total, int(room // layer)))
-
-
 class _Cases:
     """One model, one number of tokens."""
 
@@ -348,14 +290,16 @@ class _Cases:
         self._model.set_attn_implementation("eager")
         try:
             for row in keep:
-                for sequence in self._text:
-                    _forward(self._model, self._layout, row[None], sequence[None])
+                with multiplied(self._model, self._layout, row[None]):
+                    for sequence in self._text:
+                        token_losses(self._model, sequence[None])
         finally:
             self._model.set_attn_implementation("sdpa")
 
     def _batched(self, keep: torch.Tensor) -> None:
-        for rows in self._text.split(self._rows):
-            _forward(self._model, self._layout, keep, rows)
+        with multiplied(self._model, self._layout, keep):
+            for rows in self._text.split(self._rows):
+                token_losses(self._model, rows.repeat(len(keep), 1))
 
     def _sliced(self, keep: torch.Tensor, masked: float) -> None:
         with self._report.case("scoring"):
@@ -366,7 +310,7 @@ class _Cases:
             text = self._text.repeat(self._together, 1)
             self._attempt(
                 "sliced",
-                lambda: [_forward(smaller, None, None, rows) for rows in text.split(self._rows)],
+                lambda: [token_losses(smaller, rows) for rows in text.split(self._rows)],
                 self._together,
                 masked,
             )
@@ -380,34 +324,6 @@ class _Cases:
             memory_budget=scorer.memory_budget,
             rates=scorer.rates,
         )
-
-
-@torch.inference_mode()
-def _forward(
-    model: PreTrainedModel,
-    layout: Layout | None,
-    keep: torch.Tensor | None,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """Losses of every sub-model on these rows, as one writes it without this package."""
-    handles = []
-    if layout is not None and keep is not None:
-        for block, kept in layout.keep_by_block(keep):
-            width = block.head_dim if isinstance(block, AttentionBlock) else 1
-            projection = model.get_submodule(block.output)
-            weight = projection.weight
-            columns = kept.to(weight.device).repeat_interleave(width, dim=1)
-            factor = columns.repeat_interleave(len(rows), dim=0)[:, None].to(weight.dtype)
-            handles.append(
-                projection.register_forward_pre_hook(lambda _, args, f=factor: (args[0] * f,))
-            )
-    try:
-        tokens = rows if keep is None else rows.repeat(len(keep), 1)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
 
 
 def _free(device: torch.device) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 
-def machine_name() -> str:
-    """Such as NVIDIA-A100-SXM4-80GB or AMD-EPYC-2-cores."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()} {_cores()} cores"
+def machine_name(device: torch.device | None = None) -> str:
+    """Such as NVIDIA-A100-SXM4-80GB or AMD-EPYC-2-cores.
+
+    Args:
+        device: what is measured; a GPU if None and there is one.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{_processor()} {_cores()} cores"
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bonsai_fast.scoring.fused.copies import output_columns, take_blocks, take_projection
 from bonsai_fast.scoring.fused.eight_bits import Weight
 from bonsai_fast.scoring.fused.gather import GatherOperands
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Projection
@@ -111,11 +112,7 @@ class Slicer:
     def __init__(self, spec: Attention | MLP, workspace: Workspace) -> None:
         self.spec = spec
         self._workspace = workspace
-        # rows of a transposed copy are contiguous: taking them is a plain copy
-        self._columns = spec.output.weight.t()
-        if not self._columns.is_contiguous():
-            self._columns = workspace("output columns", *self._columns.shape)
-            self._columns.copy_(spec.output.weight.t())
+        self._columns = output_columns(spec, workspace)
 
     def __call__(self, keep: Tensor) -> AttentionOperands | MLPOperands:
         """Weights of the kept parts.
@@ -125,30 +122,18 @@ class Slicer:
         """
         spec, kept = self.spec, keep.nonzero().flatten()
         if isinstance(spec, MLP):
-            gate = self._rows("gate", spec.gate, kept, 1)
-            up = self._rows("up", spec.up, kept, 1)
-            return MLPOperands(spec, gate, up, self._take("output", self._columns, kept, 1))
+            gate = take_projection("kept gate", spec.gate, kept, 1, self._workspace)
+            up = take_projection("kept up", spec.up, kept, 1, self._workspace)
+            rows = take_blocks("kept output", self._columns, kept, 1, self._workspace)
+            return MLPOperands(spec, gate, up, rows)
         width = spec.block.head_dim
         kv_of_kept = torch.tensor(spec.block.kv_of_head)[kept]
         kept_kv, kv_of_head = kv_of_kept.unique(return_inverse=True)
         return AttentionOperands(
             spec,
-            self._rows("query", spec.query, kept, width),
-            self._rows("key", spec.key, kept_kv, width),
-            self._rows("value", spec.value, kept_kv, width),
-            self._take("output", self._columns, kept, width),
+            take_projection("kept query", spec.query, kept, width, self._workspace),
+            take_projection("kept key", spec.key, kept_kv, width, self._workspace),
+            take_projection("kept value", spec.value, kept_kv, width, self._workspace),
+            take_blocks("kept output", self._columns, kept, width, self._workspace),
             tuple(kv_of_head.tolist()),
         )
-
-    def _rows(self, name: str, projection: Projection, index: Tensor, width: int) -> Projection:
-        bias = projection.bias
-        if bias is not None:
-            bias = bias.view(-1, width)[index.to(bias.device)].flatten()
-        return Projection(self._take(name, projection.weight, index, width), bias)
-
-    def _take(self, name: str, matrix: Tensor, index: Tensor, width: int) -> Tensor:
-        """Blocks of `width` neighbouring rows."""
-        blocks = matrix.contiguous().view(-1, width * matrix.shape[1])
-        copy = self._workspace(f"kept {name}", len(index), blocks.shape[1])
-        torch.index_select(blocks, 0, index.to(matrix.device), out=copy)
-        return copy.view(-1, matrix.shape[1])

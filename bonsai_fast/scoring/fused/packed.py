@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.models import AttentionBlock
+from bonsai_fast.scoring.fused.copies import output_columns, take_blocks, take_projection
 from bonsai_fast.scoring.fused.policy import Route, packing_pays
 from bonsai_fast.scoring.fused.structure import (
     MLP,
@@ -170,7 +171,11 @@ class PackedSublayers(Sequence[SubLayer]):
         total, width = len(pack.parts), spec.norm.weight.shape[0]
         rows = total + pack.candidates
         gate_up = Projection(self._workspace("packed gate and up", 2 * rows, width), None)
-        sources = {"gate": spec.gate.weight, "up": spec.up.weight, "output": self._columns(spec)}
+        sources = {
+            "gate": spec.gate.weight,
+            "up": spec.up.weight,
+            "output": output_columns(spec, self._workspace),
+        }
         buffers = {"gate": gate_up.weight[:rows], "up": gate_up.weight[rows:]}
         buffers["output"] = self._workspace("packed output", rows, width)
         if spec.gate.bias is not None or spec.up.bias is not None:
@@ -195,35 +200,18 @@ class PackedSublayers(Sequence[SubLayer]):
         width, heads = spec.block.head_dim, pack.parts
         kv_of_kept = torch.tensor(spec.block.kv_of_head)[heads]
         kv_heads, kv_of_head = kv_of_kept.unique(return_inverse=True)
-        output = self._blocks("attention output", self._columns(spec), heads, width).t()
+        columns = output_columns(spec, self._workspace)
+        output = take_blocks("packed attention output", columns, heads, width, self._workspace).t()
         return replace(
             spec,
             block=replace(spec.block, kv_of_head=tuple(kv_of_head.tolist())),
-            query=self._projection("query", spec.query, heads, width),
-            key=self._projection("key", spec.key, kv_heads, width),
-            value=self._projection("value", spec.value, kv_heads, width),
+            query=take_projection("packed query", spec.query, heads, width, self._workspace),
+            key=take_projection("packed key", spec.key, kv_heads, width, self._workspace),
+            value=take_projection("packed value", spec.value, kv_heads, width, self._workspace),
             output=Projection(
                 output.contiguous() if self._contiguous else output, spec.output.bias
             ),
         )
-
-    def _columns(self, spec: Attention | MLP) -> Tensor:
-        """The output projection's columns as rows, which are copied fast."""
-        weight = spec.output.weight
-        rows = self._workspace("output columns", weight.shape[1], weight.shape[0])
-        return rows.copy_(weight.t())
-
-    def _projection(self, name: str, source: Projection, parts: Tensor, width: int) -> Projection:
-        bias = source.bias
-        if bias is not None:
-            bias = bias.view(-1, width)[parts.to(bias.device)].flatten()
-        return Projection(self._blocks(name, source.weight, parts, width), bias)
-
-    def _blocks(self, name: str, matrix: Tensor, parts: Tensor, width: int) -> Tensor:
-        blocks = matrix.contiguous().view(-1, width * matrix.shape[1])
-        copy = self._workspace(f"packed {name}", len(parts), blocks.shape[1])
-        torch.index_select(blocks, 0, parts.to(matrix.device), out=copy)
-        return copy.view(-1, matrix.shape[1])
 
 
 def packs_of(
