@@ -16,14 +16,12 @@ from bonsai_fast.data import Sequences
 from bonsai_fast.methods import METHODS, Search, Task
 from bonsai_fast.pipeline import (
     PruneResult,
-    estimate_seconds,
     execute,
-    plan_table,
     prepare,
-    result_table,
 )
 from bonsai_fast.progress import Reporter
 from bonsai_fast.run_directory import open_run, open_weight_run
+from bonsai_fast.tables import estimate_seconds, plan_table, result_table
 from bonsai_fast.weight_layers import WeightTask
 from bonsai_fast.weight_pipeline import SparseResult, execute_weights, prepare_weights
 from bonsai_fast.weight_tables import sparse_table, weight_plan, weight_plan_table

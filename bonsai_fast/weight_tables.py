@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bonsai_fast.layer_major import Sweep
 from bonsai_fast.methods import WEIGHT_METHODS
+from bonsai_fast.tables import add_perplexity, new_comparison
 from bonsai_fast.weight_layers import WeightTask, prune_layer
 from bonsai_fast.weight_pipeline import SparseResult
 
@@ -80,9 +81,7 @@ def weight_plan_table(task: WeightTask, plan: WeightPlan) -> Table:
 
 def sparse_table(result: SparseResult) -> Table:
     """The comparison that a person reads at the end."""
-    table = Table(title=f"dense and pruned: {result.method}, {result.pattern}")
-    for column in ("", "dense", "pruned", "change"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = new_comparison(f"dense and pruned: {result.method}, {result.pattern}")
     table.add_row(
         "zeros",
         f"{result.zeros_dense:,}",
@@ -90,17 +89,9 @@ def sparse_table(result: SparseResult) -> Table:
         f"{result.sparsity:.2%} of {result.weights:,} weights, "
         f"{result.sparsity_total:.1%} of the model",
     )
-    ratio = result.pruned_perplexity / result.dense_perplexity
-    table.add_row(
-        "perplexity",
-        f"{result.dense_perplexity:.2f}",
-        f"{result.pruned_perplexity:.2f}",
-        f"x{ratio:.2f}",
-    )
-    protocol = result.protocol
+    add_perplexity(table, result.dense_perplexity, result.pruned_perplexity, result.protocol)
     table.caption = (
-        f"perplexity: {protocol['dataset']}, {protocol['tokens']:,} predicted tokens, "
-        f"window {protocol['window']}, stride {protocol['stride']}; "
+        f"{table.caption}; "
         "zeros take the room and time of other numbers wherever an engine does not know better"
     )
     return table

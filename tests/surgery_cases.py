@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from families import FAMILIES
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock
+from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
 TOLERANCE = 1e-4  # fp32: a narrower matrix product sums in another order
@@ -104,3 +106,14 @@ def masked_logits(
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference; NaN is infinitely far from anything."""
     return (actual.float() - expected.float()).abs().nan_to_num(float("inf")).max().item()
+
+
+def pruned(family: str, mask: str = "half") -> PreTrainedModel:
+    """A tiny model of a family, cut by one of these masks."""
+    model = FAMILIES[family]()
+    layout = Layout.of(model)
+    return remove_units(model, layout, MASKS[mask](layout))
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).numpy().tobytes()

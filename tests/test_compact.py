@@ -85,6 +85,9 @@ def test_strided_views_and_nothing_beside_them(function, reference, dim, device)
 def test_no_places(function, reference, dim, device):
     source = random_tensor(4, 5, device=device)
     function(source, kept_of(0, device=device), workspace(source, dim, 0))
+    out = workspace(source, dim, 3)
+    function(source, kept_of(0, device=device), out)
+    assert torch.equal(out, torch.zeros_like(out))
 
 
 @pytest.mark.parametrize("op, dim", [(ops.compact_rows, 0), (ops.compact_columns, 1)])

@@ -26,7 +26,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "comparison": {"comparison"},
     "pipeline": {
-        *("delivery", "jobs", "pipeline", "weight_layers", "weight_pipeline", "weight_tables"),
+        *("delivery", "jobs", "pipeline", "tables"),
+        *("weight_layers", "weight_pipeline", "weight_tables"),
     },
     "methods": {"methods"},
     "parts": {

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 import bonsai_fast as bf
 from bonsai_fast.allocation import Target
 from bonsai_fast.ledger import Ledger
-from bonsai_fast.mask_files import load_mask
 from bonsai_fast.methods import METHODS, Search
 from bonsai_fast.pipeline import prepare
 from bonsai_fast.progress import Reporter
@@ -192,9 +191,3 @@ def test_five_kills_and_a_resume_give_the_same_bytes(tmp_path: Path) -> None:
 
 def _num_entries(run: Path) -> int:
     return len(list((run / "ledger").glob("*.safetensors")))
-
-
-def test_mask_files_say_what_they_are(tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="expected a mask written by bonsai_fast"):
-        load_mask(tmp_path / "x.safetensors")

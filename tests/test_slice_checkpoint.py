@@ -7,28 +7,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
 from full_disk import small_files
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from surgery_cases import MASKS
+from surgery_cases import MASKS, bytes_of
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import bonsai_fast as bf
-from bonsai_fast.mask_files import load_mask, save_mask
+from bonsai_fast.mask_files import save_mask
 from bonsai_fast.run_directory import open_run
 from bonsai_fast.surgery import __main__ as command
 from bonsai_fast.surgery import remove_units, save_pretrained, slice_checkpoint
-from bonsai_fast.surgery.stored import DTYPES, open_checkpoint
-from bonsai_fast.surgery.stream import write_safetensors
 from bonsai_fast.units import Layout
 
 REPORT = {"parent": "some/model"}
@@ -36,10 +31,6 @@ REPORT = {"parent": "some/model"}
 
 def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def the_long_way(parent: Path, mask: str, output: Path, **layout: object) -> dict[str, bytes]:
@@ -216,44 +207,6 @@ def test_unknown_tensors_and_metadata_stay_and_outdated_buffers_go(tmp_path: Pat
         assert file.metadata() == {"format": "pt", "source": "here"}
 
 
-# The file format ---------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.data())
-def test_files_are_those_of_safetensors(tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    path = tmp_path_factory.mktemp("stream") / "x.safetensors"
-    names = data.draw(st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=6))
-    names = [name for name in names if name != "__metadata__" and name.isprintable()]
-    tensors = {}
-    for name in names:
-        dtype = data.draw(st.sampled_from(list(DTYPES.values())))
-        shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
-        count = int(torch.tensor(shape).prod()) if shape else 1
-        raw = torch.arange(count * dtype.itemsize).remainder(2).to(torch.uint8)
-        tensors[name] = raw.view(dtype).view(shape)
-    step = data.draw(st.integers(1, 3))
-
-    def blocks(name: str) -> Iterator[torch.Tensor]:
-        tensor = tensors[name]
-        yield from tensor.split(step) if tensor.dim() and len(tensor) else [tensor]
-
-    write_safetensors(path, tensors, blocks, {"format": "pt"})
-    assert path.read_bytes() == save(tensors, {"format": "pt"})
-    stored = open_checkpoint_file(path)
-    for name, tensor in tensors.items():
-        size = data.draw(st.integers(1, 20))
-        read = [block.clone() for _, block in stored[name].blocks(size)]
-        again = torch.cat(read) if tensor.dim() else read[0]
-        assert again.shape == tensor.shape and again.dtype == tensor.dtype
-        assert bytes_of(again) == bytes_of(tensor)
-
-
-def open_checkpoint_file(path: Path):
-    path.rename(path.with_name("model.safetensors"))
-    return open_checkpoint(path.parent).tensors
-
-
 # Errors, and writes that go wrong ----------------------------------------------------------------
 
 
@@ -389,25 +342,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main([str(parent)])
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-
-
-def test_masks_say_their_layout(tmp_path: Path) -> None:
-    layout = Layout.of(tiny_llama(), attention="kv_group")
-    keep = MASKS["half"](layout)
-    save_mask(tmp_path / "mask", layout, keep)
-    found = load_mask(tmp_path / "mask")
-    assert torch.equal(found.keep, keep)
-    assert (found.attention, found.sublayers) == ("kv_group", False)
-    save_mask(tmp_path / "again", layout, keep)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "mask").read_bytes()
-    with pytest.raises(ValueError, match="expected shape"):
-        save_mask(tmp_path / "mask", layout, keep[1:])
-    for about in ({}, {"attention": "x", "sublayers": True}, {"attention": "head"}, 8):
-        about = {"num_units": 8, **about} if isinstance(about, dict) else about
-        keep_bits = {"keep": torch.zeros(1, 1, dtype=torch.uint8)}
-        (tmp_path / "bad").write_bytes(save(keep_bits, {"layout": json.dumps(about)}))
-        with pytest.raises(ValueError, match="expected a mask written by bonsai_fast"):
-            load_mask(tmp_path / "bad")
 
 
 _MEASURE = """
