@@ -17,11 +17,9 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from scoring_cases import related_masks, scorer_on_ops, wide_heads
 from surgery_cases import tokens
 from test_dispatch import ALL, cuda_path
-from test_fused import related_masks
-from test_fused_ops import scorer_on_ops
-from test_gather import wide_heads
 
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused import packed

@@ -9,9 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY
+from scoring_cases import (
+    FUSED,
+    assert_errs_as_hooks,
+    assert_hooks_and_pruned_agree,
+    related_masks,
+)
 from surgery_cases import MASKS, tokens
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -31,25 +36,11 @@ from bonsai_fast.statistics import collect_statistics
 from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
-FUSED = ["llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma", "phi3"]
 ROUTES = ["dense", "slice", "auto"]
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-def related_masks(layout: Layout) -> torch.Tensor:
-    """Sub-models that share much: a base, the base thinned out in one group each, all twice."""
-    generator = torch.Generator().manual_seed(5)
-    base = torch.rand(len(layout), generator=generator) < 0.8
-    masks = [base]
-    for group in layout.groups:
-        thinner = base.clone()
-        thinner[group.start : group.stop] &= torch.rand(len(group), generator=generator) < 0.5
-        masks.append(thinner)
-    everything, nothing = torch.ones_like(base), torch.zeros_like(base)
-    return torch.stack([*masks, everything, nothing, *masks[::-1]])
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +67,7 @@ def test_equals_hooks_and_the_pruned_model(family: str, attention: str, route: s
     layout = Layout.of(model, attention=attention, sublayers=True)
     masks = related_masks(layout)
     scored = MaskScorer(model, layout=layout, engine="fused", route=route).score(masks, input_ids)
-    hooks = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
-    torch.testing.assert_close(scored, hooks, rtol=0, atol=1e-4)
-    smaller = remove_units(model, layout, masks[0])
-    with torch.no_grad():
-        logits = smaller(input_ids=input_ids).logits[:, :-1]
-    expected = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none").mean(1)
-    torch.testing.assert_close(scored[0], expected, rtol=0, atol=1e-4)
+    assert_hooks_and_pruned_agree(scored, model, layout, masks, input_ids)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -105,13 +90,7 @@ def test_parents_that_were_pruned_before(family: str, mask: str, route: str) -> 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma"])
 def test_low_precision_errs_as_hooks_do(family: str, dtype: torch.dtype, route: str) -> None:
     model = FAMILIES[family]()
-    masks = related_masks(Layout.of(model))
-    exact = MaskScorer(model, engine="hooks").score(masks, tokens())
-    model = model.to(dtype)
-    hooks = MaskScorer(model, engine="hooks").score(masks, tokens())
-    scored = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
-    budget = 2 * float((hooks - exact).abs().max()) + 1e-3
-    assert float((scored - exact).abs().max()) <= budget
+    assert_errs_as_hooks(model, related_masks(Layout.of(model)), tokens(), route, dtype)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from families import FAMILIES
+from scoring_cases import (
+    FUSED,
+    OpCalls,
+    related_masks,
+    scorer_on_ops,
+)
 from surgery_cases import tokens
-from test_fused import FUSED, related_masks
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.activations import kernel_name
-from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.units import Layout
 
 ROUTES = ["dense", "slice"]
-
-
-class OpCalls(TorchDispatchMode):
-    """Counts calls of the project's ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "bonsai_fast":
-            self.counts[func.name().partition("::")[2]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def scorer_on_ops(model: PreTrainedModel, layout: Layout, route: str) -> MaskScorer:
-    """What a model on a GPU gets."""
-    scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
-    assert isinstance(scorer.engine, FusedEngine) and not scorer.engine.kernels
-    scorer.engine.kernels = scorer.engine.nll.without_logits = True
-    return scorer
 
 
 @pytest.mark.usefixtures("poisoned_empty")

@@ -10,16 +10,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import families
 import pytest
 import torch
 from families import FAMILIES
+from scoring_cases import (
+    FUSED,
+    OpCalls,
+    assert_hooks_and_pruned_agree,
+    related_masks,
+    wide_heads,
+)
 from surgery_cases import MASKS, tokens
-from test_fused import FUSED, related_masks
-from test_fused_ops import OpCalls
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import bonsai_fast
@@ -33,16 +35,6 @@ from bonsai_fast.units import Layout
 
 HEAD_OPS = ("kept_head_proj", "grouped_attention", "kept_o_proj")
 CHANNEL_OPS = ("kept_up_proj", "kept_down_proj")
-
-
-def wide_heads(family: str, **changes: Any) -> PreTrainedModel:
-    """A tiny model of a family, with heads that the kernels take."""
-    model = FAMILIES[family]()
-    config = model.config
-    config.head_dim = 16
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return families._build(type(model), config, seed=21)
 
 
 def half_rotary() -> PreTrainedModel:
@@ -76,13 +68,7 @@ def test_equals_hooks_and_the_pruned_model(name: str, attention: str) -> None:
     # few KV groups are often all kept, and then nothing is gathered
     expected_ops = (*HEAD_OPS, *CHANNEL_OPS) if attention == "head" else CHANNEL_OPS
     assert all(calls.counts[op] for op in expected_ops)
-    hooks = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
-    torch.testing.assert_close(scored, hooks, rtol=0, atol=1e-4)
-    smaller = remove_units(model, layout, masks[0])
-    with torch.no_grad():
-        logits = smaller(input_ids=input_ids).logits[:, :-1]
-    expected = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none").mean(1)
-    torch.testing.assert_close(scored[0], expected, rtol=0, atol=1e-4)
+    assert_hooks_and_pruned_agree(scored, model, layout, masks, input_ids)
 
 
 def test_half_of_a_head_is_rotated() -> None:

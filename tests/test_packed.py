@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES
+from scoring_cases import (
+    OpCalls,
+    assert_errs_as_hooks,
+    assert_hooks_and_pruned_agree,
+)
 from surgery_cases import tokens
-from test_fused_ops import OpCalls
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -23,7 +26,6 @@ from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.fused.operands import MLPOperands
 from bonsai_fast.scoring.fused.policy import choose, packing_pays
 from bonsai_fast.streaming import stream_layers
-from bonsai_fast.surgery import remove_units
 from bonsai_fast.units import Layout
 
 ROUTES = ["pack", "tail", "split", "auto"]
@@ -66,18 +68,12 @@ def test_equals_hooks_and_the_pruned_model(family: str, route: str) -> None:
     for attention in ("head", "kv_group"):
         layout = Layout.of(model, attention=attention)
         masks = round_masks(layout)
-        expected = MaskScorer(model, layout=layout, engine="hooks").score(masks, input_ids)
         scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
         found = scorer.score(masks, input_ids)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        smaller = remove_units(model, layout, masks[0])
-        with torch.no_grad():
-            logits = smaller(input_ids=input_ids).logits[:, :-1].transpose(1, 2)
-        losses = F.cross_entropy(logits, input_ids[:, 1:], reduction="none").mean(1)
-        torch.testing.assert_close(found[0], losses, rtol=0, atol=1e-4)
+        assert_hooks_and_pruned_agree(found, model, layout, masks, input_ids)
         scorer.engine.kernels = True  # their plain versions
         found = scorer.score(masks, input_ids)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert_hooks_and_pruned_agree(found, model, layout, masks, input_ids)
 
 
 @pytest.mark.usefixtures("always")
@@ -255,13 +251,7 @@ def test_an_activation_that_no_kernel_has_is_packed_alone() -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_low_precision_errs_as_hooks_do(route: str, dtype: torch.dtype) -> None:
     model = FAMILIES["llama_bias"]()
-    masks = round_masks(Layout.of(model))
-    exact = MaskScorer(model, engine="hooks").score(masks, tokens())
-    model = model.to(dtype)
-    hooks = MaskScorer(model, engine="hooks").score(masks, tokens())
-    found = MaskScorer(model, engine="fused", route=route).score(masks, tokens())
-    budget = 2 * float((hooks - exact).abs().max()) + 1e-3
-    assert float((found - exact).abs().max()) <= budget
+    assert_errs_as_hooks(model, round_masks(Layout.of(model)), tokens(), route, dtype)
 
 
 @pytest.mark.usefixtures("always")

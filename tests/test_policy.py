@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from scoring_cases import wide_heads
 from searches import new_search
 from surgery_cases import tokens
-from test_gather import wide_heads
 from tiny import byte_tokenizer, tiny_llama
 
 from bonsai_fast.config import PruneConfig

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bonsai_fast import ops
+from bonsai_fast.scoring.fused.copies import output_columns
 from bonsai_fast.scoring.fused.packed import PackedMLP
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.structure import MLP, Attention, Norm, Projection
@@ -49,6 +50,7 @@ class GatherOperands:
     query: ops.KeptLists
     kv: ops.KeptLists | None
     q_to_kv: Tensor | None
+    _tiles_of_shape: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def columns(self) -> int:
@@ -130,8 +132,11 @@ class GatherOperands:
         return (rows,) if self.rows_of_mask is None else self.rows_of_mask
 
     def _tiles(self, rows: int, length: int) -> Tensor:
-        sizes = [count * length for count in self._groups(rows)]
-        return ops.RowPlan.of(sizes, device=self.query.index.device).tiles
+        if (rows, length) not in self._tiles_of_shape:
+            sizes = [count * length for count in self._groups(rows)]
+            plan = ops.RowPlan.of(sizes, device=self.query.index.device)
+            self._tiles_of_shape[rows, length] = plan.tiles
+        return self._tiles_of_shape[rows, length]
 
     def _sequences(self, rows: int, length: int) -> Tensor:
         groups = [n for n, count in enumerate(self._groups(rows)) for _ in range(count)]
@@ -159,9 +164,7 @@ class Bank:
             self.gate_up, self.output_rows = spec.gate_up, spec.buffers["output"]
         elif isinstance(spec, MLP):
             self.gate_up = _joined(spec.gate, spec.up, workspace)
-            weight = spec.output.weight
-            self.output_rows = workspace("output columns", weight.shape[1], weight.shape[0])
-            self.output_rows.copy_(weight.t())
+            self.output_rows = output_columns(spec, workspace)
 
     def operands(self, keep: Tensor, rows_of_mask: Sequence[int] | None) -> GatherOperands:
         """Operands of rows grouped by mask.

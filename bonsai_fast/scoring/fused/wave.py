@@ -223,10 +223,10 @@ class _Step:
             chunk = rows[begin : begin + wave.chunk_rows]
             masks = [nodes[(begin + place) // sequences][1] for place in range(len(chunk))]
             adjacent = chunk == list(range(chunk[0], chunk[0] + len(chunk)))
-            index = torch.tensor(chunk, device=self.rows.device)
             if adjacent:
                 source = self.rows[chunk[0] : chunk[-1] + 1]
             else:
+                index = torch.tensor(chunk, device=self.rows.device)
                 source = wave.workspace("gathered", len(chunk), *self.rows.shape[1:])
                 torch.index_select(self.rows, 0, index, out=source)
             on_rows = None if table is None else table.of_rows(masks)
