@@ -124,15 +124,19 @@ class RunDirectory(Run):
 class WeightRun(Run):
     """An open run that zeroes weights."""
 
+    def has_layer(self, number: int) -> bool:
+        """Whether a decoder layer is on record; it is not read."""
+        return self._layer_path(number).is_file()
+
     def layer(self, number: int) -> dict[str, torch.Tensor] | None:
         """Pruned weights of a decoder layer by parameter name, or None if it is not done.
 
         Raises:
             LedgerError: the record is damaged.
         """
-        path = self._layer_path(number)
-        if not path.is_file():
+        if not self.has_layer(number):
             return None
+        path = self._layer_path(number)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:

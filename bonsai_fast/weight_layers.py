@@ -72,7 +72,7 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
         how many tokens' worth of forward passes through the whole model that took.
     """
     num_layers = len(task.layers)
-    missing = [number for number in range(num_layers) if run.layer(number) is None]
+    missing = [number for number in range(num_layers) if not run.has_layer(number)]
     if 0 < len(missing) < num_layers:
         reporter.note(f"resuming {run.path}: {num_layers - len(missing)} layers are on record")
     if not missing:
