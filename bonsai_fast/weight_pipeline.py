@@ -163,7 +163,9 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         tokens = prune_layers(task, run, reporter)
         weights = {}
         for number in range(len(task.layers)):
-            weights |= run.layer(number) or {}
+            layer = run.layer(number)
+            assert layer is not None, "prune_layers records every layer"
+            weights |= layer
     found = time.perf_counter() - started
     dense = _perplexity(task, run, reporter, "the parent's perplexity")
     with _pruned(task, weights):
