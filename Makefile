@@ -69,7 +69,7 @@ sanitize: setup ## Run the extension's tests under the address and undefined-beh
 	ln -sfn $(filter-out %.so,$(abspath $(wildcard bonsai_fast/*))) $(CHECKED)/bonsai_fast
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(CHECKED) \
-	  $(BIN)/pytest -p no:cacheprovider tests/test_csrc_*.py
+	  $(BIN)/pytest -p no:cacheprovider tests/csrc
 
 clean: ## Remove the environment and everything built.
 	rm -rf $(VENV) build dist *.egg-info bonsai_fast/_C*.so

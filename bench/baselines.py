@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock
-from bonsai_fast.units import Layout
+from bonsai_fast.models.layout import Layout
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bonsai_fast import ops
-from bonsai_fast.reference import column_moments_reference
-from bonsai_fast.testing import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.testing.reference import column_moments_reference
 
 
 def eager(x):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonsai_fast import ops
-from bonsai_fast.testing import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
 
 
 def index_select(source, index, out, dim):

@@ -9,14 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.reference import glu_mask_reference
-from bonsai_fast.testing import (
+from bonsai_fast.testing.cases import (
     MODEL_SHAPES,
     assert_within_baseline,
     random_keep,
     random_tensor,
     synchronized_timer,
 )
+from bonsai_fast.testing.reference import glu_mask_reference
 
 
 def eager(gate_up, keep, row_group, *, activation, gated):

@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.reference import grouped_attention_reference
-from bonsai_fast.testing import (
+from bonsai_fast.testing.cases import (
     MODEL_SHAPES,
     assert_within_baseline,
     random_tensor,
     synchronized_timer,
 )
+from bonsai_fast.testing.reference import grouped_attention_reference
 
 NUM_SEQUENCES = 2
 LENGTHS = {"cpu": 128, "cuda": 4096}

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from bonsai_fast import ops
-from bonsai_fast.reference import kept_o_proj_reference
-from bonsai_fast.testing import (
+from bonsai_fast.testing.cases import (
     MODEL_SHAPES,
     Wave,
     assert_within_baseline,
     random_tensor,
     synchronized_timer,
 )
+from bonsai_fast.testing.reference import kept_o_proj_reference
 
 NUM_GROUPS = 4
 ROWS_PER_GROUP = {"cpu": 64, "cuda": 1024}

@@ -9,14 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.reference import kept_up_proj_reference
-from bonsai_fast.testing import (
+from bonsai_fast.testing.cases import (
     MODEL_SHAPES,
     Wave,
     assert_within_baseline,
     random_tensor,
     synchronized_timer,
 )
+from bonsai_fast.testing.reference import kept_up_proj_reference
 
 OPTIONS = {"activation": "silu", "gated": True}
 NUM_GROUPS = 4

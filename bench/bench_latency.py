@@ -27,11 +27,11 @@ from transformers import (
 )
 from variants import Variant, decoder_linears, missing_kernels, variants
 
-from bonsai_fast.data import evaluation_sequences
-from bonsai_fast.embedded import embedded_model
-from bonsai_fast.semi_structured import stored_bytes
-from bonsai_fast.testing import MODEL_SHAPES, synchronized_timer
-from bonsai_fast.timing import Rounds, Workload, measure_rounds, random_prompt
+from bonsai_fast.checkpoints.embedded import embedded_model
+from bonsai_fast.evaluation.text import evaluation_sequences
+from bonsai_fast.latency.semi_structured import stored_bytes
+from bonsai_fast.latency.timing import Rounds, Workload, measure_rounds, random_prompt
+from bonsai_fast.testing.cases import MODEL_SHAPES, synchronized_timer
 
 SMOKE, REAL = "smoke", "SmolLM2-135M"
 BATCHES = (1, 8, 32, 128)

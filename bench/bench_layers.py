@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bonsai_fast.native import wanda_keep
-from bonsai_fast.semi_structured import BACKENDS, use_semi_structured, why_not
-from bonsai_fast.testing import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.latency.semi_structured import BACKENDS, use_semi_structured, why_not
+from bonsai_fast.ops.native import wanda_keep
+from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
 
 ROUNDS = 7
 # more than a last-level cache

@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bonsai_fast.embedded import embedded_model
-from bonsai_fast.exporting import to_gguf
-from bonsai_fast.exporting.run_llama_cpp import load
+from bonsai_fast.checkpoints.embedded import embedded_model
+from bonsai_fast.export import to_gguf
+from bonsai_fast.export.engines.run_llama_cpp import load
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import remove_units, save_pretrained
-from bonsai_fast.units import Layout
 
 pytest.importorskip("xllamacpp")
 

@@ -22,10 +22,10 @@ import torch
 from baselines import multiplied, token_losses
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bonsai_fast.embedded import embedded_model
+from bonsai_fast.checkpoints.embedded import embedded_model
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.testing import synchronized_timer
-from bonsai_fast.units import Layout
+from bonsai_fast.testing.cases import synchronized_timer
 
 Score = Callable[[PreTrainedModel, Layout, torch.Tensor, torch.Tensor], torch.Tensor]
 

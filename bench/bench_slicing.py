@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_fast import _C, native
+from bonsai_fast import _C
+from bonsai_fast.ops import native
 
 # (rows, columns), dimension that is cut, units' width in it
 WEIGHTS = {

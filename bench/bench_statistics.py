@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_fast import native
+from bonsai_fast.ops import native
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [

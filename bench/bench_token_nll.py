@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.reference import token_nll_reference
-from bonsai_fast.testing import (
+from bonsai_fast.testing.cases import (
     MODEL_SHAPES,
     assert_within_baseline,
     random_logits,
     synchronized_timer,
 )
+from bonsai_fast.testing.reference import token_nll_reference
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from machine import machine_name
 
-from bonsai_fast.testing import synchronized_timer
+from bonsai_fast.testing.cases import synchronized_timer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -25,7 +25,7 @@ import torch
 from gpu_report import OutOfTimeError, Report
 from machine import machine_name
 
-from bonsai_fast.testing import MODEL_SHAPES, ModelShape
+from bonsai_fast.testing.cases import MODEL_SHAPES, ModelShape
 
 RESULTS = Path(__file__).with_name("results")
 LLAMAS = tuple(shape for shape in MODEL_SHAPES if shape.name.startswith("Llama"))

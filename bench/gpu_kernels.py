@@ -11,10 +11,11 @@ from gpu_report import Report
 from torch import Tensor
 from torch.nn import functional as F
 
-from bonsai_fast import ops, reference
-from bonsai_fast.peak_memory import PeakMemory
-from bonsai_fast.scoring.fused.rates import best_seconds
-from bonsai_fast.testing import (
+from bonsai_fast import ops
+from bonsai_fast.evaluation.peak_memory import PeakMemory
+from bonsai_fast.scoring.fused.gpu_rates import best_seconds
+from bonsai_fast.testing import reference
+from bonsai_fast.testing.cases import (
     ModelShape,
     Wave,
     assert_within_baseline,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from bonsai_fast.testing import ModelShape
-from bonsai_fast.units import Layout
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.testing.cases import ModelShape
 
 # of the units of every sub-layer, in a later round: gone from all sub-models
 GONE = 0.3

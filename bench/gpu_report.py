@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from machine import machine_name
 
-from bonsai_fast.ledger import write_json
+from bonsai_fast.files import write_json
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 

@@ -23,11 +23,11 @@ from gpu_models import layers_that_fit, random_masks, random_model, round_masks
 from gpu_report import Report
 from transformers import PreTrainedModel
 
-from bonsai_fast.peak_memory import PeakMemory
+from bonsai_fast.evaluation.peak_memory import PeakMemory
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import remove_units
-from bonsai_fast.testing import ModelShape, synchronized_timer
-from bonsai_fast.units import Layout
+from bonsai_fast.testing.cases import ModelShape, synchronized_timer
 
 ROUTES = ("dense", "slice", "gather", "auto")
 ROUND_ROUTES = ("dense", "pack", "tail", "split")

@@ -24,20 +24,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bonsai_fast.allocation import Target
+from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.data import Sequences
-from bonsai_fast.ledger import Ledger
-from bonsai_fast.loading import LoadingOptions, load_parent
+from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import Search, Task
-from bonsai_fast.methods.bernoulli import WINDOW, Array, Masks, gradient, leave_out
-from bonsai_fast.methods.policy_gradient import PolicyGradient, budgets
-from bonsai_fast.methods.shares import share_gradient
-from bonsai_fast.methods.variables import Variables
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import RunDirectory
+from bonsai_fast.methods.allocation import Target
+from bonsai_fast.methods.units.policy_gradient.bernoulli import (
+    WINDOW,
+    Array,
+    Masks,
+    gradient,
+    leave_out,
+)
+from bonsai_fast.methods.units.policy_gradient.policy_gradient import PolicyGradient, budgets
+from bonsai_fast.methods.units.policy_gradient.shares import share_gradient
+from bonsai_fast.methods.units.variables import Variables
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.runs.directory import RunDirectory
+from bonsai_fast.runs.ledger import Ledger
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.units import Layout
 
 # masks bool [N_s, n], losses [N_s], probabilities [n]
 Step = tuple[Masks, Array, Array]

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.allocation import Target, finish, plan_mask
-from bonsai_fast.native import wanda_keep
-from bonsai_fast.scoring import MaskScorer, SequenceNLL
-from bonsai_fast.semi_structured import (
+from bonsai_fast.latency.semi_structured import (
     BACKENDS,
     two_of_four_linears,
     use_semi_structured,
     why_not,
 )
+from bonsai_fast.methods.allocation import Target, finish, plan_mask
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.ops.native import wanda_keep
+from bonsai_fast.scoring import MaskScorer, SequenceNLL
 from bonsai_fast.surgery import remove_units
-from bonsai_fast.units import Layout
 
 # as the Bonsai paper fine-tunes Wanda's 2:4 models (appendix A.2): these projections, this rank
 ADAPTED, RANK = ("q_proj", "v_proj"), 64

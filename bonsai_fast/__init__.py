@@ -1,14 +1,14 @@
 """Forward-only structured pruning of LLMs: masked sub-models scored many per batch."""
 
+from bonsai_fast.checkpoints.streaming import open_streamed, stream_layers
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.hub import register
-from bonsai_fast.jobs import prune
-from bonsai_fast.pipeline import PruneResult
+from bonsai_fast.models.layout import Layout, Unit
+from bonsai_fast.prune.job import prune
+from bonsai_fast.prune.units import PruneResult
+from bonsai_fast.prune.weights import SparseResult
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.streaming import open_streamed, stream_layers
 from bonsai_fast.surgery import remove_units, save_pretrained
-from bonsai_fast.units import Layout, Unit
-from bonsai_fast.weight_pipeline import SparseResult
 
 __version__ = "0.1.0"
 __all__ = [

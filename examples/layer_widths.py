@@ -18,9 +18,9 @@ from scipy.optimize import OptimizeResult, differential_evolution
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonsai_fast as bf
-from bonsai_fast.mask_files import save_mask
-from bonsai_fast.prior import unit_prior
-from bonsai_fast.statistics import collect_statistics
+from bonsai_fast.methods.importance.prior import unit_prior
+from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.runs.mask_files import save_mask
 
 
 class Widths:

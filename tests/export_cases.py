@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bonsai_fast.models import AttentionBlock
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained
-from bonsai_fast.units import Layout
 
 GGUF_FAMILIES = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3")
 # rarely typed, so that all others fit the tiny vocabulary

@@ -10,7 +10,7 @@ import numpy
 import torch
 from export_cases import save_dense, save_pruned
 
-from bonsai_fast.exporting import to_gguf
+from bonsai_fast.export import to_gguf
 
 
 class Read:

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bonsai_fast.allocation import Target
-from bonsai_fast.units import Layout
+from bonsai_fast.methods.allocation import Target
+from bonsai_fast.models.layout import Layout
 
 
 @cache

@@ -12,9 +12,9 @@ from tiny import save_tiny_parent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonsai_fast as bf
+from bonsai_fast.console import Reporter
 from bonsai_fast.methods import Search
-from bonsai_fast.progress import Reporter
-from bonsai_fast.reporting import write_report
+from bonsai_fast.report import write_report
 
 # a name is whatever its author likes
 EVIL = 'm<script>alert("x")<'

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.surgery import remove_units
-from bonsai_fast.units import Layout
 
 FUSED = ["llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma", "phi3"]
 

@@ -8,14 +8,14 @@ import torch
 from surgery_cases import tokens
 from transformers import PreTrainedModel
 
-from bonsai_fast.allocation import Target
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.data import Sequences
+from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import Search, Task
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import open_run
+from bonsai_fast.methods.allocation import Target
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.runs.directory import open_run
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.units import Layout
 
 
 def new_search(

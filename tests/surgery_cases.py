@@ -10,8 +10,8 @@ from families import FAMILIES
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import AttentionBlock
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import remove_units
-from bonsai_fast.units import Layout
 
 TOLERANCE = 1e-4  # fp32: a narrower matrix product sums in another order
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny import save_tiny_parent, tiny_llama
 
-from bonsai_fast.mask_files import load_mask
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.units import Layout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -16,49 +16,38 @@ from transformers.utils import import_utils
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bonsai_fast"
 
-# A module may import from its own layer and from those below it, without cycles.
+# A module may import from its own storey and from those below it, without circles.
 LAYERS: dict[str, set[str]] = {
     "tests and benches": {"testing"},
     "public API": {"__init__"},
-    "commands": {
-        *("__main__", "compare", "prune", "evaluate", "latency", "export", "report"),
-        "vllm_plugin",
-    },
-    "comparison": {"comparison"},
-    "pipeline": {
-        *("delivery", "jobs", "pipeline", "tables"),
-        *("weight_layers", "weight_pipeline", "weight_tables"),
-    },
+    "comparison": {"compare"},
+    "pruning": {"prune"},
+    "other commands": {"export", "latency", "report", "surgery"},
     "methods": {"methods"},
-    "parts": {
-        *("allocation", "coupled", "data", "embedded", "evaluation", "exporting", "layer_major"),
-        *("ledger", "loading", "mask_files", "obs", "prior", "recovery", "regression", "reporting"),
-        *("run_directory", "scoring", "selection", "semi_structured", "statistics", "streaming"),
-        *("surgery", "timing"),
-    },
-    "model": {"config", "masks", "models", "pattern", "units"},
-    "ops": {"ops"},
-    "implementations": {"kernels", "native", "reference"},
-    "foundation": {
-        "_C",
-        "cache_directory",
-        "chart",
-        "command_line",
-        "hub",
-        "peak_memory",
-        "progress",
-    },
+    "evaluation": {"evaluation"},
+    "records and scores": {"runs", "scoring"},
+    "checkpoints": {"checkpoints"},
+    "models": {"models"},
+    "ops and options": {"config", "ops"},
+    "ground": {"_C", "console", "files", "hub", "kernels"},
 }
+# No more than this may stand above one another.
+MAX_STOREYS = 9
 
 # These import, beside the standard library and their own folder, nothing else.
 CLOSED: dict[str, set[str]] = {
     "hub": {"huggingface_hub", "torch", "transformers"},
     "kernels": {"torch", "triton"},
-    "native": {"bonsai_fast._C", "numpy", "torch"},
-    "reference": {"torch"},
+    "ops.native": {"bonsai_fast._C", "numpy", "torch"},
+    "testing.reference": {"torch"},
     # vLLM calls it, at its start
-    "vllm_plugin": {"bonsai_fast.hub", "torch", "vllm"},
+    "export.vllm_plugin": {"bonsai_fast.hub", "torch", "vllm"},
 }
+
+
+def closed_part(module: str) -> str | None:
+    """The entry of CLOSED that a module belongs to."""
+    return next((part for part in CLOSED if f"{module}.".startswith(f"{part}.")), None)
 
 
 def top_of(module: str) -> str:
@@ -92,11 +81,23 @@ def imports_of(module: str, text: str) -> Iterator[str]:
 
 
 def internal(name: str, known: set[str]) -> str | None:
-    """The module of ours that `name` lies in: 'bonsai_fast.scoring.nll.f' -> 'scoring'."""
+    """The module of ours that `name` lies in: 'bonsai_fast.scoring.sequence_nll.f' -> 'scoring'."""
     package, _, rest = name.partition(".")
     if package != "bonsai_fast":
         return None
     return top_of(rest) if top_of(rest) in known else "__init__"
+
+
+def arrows(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Which rooms each room imports."""
+    known = {top_of(module) for module in texts} | {"_C"}
+    graph: dict[str, set[str]] = {}
+    for module, text in texts.items():
+        targets = {internal(name, known) for name in imports_of(module, text)}
+        graph.setdefault(top_of(module), set()).update(
+            target for target in targets if target not in (None, top_of(module))
+        )
+    return graph
 
 
 def problems(texts: dict[str, str]) -> list[str]:
@@ -114,11 +115,12 @@ def problems(texts: dict[str, str]) -> list[str]:
         top = top_of(module)
         for name in imports_of(module, text):
             target = internal(name, known)
-            if top in CLOSED:
-                allowed = {*CLOSED[top], f"bonsai_fast.{top}", *sys.stdlib_module_names}
+            part = closed_part(module)
+            if part is not None:
+                allowed = {*CLOSED[part], f"bonsai_fast.{part}", *sys.stdlib_module_names}
                 if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed):
                     found.append(
-                        f"{module} imports {name}, but {top} may import {CLOSED[top]} only"
+                        f"{module} imports {name}, but {part} may import {CLOSED[part]} only"
                     )
             if target is None or target == top or not {top, target} <= set(depth):
                 continue
@@ -147,9 +149,11 @@ def test_only_the_plugin_and_a_script_import_vllm():
         for module, text in sources().items()
         if any(top_of(name) == "vllm" for name in imports_of(module, text))
     }
-    assert guilty == {"vllm_plugin.__init__", "vllm_plugin.llama", "exporting.run_vllm"}
+    scripts = {"export.engines.run_vllm", "export.engines.run_llama_cpp"}
+    plugin = "export.vllm_plugin.__init__"
+    assert guilty == {plugin, "export.vllm_plugin.llama", "export.engines.run_vllm"}
     at_the_top = {"vllm", "xllamacpp"}
-    for module in ("vllm_plugin.__init__", "exporting.run_vllm", "exporting.run_llama_cpp"):
+    for module in (plugin, *sorted(scripts)):
         body = ast.parse(sources()[module]).body
         names = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
         found = {top_of(n) for node in names for n in imports_of("x", ast.unparse(node))}
@@ -158,29 +162,56 @@ def test_only_the_plugin_and_a_script_import_vllm():
 
 def test_every_name_has_one_layer():
     names = [name for layer in LAYERS.values() for name in layer]
-    assert sorted(names) == sorted(set(names)) and set(CLOSED) <= set(names)
+    assert sorted(names) == sorted(set(names))
+
+
+def test_every_name_exists():
+    modules = sources()
+    rooms = {top_of(module) for module in modules} | {"_C"}
+    assert {name for layer in LAYERS.values() for name in layer} == rooms
+    for part in CLOSED:
+        assert any(f"{module}.".startswith(f"{part}.") for module in modules), part
+
+
+def test_the_house_is_no_higher_than_it_was_drawn():
+    graph = arrows(sources())
+    storeys: dict[str, int] = {}
+    for room in graphlib.TopologicalSorter(graph).static_order():
+        storeys[room] = 1 + max((storeys[below] for below in graph.get(room, ())), default=0)
+    assert max(storeys.values()) <= MAX_STOREYS, sorted(storeys.items(), key=lambda item: item[1])
+
+
+def test_every_file_name_is_unique():
+    """But for an op, its kernel and its reference, which share theirs."""
+    mirrored = {path.name for path in (PACKAGE / "ops").glob("*.py")}
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if not path.name.startswith("__"):
+            places.setdefault(path.name, []).append(str(path.relative_to(PACKAGE)))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert not {name: found for name, found in twice.items() if name not in mirrored}
 
 
 @pytest.mark.parametrize(
     "texts, message",
     [
-        ({"units": "from bonsai_fast.scoring import MaskScorer"}, "above it"),
-        ({"units": "from bonsai_fast import scoring"}, "above it"),
-        ({"units": "import bonsai_fast.scoring.nll"}, "above it"),
-        ({"units": "from . import scoring"}, "above it"),
-        ({"models.llama": "from ..scoring import nll"}, "above it"),
-        ({"units": "def f():\n    from bonsai_fast.methods import bonsai"}, "above it"),
-        ({"units": "from bonsai_fast import Layout"}, "public API"),
+        ({"models.layout": "from bonsai_fast.scoring import MaskScorer"}, "above it"),
+        ({"models.layout": "from bonsai_fast import scoring"}, "above it"),
+        ({"models.layout": "import bonsai_fast.scoring.sequence_nll"}, "above it"),
+        ({"models": "from . import scoring"}, "above it"),
+        ({"models.llama": "from ..scoring import sequence_nll"}, "above it"),
+        ({"models": "def f():\n    from bonsai_fast.methods import bonsai"}, "above it"),
+        ({"models": "from bonsai_fast import Layout"}, "public API"),
         ({"methods.bonsai": "import bonsai_fast as bf"}, "public API"),
-        ({"prune": "from bonsai_fast.testing import tiny_llama"}, "for tests alone"),
+        ({"prune": "from bonsai_fast.testing.cases import tiny_llama"}, "for tests alone"),
         (
-            {"prior": "import bonsai_fast.ledger", "ledger": "import bonsai_fast.prior"},
+            {"runs.ledger": "import bonsai_fast.scoring", "scoring.a": "import bonsai_fast.runs"},
             "each other",
         ),
         ({"kernels.a": "from transformers import LlamaConfig"}, "kernels may import"),
-        ({"kernels.a": "from bonsai_fast.progress import track"}, "kernels may import"),
-        ({"reference": "import triton"}, "reference may import"),
-        ({"hub.modeling": "import bonsai_fast.progress"}, "hub may import"),
+        ({"kernels.a": "from bonsai_fast.console import track"}, "kernels may import"),
+        ({"testing.reference.a": "import triton"}, "testing.reference may import"),
+        ({"hub.modeling": "import bonsai_fast.console"}, "hub may import"),
         ({"novelty": ""}, "bonsai_fast/novelty has no place yet"),
     ],
 )
@@ -191,7 +222,7 @@ def test_wrong_imports_are_found(texts, message):
 @pytest.mark.parametrize(
     "texts",
     [
-        {"scoring.nll": "import math, torch, numpy\nfrom bonsai_fast.units import Layout"},
+        {"scoring.nll": "import math, torch, numpy\nfrom bonsai_fast.models.layout import Layout"},
         {
             "scoring.__init__": "from .nll import nll",
             "scoring.nll": "from bonsai_fast.scoring import a",

@@ -108,7 +108,7 @@ def test_missing_extension_is_one_clear_line(checkout):
     """A checkout that was never built, with Python started in it."""
     # -S: an editable install of another checkout would lend its extension.
     finished = subprocess.run(
-        [sys.executable, "-S", "-c", "import bonsai_fast.native"],
+        [sys.executable, "-S", "-c", "import bonsai_fast.ops.native"],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")},
         capture_output=True,

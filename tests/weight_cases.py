@@ -10,11 +10,11 @@ from tiny import byte_tokenizer
 from transformers import PreTrainedModel
 
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.data import Sequences
+from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
-from bonsai_fast.progress import Reporter
-from bonsai_fast.run_directory import WeightRun, open_weight_run
-from bonsai_fast.weight_layers import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.runs.directory import WeightRun, open_weight_run
 
 
 def random_text(vocabulary: int, sequences: int = 5, length: int = 12) -> Sequences:

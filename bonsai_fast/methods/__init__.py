@@ -1,18 +1,20 @@
 """Pruning methods of two kinds: which units stay (METHODS), which weights (WEIGHT_METHODS)."""
 
-from bonsai_fast.methods import one_shot
-from bonsai_fast.methods.bonsai import Bonsai
-from bonsai_fast.methods.budget import KNOBS, within_tokens
-from bonsai_fast.methods.flap import Flap
-from bonsai_fast.methods.layerwise import LayerwisePPL
-from bonsai_fast.methods.magnitude import Magnitude
-from bonsai_fast.methods.mini_llm import MiniLLM
-from bonsai_fast.methods.policy_gradient import PolicyGradient
-from bonsai_fast.methods.search import Compensates, Method, NotRecordedError, Plan, Search, Task
-from bonsai_fast.methods.sparsegpt import SparseGPT
-from bonsai_fast.methods.taylor import Taylor
-from bonsai_fast.methods.wanda import Wanda
-from bonsai_fast.methods.weights import Choice, WeightMethod
+from bonsai_fast.methods.equal_tokens import KNOBS, within_tokens
+from bonsai_fast.methods.method import Compensates, Method
+from bonsai_fast.methods.session import NotRecordedError, Search
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units import one_shot
+from bonsai_fast.methods.units.bonsai import Bonsai
+from bonsai_fast.methods.units.flap import Flap
+from bonsai_fast.methods.units.layerwise import LayerwisePPL
+from bonsai_fast.methods.units.mini_llm.mini_llm import MiniLLM
+from bonsai_fast.methods.units.policy_gradient.policy_gradient import PolicyGradient
+from bonsai_fast.methods.units.taylor import Taylor
+from bonsai_fast.methods.weights.magnitude import Magnitude
+from bonsai_fast.methods.weights.sparsegpt import SparseGPT
+from bonsai_fast.methods.weights.wanda import Wanda
+from bonsai_fast.methods.weights.weight_method import Choice, WeightMethod
 
 METHODS: dict[str, Method] = {
     "bonsai": Bonsai(),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.models.blocks import AttentionBlock, Decoder, MLPBlock
 from bonsai_fast.models.families import Norms, norms_of
-from bonsai_fast.models.patterns import ATTENTION_PATTERNS, MLP_PATTERNS, mlp_cuts, output_name
+from bonsai_fast.models.projections import ATTENTION_PATTERNS, MLP_PATTERNS, mlp_cuts, output_name
 
 
 class UnsupportedModelError(ValueError):

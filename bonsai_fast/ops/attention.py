@@ -12,7 +12,7 @@ from bonsai_fast.kernels._checks import (
     check_kept_head_proj,
     check_kept_o_proj,
 )
-from bonsai_fast.ops.groups import add, group_rows
+from bonsai_fast.ops._groups import add, group_rows
 
 
 @torch.library.custom_op("bonsai_fast::kept_head_proj", mutates_args=())

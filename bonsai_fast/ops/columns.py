@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.kernels._checks import check_column_moments, check_compact
-from bonsai_fast.native import channel_moments
+from bonsai_fast.ops.native import channel_moments
 
 
 @torch.library.custom_op("bonsai_fast::column_moments", mutates_args=())

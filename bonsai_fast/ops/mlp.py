@@ -12,7 +12,7 @@ from bonsai_fast.kernels._checks import (
     check_kept_down_proj,
     check_kept_up_proj,
 )
-from bonsai_fast.ops.groups import add, group_rows
+from bonsai_fast.ops._groups import add, group_rows
 
 # Elements of an intermediate that one thread holds at a time: it stays in a core's cache.
 BLOCK_ELEMENTS = 1 << 18

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
-from bonsai_fast.native import kept_lists
+from bonsai_fast.ops.native import kept_lists
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.scoring.engine import Engine, Progress
+from bonsai_fast.checkpoints.memory import default_budget, parse_bytes
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.fused import (
     FusedEngine,
     Precision,
@@ -19,10 +20,10 @@ from bonsai_fast.scoring.fused import (
     Route,
     UnsupportedStructureError,
 )
-from bonsai_fast.scoring.hooks import HooksEngine
-from bonsai_fast.scoring.memory import default_budget, logit_bytes_within, parse_bytes
-from bonsai_fast.scoring.nll import ParentReference, SequenceNLL
-from bonsai_fast.units import Layout
+from bonsai_fast.scoring.hooks_engine import HooksEngine
+from bonsai_fast.scoring.interface import Engine, Progress
+from bonsai_fast.scoring.sequence_nll import ParentReference, SequenceNLL
+from bonsai_fast.scoring.working_set import logit_bytes_within
 
 EngineName = Literal["auto", "hooks", "fused"]
 

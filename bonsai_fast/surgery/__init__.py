@@ -3,10 +3,10 @@
 `python -m bonsai_fast.surgery` cuts a directory without loading it.
 """
 
-from bonsai_fast.surgery.checkpoint import SliceResult, slice_checkpoint
 from bonsai_fast.surgery.kept import kept_positions
-from bonsai_fast.surgery.live import remove_units
+from bonsai_fast.surgery.remove_units import remove_units
 from bonsai_fast.surgery.save import save_pretrained
+from bonsai_fast.surgery.slice_checkpoint import SliceResult, slice_checkpoint
 from bonsai_fast.surgery.verify import SavedModelError, verify_saved
 
 __all__ = [

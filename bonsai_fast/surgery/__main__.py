@@ -12,10 +12,9 @@ import sys
 from dataclasses import asdict
 from typing import Any, cast
 
-from bonsai_fast.command_line import INTERRUPTED, OneLineParser, fail, silence_transformers
-from bonsai_fast.mask_files import load_mask
-from bonsai_fast.progress import Reporter
-from bonsai_fast.surgery.checkpoint import MAX_SHARD_SIZE, slice_checkpoint
+from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.runs.mask_files import load_mask
+from bonsai_fast.surgery.slice_checkpoint import MAX_SHARD_SIZE, slice_checkpoint
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

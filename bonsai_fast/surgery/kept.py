@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.hub import LayerShape
 from bonsai_fast.models import AttentionBlock, family_of
-from bonsai_fast.units import Layout
+from bonsai_fast.models.layout import Layout
 
 # Their position information hangs on the number of a head.
 ALIBI_FAMILIES = frozenset({"bloom"})

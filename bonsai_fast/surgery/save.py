@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.hub import register
-from bonsai_fast.surgery.stub import with_stub_attention
+from bonsai_fast.surgery.stub_attention import with_stub_attention
 
 RemovedAttentionForm = Literal["absent", "stub"]
 REPORT_NAME = "bonsai_report.json"

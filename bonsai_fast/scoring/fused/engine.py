@@ -10,26 +10,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.models import MLPBlock
-from bonsai_fast.scoring.engine import Progress
-from bonsai_fast.scoring.fused.check import check_structure
-from bonsai_fast.scoring.fused.gather import gathers_heads
-from bonsai_fast.scoring.fused.memory import FusedWorkingSet, Schedule
-from bonsai_fast.scoring.fused.packed import PackedSublayers, PackedTree, packs_of
-from bonsai_fast.scoring.fused.passes import normalize
-from bonsai_fast.scoring.fused.policy import Route, cheapest, without_logits
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.fused.arithmetic.products import Precision, products
+from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.choose_route import Route, cheapest, without_logits
+from bonsai_fast.scoring.fused.gpu_rates import Rates, rates_of
+from bonsai_fast.scoring.fused.mask_tree import MaskTree
+from bonsai_fast.scoring.fused.operands.gather import gathers_heads
+from bonsai_fast.scoring.fused.operands.packed import PackedSublayers, PackedTree, packs_of
+from bonsai_fast.scoring.fused.parent import Structure, read_structure
 from bonsai_fast.scoring.fused.positions import Positions
-from bonsai_fast.scoring.fused.products import Precision, products
-from bonsai_fast.scoring.fused.rates import Rates, rates_of
-from bonsai_fast.scoring.fused.structure import Structure, read_structure
-from bonsai_fast.scoring.fused.tree import MaskTree
+from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.self_check import check_structure
+from bonsai_fast.scoring.fused.sublayers import normalize
 from bonsai_fast.scoring.fused.wave import Wave
-from bonsai_fast.scoring.fused.workspace import Workspace
-from bonsai_fast.scoring.hooks import HooksEngine
-from bonsai_fast.scoring.memory import MAX_TOKENS
-from bonsai_fast.scoring.nll import ParentReference, SequenceNLL, evaluation_mode
-from bonsai_fast.streaming import stream_of
-from bonsai_fast.units import Layout
+from bonsai_fast.scoring.hooks_engine import HooksEngine
+from bonsai_fast.scoring.interface import Progress
+from bonsai_fast.scoring.sequence_nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.scoring.working_set import MAX_TOKENS
 
 # leaves of a wave, if sequences have to be split: so many share prefixes well
 MIN_LEAVES = 16

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bonsai_fast.scoring.fused.structure import Structure, UnsupportedStructureError
+from bonsai_fast.scoring.fused.parent import Structure, UnsupportedStructureError
 
 
 class Positions:

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bonsai_fast.scoring.fused.gather import Bank, gathers
-from bonsai_fast.scoring.fused.operands import MLPOperands
-from bonsai_fast.scoring.fused.packed import PackedMLP
-from bonsai_fast.scoring.fused.passes import inner_of_normed, normalize, project_out
+from bonsai_fast.scoring.fused.arithmetic.products import Multiply
+from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.operands.gather import Bank, gathers
+from bonsai_fast.scoring.fused.operands.operands import MLPOperands
+from bonsai_fast.scoring.fused.operands.packed import PackedMLP
+from bonsai_fast.scoring.fused.parent import MLP, Attention, Projection
 from bonsai_fast.scoring.fused.positions import Positions
-from bonsai_fast.scoring.fused.products import Multiply
-from bonsai_fast.scoring.fused.structure import MLP, Attention, Projection
-from bonsai_fast.scoring.fused.workspace import Workspace
+from bonsai_fast.scoring.fused.sublayers import inner_of_normed, normalize, project_out
 
 
 class Split:

@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonsai_fast.models import AttentionBlock
-from bonsai_fast.scoring.fused.gather import Bank, gathers
-from bonsai_fast.scoring.fused.operands import Operands, dense
-from bonsai_fast.scoring.fused.packed import PackedMLP, slice_order
-from bonsai_fast.scoring.fused.passes import inner, project_out
-from bonsai_fast.scoring.fused.policy import ConcreteRoute, Route, choose
+from bonsai_fast.scoring.fused.arithmetic.products import Multiply, full
+from bonsai_fast.scoring.fused.arithmetic.row_masks import WHOLE, MaskTable, RowMasks
+from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.choose_route import ConcreteRoute, Route, choose
+from bonsai_fast.scoring.fused.mask_tree import MaskTree, Node
+from bonsai_fast.scoring.fused.operands.gather import Bank, gathers
+from bonsai_fast.scoring.fused.operands.operands import Operands, dense
+from bonsai_fast.scoring.fused.operands.packed import PackedMLP, slice_order
+from bonsai_fast.scoring.fused.operands.slices import sliced
+from bonsai_fast.scoring.fused.parent import MLP, Attention, Removed, Structure
 from bonsai_fast.scoring.fused.positions import Positions
-from bonsai_fast.scoring.fused.products import Multiply, full
-from bonsai_fast.scoring.fused.row_masks import WHOLE, MaskTable, RowMasks
-from bonsai_fast.scoring.fused.slices import sliced
 from bonsai_fast.scoring.fused.split import Split, split
-from bonsai_fast.scoring.fused.structure import MLP, Attention, Removed, Structure
-from bonsai_fast.scoring.fused.tree import MaskTree, Node
-from bonsai_fast.scoring.fused.workspace import Workspace
+from bonsai_fast.scoring.fused.sublayers import inner, project_out
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,168 @@
+"""Models as commands name them: a hub name or a directory, a device, a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from bonsai_fast.checkpoints.embedded import NAME, embedded_model
+from bonsai_fast.checkpoints.memory import (
+    default_budget,
+    device_memory,
+    local_directory,
+    parse_bytes,
+    weight_bytes,
+)
+from bonsai_fast.checkpoints.streaming import open_streamed
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.console import Reporter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """Where a model is put, and how it is read."""
+
+    device: str = field(
+        default="auto", metadata={"help": "auto (cuda if there is one), cpu, cuda or cuda:N."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that a checkpoint carries."}
+    )
+
+
+def load_parent(
+    name: str | None, options: LoadingOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent and its tokenizer.
+
+    Raises:
+        ValueError, OSError: no such model, unknown model type, or no such device.
+    """
+    with _loading(name):
+        # first, because it has the clearest errors
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            _path(name), trust_remote_code=options.trust_remote_code
+        )
+    return load_model(name, options), tokenizer
+
+
+def load_model(name: str | None, options: LoadingOptions) -> PreTrainedModel:
+    """Load a model alone; arguments and errors as in `load_parent`."""
+    device = find_device(options.device)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(_path(name), trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
+        )
+    if name is None:
+        model.config.name_or_path = NAME  # the same wherever the cache lies
+    return cast(PreTrainedModel, cast(Any, model).to(device).eval())
+
+
+def _path(name: str | None) -> str:
+    return str(embedded_model()) if name is None else name
+
+
+@contextmanager
+def _loading(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name or NAME} cannot be loaded: {error}") from error
+
+
+def open_parent(
+    name: str | None,
+    config: PruneConfig,
+    options: LoadingOptions,
+    reporter: Reporter,
+    *,
+    stream: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent, or stream it if that is asked for or it does not fit.
+
+    Raises:
+        ValueError, OSError: as `load_parent`.
+    """
+    directory = _streamed_from(name, config, options, stream)
+    if directory is None:
+        return load_parent(name, options)
+    trust = options.trust_remote_code
+    with _loading(name):
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust)  # has the clearest errors
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
+    model = open_streamed(
+        directory,
+        device=find_device(options.device),
+        dtype=DTYPES.get(options.dtype),
+        trust_remote_code=trust,
+    )
+    # the run is the same as that of the loaded model
+    model.config.name_or_path = NAME if name is None else name
+    if not stream:
+        reporter.note(f"{name or NAME} does not fit into memory: its layers are streamed from disk")
+    return model, tokenizer
+
+
+def _streamed_from(
+    name: str | None, config: PruneConfig, options: LoadingOptions, stream: bool
+) -> Path | None:
+    """The directory that a parent is to be streamed from; None if it is to be loaded."""
+    path, device = _path(name), find_device(options.device)
+    if config.prunes_weights:
+        if stream:
+            raise ValueError(f"stream: method {config.method} needs the model in the host's memory")
+        return None
+    if stream:
+        return local_directory(path, download=True)
+    asked = config.memory_budget
+    budget = default_budget(device) if asked is None else parse_bytes(asked)
+    try:
+        directory = local_directory(path, download=False)
+        needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget
+    except (OSError, ValueError, SafetensorError):
+        return None  # loading says what is wrong, or knows other formats
+    return directory if needed > device_memory(device) else None
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a command line.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(
+            f"device: {name} was asked for, "
+            f"but PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device

@@ -1,0 +1,175 @@
+"""A saved model as it is on disk: its structure on the meta device, its tensors in their files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from bonsai_fast.checkpoints.safetensors_reader import Checkpoint, StoredTensor, open_checkpoint
+from bonsai_fast.hub import register
+
+# buffers that old versions of transformers saved and new ones compute
+OUTDATED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+COMPARED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class ParentOnDisk:
+    """A saved model that has not been loaded.
+
+    Attributes:
+        model: on the meta device, with the dtypes, ties and generation configuration that loading
+            gives it.
+        checkpoint: its files.
+        tensors: where each entry of the model's state lies; tied ones lie in the same place.
+        unknown: names of stored tensors that are none of the model's.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    tensors: dict[str, StoredTensor]
+    unknown: tuple[str, ...]
+
+
+def open_parent(
+    directory: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> ParentOnDisk:
+    """Open a saved model.
+
+    Args:
+        directory: where it was saved.
+        dtype: of the model; that of its configuration, or else of its files, if None.
+        trust_remote_code: build it from code that it carries.
+    Raises:
+        ValueError: no such model, quantized, not in safetensors, damaged, or tensors are missing or
+            have other shapes than the configuration says.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: expected the directory of a saved model")
+    register()
+    try:
+        checkpoint = open_checkpoint(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"model {directory} cannot be opened: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{directory} is quantized: prune the model before quantization")
+    dtype = dtype or config.dtype or _first_float(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if model._get_dtype_plan(dtype):
+        raise ValueError(
+            f"{type(model).__name__} keeps parts of itself in float32: load it, then remove_units"
+        )
+    model.config.name_or_path = str(directory)
+    if model.can_generate():
+        model.generation_config = _generation_config(directory)
+    tensors, used = _locate(model, checkpoint, directory)
+    outdated = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *OUTDATED]))
+    unknown = tuple(
+        name for name in checkpoint.tensors if name not in used and not outdated.search(name)
+    )
+    return ParentOnDisk(model, checkpoint, tensors, unknown)
+
+
+def names_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name in a model's state -> name under which transformers saves it, in the order of saving.
+
+    Raises:
+        ValueError: saving changes more than names.
+    """
+    saved = revert_weight_conversion(model, dict(state))
+    own = {id(tensor): name for name, tensor in state.items()}
+    if {id(tensor) for tensor in saved.values()} != own.keys():
+        raise ValueError(
+            f"{type(model).__name__} is not saved as it is in memory: load it, then remove_units"
+        )
+    return {own[id(tensor)]: name for name, tensor in saved.items()}
+
+
+def _locate(
+    model: PreTrainedModel, checkpoint: Checkpoint, directory: Path
+) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Where the model's tensors lie, and which of the stored names are theirs."""
+    state = model.state_dict()
+    stored_names = names_on_disk(model, state)
+    found: dict[str, str] = {}
+    for name in state:
+        for candidate in _spellings(model, stored_names[name], name):
+            if candidate in checkpoint.tensors:
+                found[name] = candidate
+                break
+    tensors: dict[str, StoredTensor] = {}
+    for names in _tied(model, state):
+        present = [name for name in names if name in found]
+        if not present:
+            raise ValueError(f"{directory}: its weights lack {stored_names[names[0]]}")
+        source = checkpoint.tensors[found[present[0]]]
+        for name in names:
+            tensors[name] = source
+        # as loading does it: ties that the checkpoint contradicts are none
+        for name in present[1:]:
+            other = checkpoint.tensors[found[name]]
+            if not _equal(source, other):
+                tensors[name] = other
+                _untie(model, name)
+    for name, source in tensors.items():
+        if source.shape != tuple(state[name].shape):
+            raise ValueError(
+                f"{directory}: {found.get(name, name)} has shape {source.shape}, the configuration "
+                f"says {tuple(state[name].shape)}"
+            )
+    return tensors, set(found.values())
+
+
+def _spellings(model: PreTrainedModel, *names: str) -> Iterator[str]:
+    """Names that loading accepts: checkpoints of the base model lack its prefix, or have it."""
+    prefix = f"{model.base_model_prefix}."
+    for name in names:
+        yield name
+        yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+
+
+def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """The names in a model's state, those of the same tensor together."""
+    groups: dict[int, list[str]] = {}
+    for name in state:
+        groups.setdefault(id(model.get_parameter_or_buffer(name)), []).append(name)
+    return list(groups.values())
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    tensor = torch.empty_like(model.get_parameter(name))
+    setattr(model.get_submodule(module), attribute, nn.Parameter(tensor))
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    pairs = zip(one.blocks(COMPARED_BYTES), other.blocks(COMPARED_BYTES), strict=False)
+    return one.dtype == other.dtype and all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def _first_float(checkpoint: Checkpoint) -> torch.dtype:
+    dtypes = (tensor.dtype for tensor in checkpoint.tensors.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except OSError:  # none was saved
+        return GenerationConfig.from_pretrained(
+            directory, config_file_name="config.json", _from_model_config=True
+        )

@@ -1,0 +1,1 @@
+"""Many pruning methods under one protocol."""

@@ -1,0 +1,5 @@
+"""What a run is asked to do: options, their allowed values, presets."""
+
+from bonsai_fast.config.run import PruneConfig
+
+__all__ = ["PruneConfig"]

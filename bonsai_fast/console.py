@@ -1,0 +1,108 @@
+"""What a person sees of a command: progress, notes, tables, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+Advance = Callable[[int], None]
+
+
+class Reporter:
+    """Writes to stderr with rich; `Reporter(quiet=True)` writes nothing.
+
+    Attributes:
+        warnings: every warning so far, oldest first.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.warnings: list[str] = []
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that should not be missed."""
+        self.warnings.append(text)
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+
+    def busy(self, text: str) -> AbstractContextManager[object]:
+        """While inside, a terminal shows that something goes on; nothing of it stays."""
+        return self.console.status(text)
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Advance]:
+        """A progress bar; yields the function that advances it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+WRONG_RESULT = 1
+
+
+USAGE_ERROR = 2
+
+
+INTERRUPTED = 130
+
+
+class OneLineParser(HfArgumentParser):
+    """Options by dataclasses; what is wrong with a command line is said in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+    def parse(self, arguments: list[str] | None) -> tuple[Any, ...]:
+        """The dataclasses in their order, then a namespace with the rest.
+
+        Args:
+            arguments: of the command; those that the process was started with if None.
+        """
+        try:
+            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
+                sys.argv[1:] if arguments is None else arguments
+            )
+        except ValueError as error:
+            self.error(str(error))
+        return parsed
+
+
+def silence_transformers() -> None:
+    """Keep its notes and progress bars from between ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def fail(error: Exception, code: int = USAGE_ERROR) -> int:
+    """Print an error in one line; returns the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

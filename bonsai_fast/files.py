@@ -1,0 +1,36 @@
+"""Atomic file writes, and the user cache directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """The project's folder in the user's cache, by the XDG rules; it need not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bonsai_fast"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it into place.
+
+    Raises:
+        OSError: the content could not be written; `path` is as before and nothing is left behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

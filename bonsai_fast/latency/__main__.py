@@ -1,0 +1,285 @@
+"""`python -m bonsai_fast.latency DIR [DIR ...]`: how fast models are, side by side.
+
+Models take turns, round after round; numbers are medians. Each DIR is a model's directory, a run's,
+or a hub name; what the others gain is relative to the first. The table and, as the last line, JSON
+go to stdout, progress to stderr. A request that cannot be met ends with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from bonsai_fast.checkpoints.embedded import NAME
+from bonsai_fast.checkpoints.load import LoadingOptions, load_model
+from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.latency.semi_structured import (
+    BACKENDS,
+    stored_bytes,
+    two_of_four_linears,
+    use_semi_structured,
+    why_not,
+)
+from bonsai_fast.latency.timing import ROUNDS, Latency, Workload, measure_latency
+
+# of the table where stdout is no terminal
+WIDTH = 120
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What the models do while they are timed, and on what."""
+
+    batch: str = _option("1", "Sequences at once; several numbers, separated by commas, in turn.")
+    prompt: int | None = _option(
+        None, "Tokens of the prompt. Default: 512, or what the models have positions for."
+    )
+    new: int = _option(32, "Tokens decoded behind the first.")
+    rounds: int = _option(ROUNDS, "Timed rounds; one more comes first and is not timed.")
+    threads: int | None = _option(None, "Threads on a CPU. Default: PyTorch's own.")
+    device: str = _option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Precision of all models; auto keeps that of each checkpoint."
+    )
+    semi_structured: Literal["auto", "off", "cusparselt", "cutlass"] = _option(
+        "auto", "Kernels for models whose weights are 2:4; auto takes the first that runs here."
+    )
+    trust_remote_code: bool = _option(False, "Run model code that a checkpoint carries.")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "new", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.batches  # noqa: B018, refuses what is no list of numbers
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes in the order given."""
+        try:
+            sizes = tuple(int(text) for text in self.batch.split(","))
+        except ValueError:
+            sizes = (0,)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"batch: expected positive numbers separated by commas, got {self.batch!r}"
+            )
+        return sizes
+
+    @property
+    def loading(self) -> LoadingOptions:
+        """The part that says how a model is loaded."""
+        names = {option.name for option in fields(LoadingOptions)} & set(vars(self))
+        return LoadingOptions(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one batch size.
+
+    Attributes:
+        model: as it was named on the command line.
+        parameters: of the whole model.
+        weight_bytes: as they are stored.
+        storage: "dense", "2:4 stored densely", or "2:4 by" the kernels' name.
+        latency: what was measured.
+    """
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    storage: str
+    latency: Latency
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights, and what a round takes beside them."""
+        work = self.latency.work_bytes
+        return None if work is None else self.weight_bytes + work
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = OneLineParser(
+        cast(Any, LatencyOptions),
+        prog="python -m bonsai_fast.latency",
+        description=__doc__,
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="DIR",
+        help=f"Directory of a model or a run, or a hub name; {NAME} is the embedded model.",
+    )
+    options, rest = parser.parse(arguments)
+    reporter = Reporter()
+    silence_transformers()
+    threads = torch.get_num_threads()
+    try:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        with reporter.busy(f"loading {', '.join(rest.models)}"):
+            models = load_all(rest.models, options.loading)
+            storage = {name: store(model, options) for name, model in models.items()}
+        results = measure(models, storage, options, reporter)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        torch.set_num_threads(threads)
+    first = next(iter(models.values()))
+    protocol = {
+        "device": _device_name(first.device),
+        "dtype": {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()},
+        "threads": options.threads or threads,
+        "rounds": options.rounds,
+    }
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(as_table(results, protocol))
+    print(json.dumps({**protocol, "results": [as_json(result) for result in results]}))
+    return 0
+
+
+def load_all(names: list[str], options: LoadingOptions) -> dict[str, PreTrainedModel]:
+    """Load models by the names that were typed; a name that comes again gets a number.
+
+    Raises:
+        ValueError, OSError: as `load_model`.
+    """
+    models: dict[str, PreTrainedModel] = {}
+    for name in names:
+        in_run = Path(name) / "model"
+        path = str(in_run) if (in_run / "config.json").is_file() else name
+        embedded = name == NAME and not Path(name).exists()
+        key, number = name, 1
+        while key in models:
+            number += 1
+            key = f"{name} ({number})"
+        models[key] = load_model(None if embedded else path, options)
+    return models
+
+
+def store(model: PreTrainedModel, options: LatencyOptions) -> str:
+    """Store a 2:4 model as the options ask for; returns `Measured.storage`.
+
+    Raises:
+        ValueError: kernels were asked for by name, and do not run here.
+    """
+    if not two_of_four_linears(model):
+        return "dense"
+    wanted = options.semi_structured
+    if wanted == "auto":
+        runs = [name for name in BACKENDS if why_not(name, model.device, model.dtype) is None]
+        wanted = cast(Any, runs[0] if runs else "off")
+    if wanted == "off":
+        return "2:4 stored densely"
+    use_semi_structured(model, wanted)
+    return f"2:4 by {wanted}"
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    storage: Mapping[str, str],
+    options: LatencyOptions,
+    reporter: Reporter,
+) -> list[Measured]:
+    """Time all models on all batch sizes.
+
+    Raises:
+        ValueError: the work does not fit a model, or the device's memory.
+    """
+    work = {
+        batch: Workload.fitting(models, batch=batch, new=options.new)
+        if options.prompt is None
+        else Workload(batch=batch, prompt=options.prompt, new=options.new)
+        for batch in options.batches
+    }
+    for name, model in models.items():
+        work[options.batches[0]].check_fits(name, model)
+    results = []
+    steps = len(models) * len(work) * (options.rounds + 1)
+    with reporter.bar("timing", steps) as advance:
+        for batch, task in work.items():
+            try:
+                latency = measure_latency(models, task, rounds=options.rounds, advance=advance)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(f"batch {batch}: not enough memory: {error}") from error
+            results += [
+                Measured(
+                    model=name,
+                    parameters=model.num_parameters(),
+                    weight_bytes=stored_bytes(model),
+                    storage=storage[name],
+                    latency=latency[name],
+                )
+                for name, model in models.items()
+            ]
+    return results
+
+
+def as_table(results: list[Measured], protocol: Mapping[str, Any]) -> Table:
+    """What a person reads; a section for each batch size."""
+    table = Table(title="latency")
+    table.add_column("model", overflow="fold")
+    with_storage = any(result.storage != "dense" for result in results)
+    for column in (
+        *(["stored"] if with_storage else []),
+        *("batch", "parameters", "prefill\ntokens/s", "", "first token\nms"),
+        *("decode\ntokens/s", "", "memory\nMB"),
+    ):
+        table.add_column(column, justify="right")
+    for before, result in zip([None, *results], results, strict=False):
+        latency = result.latency
+        if before is not None and before.latency.batch != latency.batch:
+            table.add_section()
+        table.add_row(
+            result.model,
+            *([result.storage] if with_storage else []),
+            str(latency.batch),
+            f"{result.parameters:,}",
+            f"{latency.prefill_tokens_per_s:,.1f} ±{latency.prefill_spread:.0%}",
+            f"x{latency.prefill_speedup:.2f}",
+            f"{1e3 * latency.time_to_first_token_s:,.1f}",
+            f"{latency.decode_tokens_per_s:,.1f} ±{latency.decode_spread:.0%}",
+            f"x{latency.decode_speedup:.2f}",
+            "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
+        )
+    latency = results[0].latency
+    table.caption = (
+        f"{protocol['device']}, {protocol['threads']} threads, prompt {latency.prefill_tokens}, "
+        f"{latency.decode_tokens} new tokens; medians of {protocol['rounds']} rounds in turns, "
+        "± interquartile range; x: over the first model, in the same round"
+    )
+    return table
+
+
+def as_json(result: Measured) -> dict[str, Any]:
+    """One model on one batch size, flat."""
+    plain = asdict(result)
+    latency = plain.pop("latency")
+    return {**plain, **latency, "peak_bytes": result.peak_bytes}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

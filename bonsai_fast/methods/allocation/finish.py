@@ -1,0 +1,126 @@
+"""The last step of an allocation: a mask that engines like, at the size that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from bonsai_fast.methods.allocation.exchange import fill
+from bonsai_fast.methods.allocation.parameter_count import drop_empty
+from bonsai_fast.methods.allocation.rectangular_heads import HeadLayout, make_rectangular
+from bonsai_fast.methods.allocation.round_widths import auto_multiple, round_widths
+from bonsai_fast.methods.allocation.select import check_within
+from bonsai_fast.methods.allocation.target import Target
+from bonsai_fast.methods.allocation.uniform import make_uniform
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.models.layout import Layout
+
+TOLERANCE = 0.005  # of the budget
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """What was asked for, and what came of it.
+
+    Attributes:
+        asked: decoder parameters to remove.
+        removed: decoder parameters removed, never more than that.
+        num_parameters: parameters of the pruned model.
+        sparsity: removed fraction of the decoder's parameters.
+        total_sparsity: removed fraction of all parameters.
+        heads: (query heads, KV heads) kept, by layer.
+        widths: channels kept, by layer.
+    """
+
+    asked: int
+    removed: int
+    num_parameters: int
+    sparsity: float
+    total_sparsity: float
+    heads: tuple[tuple[int, int], ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, keep: torch.Tensor, asked: int) -> Achieved:
+        """Measure a mask, bool [P]."""
+        removed = layout.num_removed_parameters(keep)
+        heads, widths = [(0, 0)] * layout.decoder.num_layers, [0] * layout.decoder.num_layers
+        for block, kept in layout.keep_by_block(keep):
+            if isinstance(block, AttentionBlock):
+                parts = block.kept_parts(kept)
+                heads[block.layer] = int(kept.sum()), int(parts[block.num_heads :].sum())
+            else:
+                widths[block.layer] = int(kept.sum())
+        return cls(
+            asked=asked,
+            removed=removed,
+            num_parameters=layout.num_model_parameters - removed,
+            sparsity=removed / layout.num_decoder_parameters,
+            total_sparsity=removed / layout.num_model_parameters,
+            heads=tuple(heads),
+            widths=tuple(widths),
+        )
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether at most 0.5 % of what was asked is left."""
+        return self.asked - self.removed <= TOLERANCE * self.asked
+
+
+def finish(
+    layout: Layout,
+    keep: torch.Tensor,
+    relevance: torch.Tensor,
+    target: Target,
+    *,
+    head_layout: HeadLayout = "rectangular",
+    round_to: int | Literal["auto"] = "auto",
+    uniform: bool = False,
+) -> tuple[torch.Tensor, Achieved]:
+    """Make heads rectangular and widths round, and use up the budget without exceeding it.
+
+    Heads first, then widths, which fill what heads leave; then small exchanges between sub-layers
+    until at most 0.5 % of the budget is left or none fits. What is left then is smaller than any
+    exchange of two sub-layers; `Achieved.within_tolerance` tells.
+
+    Args:
+        keep: bool [P], within the target.
+        relevance: float [P], of removed units too, on one scale, since units may come back; +inf:
+            the unit stays.
+        head_layout: "rectangular": a layer's KV heads serve equally many query heads; "free": heads
+            stay as they are.
+        round_to: MLP widths become multiples of this; "auto": see `auto_multiple`; 1: as they are.
+        uniform: the same heads and widths in all layers; implies rectangular heads.
+    Returns:
+        bool [P], and what it amounts to.
+    Raises:
+        ValueError: an argument is not as described, or the target is impossible.
+    """
+    if head_layout not in get_args(HeadLayout):
+        raise ValueError(
+            f"head_layout: expected one of {get_args(HeadLayout)}, got {head_layout!r}"
+        )
+    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"round_to: expected a positive whole number or 'auto', got {round_to!r}")
+    budget = target.removal_budget(layout)
+    check_within(layout.num_removed_parameters(keep), budget)
+    multiple = auto_multiple(layout) if round_to == "auto" else round_to
+    if uniform:
+        keep = make_uniform(layout, keep, relevance, budget=budget, multiple=multiple)
+        return keep, Achieved.of(layout, keep, budget)
+    if head_layout == "rectangular":
+        keep = make_rectangular(layout, keep, relevance)
+    keep = round_widths(layout, keep, relevance, multiple=multiple, budget=budget)
+    tolerance = int(TOLERANCE * budget)
+    keep = fill(
+        layout,
+        keep,
+        relevance,
+        budget=budget,
+        tolerance=tolerance,
+        multiple=multiple,
+        head_layout=head_layout,
+    )
+    return drop_empty(layout, keep), Achieved.of(layout, keep, budget)

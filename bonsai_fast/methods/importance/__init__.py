@@ -1,0 +1,1 @@
+"""Importance of units from weights and one forward pass."""

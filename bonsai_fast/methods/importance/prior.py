@@ -1,0 +1,89 @@
+"""Priors: what one forward pass of the parent says about each unit (paper, appendix F)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.methods.importance.statistics import BlockStatistics, Statistics
+from bonsai_fast.models import Block
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.ops.native import column_mean_abs
+
+PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
+
+
+def unit_prior(
+    name: PriorName, model: PreTrainedModel, layout: Layout, statistics: Statistics
+) -> torch.Tensor:
+    """Importance of every unit, from calibration statistics.
+
+        wanda       mean over outputs o of |W[o, c]| * rms(a_c)    appendix F.2, equation 6
+        activation  mean of |a_c|                                  appendix F.1, equations 4 and 5
+        fluctuation var(a_c) * sum over outputs of W[o, c]^2       An et al., arXiv:2312.11983
+        uniform     1
+
+    for a column c of the output projection, averaged over the columns of a unit: one for a channel,
+    `head_dim` for a head, those of all its query heads for a KV group.
+
+    Args:
+        name: one of the above.
+        model: the parent.
+        layout: its units.
+        statistics: of the same parent.
+    Returns:
+        float64 [P], not negative.
+    Raises:
+        ValueError: unknown name, or statistics that are not finite.
+
+    Source: Dery et al., arXiv:2402.05406, appendix F. Their rms runs over all tokens of the
+    calibration text, as here; the published code takes it batch by batch (one sequence each) and
+    averages the batches' values.
+    """
+    columns = column_importance(name, model, layout, statistics)
+    prior = torch.empty(len(layout), dtype=torch.float64)
+    for group in layout.groups:
+        prior[group.start : group.stop] = group.mean_over_columns(columns[group.block.output])
+    return prior
+
+
+def column_importance(
+    name: PriorName, model: PreTrainedModel, layout: Layout, statistics: Statistics
+) -> dict[str, torch.Tensor]:
+    """The same for every input column of every output projection, before units average them.
+
+    Returns:
+        float64 [in_features] by `block.output`.
+    Raises:
+        ValueError: as `unit_prior`.
+    """
+    if name not in get_args(PriorName):
+        raise ValueError(f"prior: expected one of {get_args(PriorName)}, got {name!r}")
+    return {
+        block.output: _column_importance(name, model, block, statistics.of(block))
+        for block in layout.decoder.blocks()
+    }
+
+
+def _column_importance(
+    name: PriorName, model: PreTrainedModel, block: Block, statistics: BlockStatistics
+) -> torch.Tensor:
+    if name == "uniform":
+        return torch.ones_like(statistics.sum_abs)
+    if name == "activation":
+        importance = statistics.mean_abs
+    elif name == "fluctuation":
+        norms = weight(model, f"{block.output}.weight").detach().double().square().sum(dim=0).cpu()
+        importance = statistics.variance * norms
+    else:
+        found = weight(model, f"{block.output}.weight").detach()
+        importance = column_mean_abs(found).cpu() * statistics.root_mean_square
+    if not bool(importance.isfinite().all()):
+        raise ValueError(
+            f"{block.output}: its weights or inputs hold NaN or Inf; "
+            f"the model is broken or overflows"
+        )
+    return importance

@@ -1,0 +1,258 @@
+"""What every pruning method works with: parent, scorer, text, target, and the ledger between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save
+
+from bonsai_fast.console import Reporter
+from bonsai_fast.files import write_atomically, write_json
+from bonsai_fast.methods.allocation import Target, finish
+from bonsai_fast.methods.importance.prior import unit_prior
+from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.regression import Regression, save_regression
+from bonsai_fast.methods.task import Task
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.runs.directory import RunDirectory
+from bonsai_fast.runs.ledger import text_hash
+from bonsai_fast.scoring import ParentReference
+
+
+def _ignore(count: int) -> None:
+    """A progress bar that nobody sees."""
+
+
+class NotRecordedError(ValueError):
+    """A re-targeted run asked for an evaluation that its ledger does not hold."""
+
+
+@dataclass
+class Search:
+    """One start of one run.
+
+    Attributes:
+        task: what is to be done.
+        run: where evaluations are recorded.
+        reporter: what the user sees.
+        submodels_scored, tokens_scored: work of this start; what the ledger held is not counted.
+    """
+
+    task: Task
+    run: RunDirectory
+    reporter: Reporter
+    submodels_scored: int = field(default=0, init=False)
+    tokens_scored: int = field(default=0, init=False)
+    _reference: tuple[torch.Tensor, ParentReference] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """A run that goes on chooses routes by what was measured when it began."""
+        path, scorer = self.run.path / "rates.json", self.task.scorer
+        if path.is_file():
+            scorer.rates = json.loads(path.read_text())
+        elif self.run.start in ("new", "resume") and scorer.rates is not None:
+            write_json(path, scorer.rates)
+
+    @property
+    def recorded_only(self) -> bool:
+        """Whether the ledger must answer everything."""
+        return self.run.start == "retarget"
+
+    def losses(
+        self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor, *, silent: bool = False
+    ) -> torch.Tensor:
+        """Losses of sub-models, from the ledger where it holds them, scored and recorded otherwise.
+
+        Args:
+            stage: what the evaluations are for; recorded and shown.
+            keep: bool [S, P].
+            input_ids: int64 [B, T].
+            silent: show no progress bar, because the caller does.
+        Returns:
+            float32 [S, B], nats per predicted token.
+        Raises:
+            NotRecordedError: the run is only re-targeted and its ledger lacks these.
+        """
+        return self.evaluations("", self.task.scorer.score, stage, keep, input_ids, silent=silent)
+
+    def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
+
+        For a model that cannot tell, its loss, which ranks sub-models too.
+        """
+        scorer = self.task.scorer
+        if not scorer.measures_divergence:
+            return self.losses(stage, keep, input_ids)
+
+        def divergence(chunk: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+            if self._reference is None or self._reference[0] is not input_ids:
+                self._reference = input_ids, scorer.parent_reference(input_ids)
+            return scorer.divergence(chunk, input_ids, self._reference[1])
+
+        return self.evaluations("divergence ", divergence, stage, keep, input_ids)
+
+    def evaluations(
+        self,
+        measure: str,
+        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        stage: str,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        silent: bool = False,
+    ) -> torch.Tensor:
+        """Whatever a method measures of sub-models on text, recorded as losses are.
+
+        They are taken in fixed chunks, one call each, and a chunk is recorded as a whole:
+        an interrupted run goes on with the same batches, and so with the same bits, as one that was
+        not.
+
+        Args:
+            measure: what is measured; the same name must mean the same function in all of a run.
+            evaluate: (bool [n, P], int64 [B, T]) -> float32 [n, B].
+            stage, keep, input_ids, silent: as `losses`.
+        """
+        text = measure + text_hash(input_ids)
+        sequences, length = input_ids.shape
+        step = self.task.scorer.submodels_per_call(sequences, length)
+        found: list[torch.Tensor] = []
+        bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
+        with self.task.scorer.one_route(keep, input_ids), bar as advance:
+            for chunk in keep.split(step):
+                losses = self.run.ledger.find(text, chunk)
+                if losses is None and self.recorded_only:
+                    losses = self.run.ledger.find_each(text, chunk)
+                if losses is None:
+                    if self.recorded_only:
+                        raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
+                    losses = evaluate(chunk, input_ids)
+                    self.run.ledger.append(stage, text, chunk, losses)
+                    self.submodels_scored += len(chunk)
+                    self.tokens_scored += losses.numel() * length
+                found.append(losses)
+                advance(len(chunk))
+        return torch.cat(found)
+
+    def prior(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Prior of every unit from one pass over the text under `keep`: float64 [P]; recorded too.
+
+        Raises:
+            NotRecordedError: the run is only re-targeted and has no such prior.
+        """
+
+        def prior() -> torch.Tensor:
+            task = self.task
+            assert task.config.prior is not None
+            statistics = collect_statistics(task.scorer, keep, input_ids)
+            return unit_prior(task.config.prior, task.model, task.layout, statistics)
+
+        return self.importance(stage, prior, input_ids.numel())
+
+    def importance(
+        self, stage: str, measure: Callable[[], torch.Tensor], tokens: int
+    ) -> torch.Tensor:
+        """One value for every unit, float64 [P], measured once; see `measured`."""
+        return self.measured(stage, lambda: {"prior": measure()}, tokens)["prior"]
+
+    def measured(
+        self, stage: str, measure: Callable[[], dict[str, torch.Tensor]], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """What a method knows before it scores sub-models: measured once, then on record.
+
+        Args:
+            stage: what it is for; names the record.
+            measure: finds it; not called if it is recorded.
+            tokens: how many tokens `measure` reads.
+        Raises:
+            NotRecordedError: the run is only re-targeted and has no such record.
+        """
+        path = self.run.prior_path(stage)
+        if path.is_file():
+            return load_file(path)
+        if self.recorded_only:
+            raise NotRecordedError(f"{stage}: prior not recorded; this request needs a new run")
+        if tokens:
+            self.reporter.note(f"{stage}: statistics over {tokens:,} tokens")
+        found = {name: tensor.contiguous() for name, tensor in measure().items()}
+        write_atomically(path, save(found))
+        self.tokens_scored += tokens
+        return found
+
+    def record_regression(
+        self, stage: str, regression: Regression, utility: torch.Tensor, quantity: str
+    ) -> None:
+        """Keep what a round was decided by, for the report.
+
+        Args:
+            stage: the round.
+            regression: fitted to `utility`.
+            utility: float64 [S].
+            quantity: what that is, in words, with its unit.
+        """
+        folder = self.run.path / "regressions"
+        folder.mkdir(exist_ok=True)
+        save_regression(folder / f"{stage}.safetensors", regression, utility, quantity)
+
+    def record_relevance(self, relevance: torch.Tensor) -> None:
+        """Keep what the result was selected by, float64 [P], for other targets."""
+        path = self.run.path / "relevance.safetensors"
+        write_atomically(path, save({"relevance": relevance.contiguous()}))
+
+    def recorded_relevance(self) -> torch.Tensor:
+        """What `record_relevance` kept, float64 [P].
+
+        Raises:
+            NotRecordedError: nothing was.
+        """
+        path = self.run.path / "relevance.safetensors"
+        if not path.is_file():
+            raise NotRecordedError(f"{path} is missing; this request needs a new run")
+        return load_file(path)["relevance"]
+
+    def has_recorded(self, stage: str) -> bool:
+        """Whether the ledger holds evaluations of a stage."""
+        return any(entry.stage == stage for entry in self.run.ledger.entries)
+
+    def recorded(self, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything the ledger holds of a stage: masks bool [S, P] and losses float32 [S, B].
+
+        Raises:
+            NotRecordedError: nothing.
+        """
+        entries = [entry for entry in self.run.ledger.entries if entry.stage == stage]
+        if not entries:
+            raise NotRecordedError(f"{stage}: not in the ledger; this request needs a new run")
+        return torch.cat([entry.keep for entry in entries]), torch.cat(
+            [entry.losses for entry in entries]
+        )
+
+
+def finished(
+    search: Search, keep: torch.Tensor, relevance: torch.Tensor, target: Target
+) -> torch.Tensor:
+    """The last step of every method: see `allocation.finish`."""
+    task = search.task
+    config = task.config
+    assert config.head_layout is not None and config.round_to is not None
+    round_to: int | Literal["auto"] = "auto" if config.round_to == "auto" else int(config.round_to)
+    return finish(
+        task.layout,
+        keep,
+        relevance,
+        target,
+        head_layout=config.head_layout,
+        round_to=round_to,
+        uniform=config.uniform,
+    )[0]
+
+
+def group_of_unit(layout: Layout) -> torch.Tensor:
+    """Number of each unit's group in `layout.groups`, int64 [P]."""
+    return torch.arange(len(layout.groups)).repeat_interleave(
+        torch.tensor([len(group) for group in layout.groups])
+    )

@@ -1,0 +1,1 @@
+"""Methods that remove units: heads, KV groups, channels, sub-layers, layers."""

@@ -1,0 +1,26 @@
+"""Method "bonsai": the published algorithm, or the default that grew out of it."""
+
+from __future__ import annotations
+
+import torch
+
+from bonsai_fast.methods.method import Method
+from bonsai_fast.methods.session import Search
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.bonsai_default import GroupedBonsai
+from bonsai_fast.methods.units.bonsai_paper import PaperBonsai
+
+
+class Bonsai:
+    """Chooses by what the regression estimates: groups of units, or every unit."""
+
+    def plan(self, task: Task) -> Plan:
+        """Work that `find` is going to do."""
+        return self._variant(task).plan(task)
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]."""
+        return self._variant(search.task).find(search)
+
+    def _variant(self, task: Task) -> Method:
+        return GroupedBonsai() if task.config.regression == "groups" else PaperBonsai()

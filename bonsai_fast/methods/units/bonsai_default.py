@@ -1,0 +1,261 @@
+"""The default: Bonsai with few unknowns, and complete plans that are scored before one is taken.
+
+What a unit is worth is split in two. *Which* units of a group (layer, kind) go is left to the
+prior, whose ranks are good inside a group. *How many* go from each group is what sub-models are
+scored for: each of them thins out one group, which tells what that costs. A curve through these
+costs gives every unit its relevance; from there on everything is Bonsai: global selection by
+parameter count, a little at a time.
+
+Costs that were measured one by one do not add up: damage in many layers compounds, and how it does
+depends on where they are. That is not predicted but tried: plans that spare more or fewer of the
+first and last layers are scored as they would be saved, then the measured costs are trusted more
+or less inside the best of these, and the best plans are compared again on other text.
+
+Probes are judged by their divergence from the parent: on little text the loss would often reward
+small damage by chance. Complete plans are judged by their loss, which is what counts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+
+from bonsai_fast.methods.allocation import Target, plan_mask, select_units
+from bonsai_fast.methods.session import Search, finished
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.models.layout import ATTENTION, Group, Kind, Layout
+
+# a stage removes at most this fraction of the decoder
+STEP = 0.25
+# share of a group that a probe thins out, and beyond which costs are unknown
+REACH: dict[Kind, float] = {
+    "channel": 0.6,
+    "head": 1 / 3,
+    "kv_group": 1 / 3,
+    "attention": 1.0,
+    "mlp": 1.0,
+}
+# units beyond reach, and whatever lies in a spared layer, cost this many times as much
+SPARED = 1000.0
+# shares of the layers that a plan may spare at either end
+EDGES = (0.0, 0.05, 0.1, 0.15)
+# curves: costs rise as fraction ** exponent, attention costs this many times what was measured, and
+# measured costs are trusted: cost = median^(1 - k) measured^k
+EXPONENTS = (1.5, 2.0, 3.0)
+ATTENTION_FACTORS = (2.0, 4.0)
+TEMPERATURES = (0.25, 0.5)
+# a cost below this share of its kind's median is noise, and would empty its group
+SMALLEST_COST = 0.25
+# plans that are compared on other text in the end
+FINALISTS = 4
+# calibration sequences on which probes and plans are scored, and others for the finalists; the
+# prior reads all of them: statistics need far more text than a comparison of plans
+SEARCH_SEQUENCES = 6
+FINALIST_SEQUENCES = 6
+
+
+@dataclass(frozen=True, eq=False)
+class _Proposal:
+    """A complete plan: units kept, bool [P], and the relevance that selected them, float64 [P]."""
+
+    keep: torch.Tensor
+    relevance: torch.Tensor
+    name: str
+    edges: tuple[float, float]
+
+
+class GroupedBonsai:
+    """Stages toward the target, each with probes and scored plans."""
+
+    def plan(self, task: Task) -> Plan:
+        """Probes and plans of every stage, and a pass for the prior in each."""
+        stages = len(_goals(task))
+        curves = 2 * len(EXPONENTS) * len(ATTENTION_FACTORS) * len(TEMPERATURES)
+        first, second = _texts(task)
+        early = 1 + len(task.layout.groups) + len(EDGES) ** 2 + curves
+        tokens = early * first.numel() + FINALISTS * second.numel()
+        tokens += task.calibration.input_ids.numel()
+        return Plan(stages, stages * (early + FINALISTS), stages * tokens)
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Run the stages; a re-targeted run selects by the relevance that was recorded."""
+        task, layout = search.task, search.task.layout
+        keep = torch.ones(len(layout), dtype=torch.bool)
+        if search.recorded_only:
+            relevance = search.recorded_relevance()
+            return _select(search, keep, relevance, task.target, "recorded").keep
+        relevance = torch.zeros(len(layout), dtype=torch.float64)
+        for number, goal in enumerate(_goals(task), start=1):
+            stage = f"round-{number:02d}"
+            best = self._stage(search, stage, keep, relevance, goal)
+            keep, relevance = best.keep, best.relevance
+            search.run.save_mask(stage, keep)
+        search.record_relevance(relevance)
+        return keep
+
+    def _stage(
+        self, search: Search, stage: str, keep: torch.Tensor, before: torch.Tensor, goal: int
+    ) -> _Proposal:
+        task, layout = search.task, search.task.layout
+        first, second = _texts(task)
+        prior = search.prior(stage, keep, task.calibration.input_ids)
+        target = Target(params=layout.num_model_parameters - goal)
+        costs = _probe(search, f"{stage}/probes", keep, prior, first)
+
+        def proposal(
+            edges: tuple[float, float], exponent: float, attention: float, temperature: float
+        ) -> _Proposal:
+            whole = _whole_costs(layout, costs, edges, exponent, attention, temperature)
+            relevance = _relevance(layout, whole, exponent, keep, prior, before)
+            name = f"edges {edges[0]:g} and {edges[1]:g}, exponent {exponent:g}"
+            name += f", attention x{attention:g}, temperature {temperature:g}"
+            return _select(search, keep, relevance, target, name, edges)
+
+        plain = [proposal((a, z), 2.0, SPARED, 0.0) for a, z in product(EDGES, EDGES)]
+        best = _best(search, f"{stage}/edges", plain, first, FINALISTS)
+        curves = [
+            proposal(near.edges, *values)
+            for near in best[:2]
+            for values in product(EXPONENTS, ATTENTION_FACTORS, TEMPERATURES)
+        ]
+        best = _best(search, f"{stage}/curves", best + curves, first, FINALISTS)
+        return _best(search, f"{stage}/finalists", best, second, 1)[0]
+
+
+def _texts(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences for the search and, from elsewhere in the text, those for the finalists."""
+    input_ids = task.calibration.input_ids
+    stride = max(1, len(input_ids) // max(SEARCH_SEQUENCES, FINALIST_SEQUENCES))
+    first = input_ids[::stride][:SEARCH_SEQUENCES]
+    second = input_ids[stride // 2 :: stride][:FINALIST_SEQUENCES]
+    return first.contiguous(), second.contiguous()
+
+
+def _goals(task: Task) -> list[int]:
+    """Parameters removed at the end of each round."""
+    budget = task.target.removal_budget(task.layout)
+    steps = math.ceil(round(budget / task.layout.num_decoder_parameters / STEP, 6))
+    rounds = task.config.rounds or steps
+    return [budget * number // rounds for number in range(1, rounds + 1)]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What removing this fraction of what is left of a group costs, in nats per token."""
+
+    fraction: float
+    nats: float
+
+
+def _probe(
+    search: Search, stage: str, keep: torch.Tensor, prior: torch.Tensor, input_ids: torch.Tensor
+) -> list[_Cost | None]:
+    """Thin out each group of `keep`; None for a group that is gone."""
+    layout = search.task.layout
+    order = torch.where(keep, prior, -1.0)
+    removed = [len(group) - _left(group, keep) for group in layout.groups]
+    masks, fractions = [keep], []
+    for index, group in enumerate(layout.groups):
+        left = _left(group, keep)
+        taken = max(1, round(REACH[group.kind] * left)) if left else 0
+        counts = list(removed)
+        counts[index] += taken
+        masks.append(plan_mask(layout, order, counts))
+        fractions.append(taken / left if left else 0.0)
+    damage = search.damage(stage, torch.stack(masks), input_ids).mean(dim=1, dtype=torch.float64)
+    added = (damage[1:] - damage[0]).nan_to_num(nan=1e6, posinf=1e6).clamp_min(1e-6)
+    return [
+        _Cost(fraction, float(nats)) if fraction else None
+        for fraction, nats in zip(fractions, added, strict=True)
+    ]
+
+
+def _whole_costs(
+    layout: Layout,
+    costs: list[_Cost | None],
+    edges: tuple[float, float],
+    exponent: float,
+    attention_factor: float,
+    temperature: float,
+) -> list[float]:
+    """Cost of each whole group if its curve held; nan for a group that is gone."""
+    kinds = [group.kind for group in layout.groups]
+    whole = [cost.nats / cost.fraction**exponent if cost else math.nan for cost in costs]
+    layers = layout.decoder.num_layers
+    first, last = (round(share * layers) for share in edges)
+    found = []
+    for group, cost in zip(layout.groups, whole, strict=True):
+        median = float(
+            np.nanmedian([c for k, c in zip(kinds, whole, strict=True) if k == group.kind])
+        )
+        value = median * max(cost / median, SMALLEST_COST) ** temperature
+        if group.kind in ATTENTION:
+            value *= attention_factor
+        if not first <= group.layer < layers - last:
+            value *= SPARED
+        found.append(value if math.isfinite(cost) else math.nan)
+    return found
+
+
+def _relevance(
+    layout: Layout,
+    whole: list[float],
+    exponent: float,
+    keep: torch.Tensor,
+    prior: torch.Tensor,
+    before: torch.Tensor,
+) -> torch.Tensor:
+    """What each unit adds to its group's cost when those of lower prior are gone: float64 [P].
+
+    Units that are gone have negative relevance, in the order in which they went.
+    """
+    relevance = before - before.max() - 1.0
+    for group, cost in zip(layout.groups, whole, strict=True):
+        if math.isnan(cost):
+            continue
+        inside = keep[group.start : group.stop].nonzero().flatten() + group.start
+        places = inside[prior[inside].argsort(stable=True)]
+        count = len(places)
+        increments = cost * np.diff((np.arange(count + 1) / count) ** exponent)
+        increments[max(1, round(REACH[group.kind] * count)) :] *= SPARED
+        relevance[places] = torch.from_numpy(increments)
+    return relevance
+
+
+def _select(
+    search: Search,
+    keep: torch.Tensor,
+    relevance: torch.Tensor,
+    target: Target,
+    name: str,
+    edges: tuple[float, float] = (0.0, 0.0),
+) -> _Proposal:
+    layout = search.task.layout
+    chosen = select_units(layout, relevance, keep, target=target, order="relevance_per_parameter")
+    return _Proposal(finished(search, chosen, relevance, target), relevance, name, edges)
+
+
+def _best(
+    search: Search, stage: str, proposals: list[_Proposal], input_ids: torch.Tensor, count: int
+) -> list[_Proposal]:
+    """Score complete plans, each once, and return the best ones."""
+    distinct: dict[bytes, _Proposal] = {}
+    for proposal in proposals:
+        distinct.setdefault(proposal.keep.numpy().tobytes(), proposal)
+    plans = list(distinct.values())
+    losses = search.losses(stage, torch.stack([plan.keep for plan in plans]), input_ids)
+    mean = losses.mean(dim=1, dtype=torch.float64).nan_to_num(nan=math.inf)
+    ranking = mean.argsort(stable=True)[:count].tolist()
+    search.reporter.note(
+        f"{stage}: {float(mean[ranking[0]]):.3f} nats per token at best "
+        f"({plans[ranking[0]].name}), {float(mean.max()):.3f} at worst"
+    )
+    return [plans[position] for position in ranking]
+
+
+def _left(group: Group, keep: torch.Tensor) -> int:
+    return int(keep[group.start : group.stop].sum())

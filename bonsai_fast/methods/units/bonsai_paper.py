@@ -1,0 +1,111 @@
+"""Bonsai as published: sample, score, regress, remove a little, again (paper, algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from bonsai_fast.methods.allocation import Target, select_units
+from bonsai_fast.methods.regression import Regression, fit_paper, fit_ridge
+from bonsai_fast.methods.session import Search, finished, group_of_unit
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.models.submodels import sample_submodels
+
+# p_iter and ns_sub-models of table 9
+STEP_SPARSITY = 0.05
+NUM_SUBMODELS = 200
+
+
+class PaperBonsai:
+    """Algorithm 1 with the values of tables 8 and 9, or whatever the configuration sets instead.
+
+    Differs: all rounds score the same sequences, drawn once; each round stops at a whole number of
+    p_iter, so that runs to different targets share their first rounds.
+    """
+
+    def plan(self, task: Task) -> Plan:
+        """Rounds of sub-models, and a pass for the prior in each."""
+        rounds = len(_goals(task))
+        submodels = rounds * (task.config.submodels_per_round or NUM_SUBMODELS)
+        return Plan(rounds, submodels, (submodels + rounds) * task.calibration.input_ids.numel())
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Run the rounds; a re-targeted run walks through the recorded ones."""
+        task, layout = search.task, search.task.layout
+        keep = torch.ones(len(layout), dtype=torch.bool)
+        relevance = torch.zeros(len(layout), dtype=torch.float64)
+        removed = 0
+        for number, goal in enumerate(_goals(task), start=1):
+            stage = f"round-{number:02d}"
+            if search.recorded_only and not search.has_recorded(stage):
+                search.reporter.warn(
+                    f"the recorded rounds end at {removed:,} parameters; the rest is extrapolated"
+                )
+                break
+            step = (goal - removed) / (layout.num_decoder_parameters - removed)
+            masks, losses, prior = self._score(search, stage, number, keep, step)
+            regression, utility, quantity = _regress(task, number, masks, losses, prior)
+            search.record_regression(stage, regression, utility, quantity)
+            search.reporter.note(
+                f"{stage}: Kendall's tau {regression.kendall_tau:.2f} on held-out sub-models"
+                + (f", {regression.num_dropped} not finite" if regression.num_dropped else "")
+            )
+            always_kept = masks.all(dim=0)  # the top 1 - 2p of every group
+            target = Target(params=layout.num_model_parameters - goal)
+            keep = select_units(
+                layout, regression.relevance, keep, target=target, protect=always_kept
+            )
+            removed = layout.num_removed_parameters(keep)
+            known = regression.relevance.isfinite()
+            relevance[known] = regression.relevance[known]
+            # above all that was estimated, by prior: the last step may need some of them
+            untouched = keep & always_kept
+            relevance[untouched] = relevance.max() + prior[untouched] / prior.max()
+            search.run.save_mask(stage, keep)
+        keep = select_units(layout, relevance, keep, target=task.target)
+        return finished(search, keep, relevance, task.target)
+
+    def _score(
+        self, search: Search, stage: str, number: int, keep: torch.Tensor, step: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        task = search.task
+        input_ids, config = task.calibration.input_ids, task.config
+        prior = search.prior(stage, keep, input_ids)
+        if search.recorded_only:
+            return *search.recorded(stage), prior
+        masks = sample_submodels(
+            task.layout,
+            prior,
+            keep,
+            step_sparsity=min(0.5, step),
+            num_submodels=config.submodels_per_round or NUM_SUBMODELS,
+            seed=(config.seed, number),
+        )
+        return masks, search.losses(stage, masks, input_ids), prior
+
+
+def _goals(task: Task) -> list[int]:
+    """Parameters removed after each round: multiples of p_iter, or equal steps if asked for."""
+    budget, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
+    if task.config.rounds is not None:
+        return [
+            budget * number // task.config.rounds for number in range(1, task.config.rounds + 1)
+        ]
+    rounds = max(1, math.ceil(round(budget / (STEP_SPARSITY * decoder), 6)))
+    return [*(int(number * STEP_SPARSITY * decoder) for number in range(1, rounds)), budget]
+
+
+def _regress(
+    task: Task, number: int, masks: torch.Tensor, losses: torch.Tensor, prior: torch.Tensor
+) -> tuple[Regression, torch.Tensor, str]:
+    """The regression, the utilities that it was fitted to, float64 [S], and what they are."""
+    mean_loss = losses.mean(dim=1, dtype=torch.float64)
+    if task.config.regression == "paper":
+        # the published utility; a sub-model whose perplexity overflows is left out by the fit
+        utility = -mean_loss.exp()
+        fit = fit_paper(masks, utility, seed=task.config.seed + number)
+        return fit, utility, "minus perplexity on the calibration text"
+    pairs, utility = torch.arange(len(masks)) // 2, -mean_loss
+    fit = fit_ridge(masks, utility, prior=prior, groups=group_of_unit(task.layout), blocks=pairs)
+    return fit, utility, "log-likelihood of the calibration text, nats per token"

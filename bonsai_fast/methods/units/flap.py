@@ -1,0 +1,96 @@
+"""Method "flap": units whose output fluctuates little go, and a bias replaces their mean.
+
+An input column of an output projection that hardly varies contributes a constant, which a bias can
+give as well. Columns are judged by their variance times the squared norm of their weights, compared
+over all layers after standardisation, and the mean output of what goes is added to the bias.
+
+Source: An et al., arXiv:2312.11983: the metric of section 3.2 (weighted fluctuation), the global
+structure search of 3.3, the bias compensation of 3.4. Written from the paper's description.
+Differs: the budget counts parameters exactly instead of weighting a head by a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bonsai_fast.hub import takes_output_biases
+from bonsai_fast.methods.allocation import Target, standardised
+from bonsai_fast.methods.importance.prior import column_importance
+from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.session import Search
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.one_shot import cut
+from bonsai_fast.models import family_of
+
+
+class Flap:
+    """Statistics, a cut, and biases."""
+
+    def plan(self, task: Task) -> Plan:
+        """A pass over the text."""
+        return Plan(1, 0, task.calibration.input_ids.numel())
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]."""
+        layout = search.task.layout
+        asked = search.task.target.removal_budget(layout) + _num_new_biases(search.task)
+        target = Target(params=layout.num_model_parameters - asked)
+        return cut(search, _measured(search)["relevance"], target)
+
+    def compensate(self, search: Search, smaller: PreTrainedModel, keep: torch.Tensor) -> None:
+        """Add to every output projection's bias what the columns that went gave on average."""
+        measured, layout, parent = _measured(search), search.task.layout, search.task.model
+        model_type = smaller.config.model_type
+        if family_of(model_type) != model_type and takes_output_biases(model_type):
+            cast(Any, smaller.base_model).add_output_biases()
+        without: list[str] = []
+        for block, kept in layout.keep_by_block(keep):
+            gone = ~kept.repeat_interleave(block.part_width)
+            if not bool(gone.any()):
+                continue
+            bias = cast(nn.Linear, smaller.get_submodule(block.output)).bias
+            if bias is None:
+                without.append(block.output)
+                continue
+            weight = cast(nn.Linear, parent.get_submodule(block.output)).weight.detach()
+            mean = measured[f"mean.{block.output}"][gone].to(weight.device)
+            with torch.no_grad():
+                lost = weight[:, gone.to(weight.device)].double() @ mean
+                bias.copy_((bias.double() + lost).to(bias.dtype))
+        if without:
+            search.reporter.warn(
+                f"no bias compensation: {type(smaller).__name__} has no bias in "
+                f"{without[0]} and {len(without) - 1} others"
+            )
+
+
+def _measured(search: Search) -> dict[str, torch.Tensor]:
+    """Relevance, and the mean of every column that an output projection reads."""
+    task = search.task
+    layout, input_ids = task.layout, task.calibration.input_ids
+
+    def measure() -> dict[str, torch.Tensor]:
+        everything = torch.ones(len(layout), dtype=torch.bool)
+        statistics = collect_statistics(task.scorer, everything, input_ids)
+        columns = column_importance("fluctuation", task.model, layout, statistics)
+        means = {
+            f"mean.{block.output}": statistics.of(block).mean for block in layout.decoder.blocks()
+        }
+        return {"relevance": standardised(layout, columns), **means}
+
+    return search.measured("parent", measure, input_ids.numel())
+
+
+def _num_new_biases(task: Task) -> int:
+    """Parameters that compensation adds, if the result's class takes them."""
+    if task.config.uniform or not takes_output_biases(task.model.config.model_type):
+        return 0
+    outputs = [
+        cast(nn.Linear, task.model.get_submodule(block.output))
+        for block in task.layout.decoder.blocks()
+    ]
+    return sum(output.out_features for output in outputs if output.bias is None)

@@ -1,0 +1,56 @@
+"""Method "layerwise-ppl": whole decoder layers go, by the loss of the model without each one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from bonsai_fast.methods.allocation import equal_shares
+from bonsai_fast.methods.session import Search
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.one_shot import cut
+from bonsai_fast.models.layout import Layout
+
+# calibration sequences that every layer's removal is judged on
+SEQUENCES = 10
+
+
+class LayerwisePPL:
+    """Scores the model without one layer at a time, once, and removes what it misses least.
+
+    Differs: what a whole number of layers leaves of the target comes out of the layer that would be
+    next, its heads and channels by Wanda's prior.
+
+    Source: Kim et al., arXiv:2402.02834.
+    """
+
+    def plan(self, task: Task) -> Plan:
+        """A sub-model for every layer, and a pass for the prior."""
+        layers, input_ids = task.layout.decoder.num_layers, task.calibration.input_ids
+        return Plan(1, layers, layers * input_ids[:SEQUENCES].numel() + input_ids.numel())
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]."""
+        task, layout = search.task, search.task.layout
+        everything = torch.ones(len(layout), dtype=torch.bool)
+        rank = layer_losses(search).argsort(stable=True).argsort()
+        prior = search.prior("parent", everything, task.calibration.input_ids)
+        inside = equal_shares(layout, prior) / layout.num_parameters_per_unit  # in (0, 1]
+        relevance = (rank[layer_of_unit(layout)] + inside) * layout.num_parameters_per_unit
+        return cut(search, relevance, task.target)
+
+
+def layer_losses(search: Search) -> torch.Tensor:
+    """Mean loss without each layer, float64 [layers]; inf where it overflows."""
+    layout = search.task.layout
+    without = layer_of_unit(layout)[None] != torch.arange(layout.decoder.num_layers)[:, None]
+    losses = search.losses("layers", without, search.task.calibration.input_ids[:SEQUENCES])
+    return losses.mean(dim=1, dtype=torch.float64).nan_to_num(nan=math.inf)
+
+
+def layer_of_unit(layout: Layout) -> torch.Tensor:
+    """Decoder layer of each unit, int64 [P]."""
+    return torch.tensor([group.layer for group in layout.groups]).repeat_interleave(
+        torch.tensor([len(group) for group in layout.groups])
+    )

@@ -1,0 +1,1 @@
+"""MINI-LLM: weight times gradient times activation, without a backward pass."""

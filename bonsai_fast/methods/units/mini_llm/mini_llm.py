@@ -1,0 +1,192 @@
+"""Method "mini-llm": one shot, by weight times gradient times activation, without a backward pass.
+
+There is no public code. Read from the paper: the score |W g X| of every weight, the gradient g
+estimated from two losses with all weights perturbed at once, one direction (n = 1) or the mean over
+n; a unit is worth the largest of its coupled structures, each the sum over its weights; the first
+four and last three layers stay; 10 sequences for the gradient, all for the activations; units
+compare inside their layer.
+
+Decided here: only weights that pruning can remove are perturbed, since the others would add nothing
+but noise; X is the root mean square of an input column over all tokens; the scale of perturbation
+is 1e-3; spared layers give way if the target cannot be met elsewhere. The paper prints the estimate
+as a division by z ("weights-divided"), which for normal z has no mean; multiplying by z ("weights")
+is unbiased. Either way one direction has the same factor for all weights, so that it ranks them as
+|W z X| does: what is learned about the loss grows with the number of directions only.
+
+"gates" perturbs one factor a unit, or a block of channels, instead of all weights: far fewer
+unknowns for the same two losses. Its score is the size of the gate's gradient.
+
+Source: MINI-LLM: equations 6 to 9, algorithm 1, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, ExitStack
+from typing import cast
+
+import torch
+from torch import nn
+
+from bonsai_fast.methods.allocation import equal_shares
+from bonsai_fast.methods.importance.coupled import coupled_importance
+from bonsai_fast.methods.session import Search
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.mini_llm.spsa import (
+    Directions,
+    perturbed_weights,
+    prunable_weights,
+    scaled_gates,
+)
+from bonsai_fast.methods.units.one_shot import cut
+from bonsai_fast.methods.units.variables import Variables
+from bonsai_fast.models import Cut
+from bonsai_fast.ops.native import channel_moments
+from bonsai_fast.scoring import SequenceNLL
+from bonsai_fast.scoring.sequence_nll import evaluation_mode
+
+# calibration sequences that the gradient is estimated on
+SEQUENCES = 10
+SCALES = {"weights": 1e-3, "weights-divided": 1e-3, "gates": 0.05}
+GATES = "gates"
+
+
+class MiniLLM:
+    """Two losses for each direction, the activations, and a cut."""
+
+    def plan(self, task: Task) -> Plan:
+        """Two perturbed models for each direction, and a pass for the activations."""
+        assert task.config.directions is not None
+        submodels, input_ids = 2 * task.config.directions, task.calibration.input_ids
+        tokens = submodels * input_ids[:SEQUENCES].numel()
+        return Plan(1, submodels, tokens + input_ids.numel())
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]."""
+        task, layout = search.task, search.task.layout
+        everything = torch.ones(len(layout), dtype=torch.bool)
+        if task.config.perturbation == GATES:
+            prior = search.prior("parent", everything, task.calibration.input_ids)
+            importance = gate_sensitivity(search, prior)
+        else:
+            importance = weight_sensitivity(search)
+        return cut(search, equal_shares(layout, importance), task.target)
+
+
+def weight_sensitivity(search: Search) -> torch.Tensor:
+    """Largest sum of |W g X| over the coupled structures of every unit, float64 [P]."""
+    task = search.task
+    model, layout, config = task.model, task.layout, task.config
+    directions = Directions(prunable_weights(layout), config.seed)
+
+    def perturbed(number: int, scale: float) -> AbstractContextManager[None]:
+        return perturbed_weights(model, layout, directions, number, scale)
+
+    slopes = _slopes(search, perturbed)
+
+    def of_cut(found: Cut) -> torch.Tensor:
+        weight = model.get_parameter(found.parameter).detach()
+        gradient = torch.zeros_like(weight, dtype=torch.float32)
+        for number, slope in enumerate(slopes):
+            z = directions.draw(number, found.parameter, weight.shape, weight.device)
+            if config.perturbation == "weights-divided":
+                z = z.reciprocal()
+            gradient.add_(z, alpha=slope / len(slopes))
+        score = (gradient * weight).abs()
+        if weight.dim() == 1:
+            return score  # a bias reads ones
+        path = found.parameter.removesuffix(".weight")
+        score = score * norms[path].to(score.device, score.dtype)
+        return score.sum(dim=1 - found.dim, dtype=torch.float64)
+
+    def measure() -> torch.Tensor:
+        return coupled_importance(layout, of_cut, reduction="max")
+
+    input_ids = task.calibration.input_ids
+    norms = search.measured("activations", lambda: _input_norms(task), input_ids.numel())
+    return search.importance("sensitivity", measure, 0)
+
+
+def gate_sensitivity(search: Search, prior: torch.Tensor) -> torch.Tensor:
+    """Size of the estimated gradient by each unit's gate, float64 [P].
+
+    Units that share a gate are told apart by the prior.
+    """
+    task, config = search.task, search.task.config
+    assert config.granularity is not None
+    variables = Variables.of(task.layout, config.granularity, prior)
+    directions = Directions([GATES], config.seed)
+    count, cpu = len(variables.costs), torch.device("cpu")
+
+    def perturbed(number: int, scale: float) -> AbstractContextManager[None]:
+        z = directions.draw(number, GATES, (count,), cpu)
+        return scaled_gates(task.model, task.layout, (1.0 + scale * z)[variables.of_unit])
+
+    gradient = torch.zeros(count, dtype=torch.float64)
+    slopes = _slopes(search, perturbed)
+    for number, slope in enumerate(slopes):
+        gradient += slope / len(slopes) * directions.draw(number, GATES, (count,), cpu)
+    share = equal_shares(task.layout, prior) / task.layout.num_parameters_per_unit
+    tie = 1e-9 * gradient.abs().max()
+    return gradient.abs()[variables.of_unit] + tie * share
+
+
+def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untyped-def]
+    """(L(x + e z) - L(x - e z)) / 2e for every direction, from recorded losses."""
+    task, config = search.task, search.task.config
+    assert config.directions is not None and config.perturbation is not None
+    scale = config.perturbation_scale or SCALES[config.perturbation]
+    input_ids = task.calibration.input_ids[:SEQUENCES]
+    nll = SequenceNLL(task.model)
+    rows = task.scorer.rows_per_batch(input_ids.shape[1])
+
+    def loss(number: int, step: float) -> float:
+        def evaluate(keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+            with evaluation_mode(task.model), perturbed(number, step):
+                batches = input_ids.split(rows)
+                return torch.cat(
+                    [nll(batch.to(nll.head.weight.device)).cpu() for batch in batches]
+                )[None]
+
+        everything = torch.ones(1, len(task.layout), dtype=torch.bool)
+        measure = f"{config.perturbation}, seed {config.seed}, direction {number}, {step:+g}: "
+        stage = f"direction-{number:05d}"
+        found = search.evaluations(measure, evaluate, stage, everything, input_ids, silent=True)
+        return float(found.mean(dtype=torch.float64))
+
+    slopes = []
+    with search.reporter.bar("directions", total=config.directions) as advance:
+        for number in range(config.directions):
+            slope = (loss(number, scale) - loss(number, -scale)) / (2 * scale)
+            # a direction in which the model overflows says nothing
+            slopes.append(slope if math.isfinite(slope) else 0.0)
+            advance(1)
+    return slopes
+
+
+def _input_norms(task: Task) -> dict[str, torch.Tensor]:
+    """Root mean square of every input column of every prunable projection, by path."""
+    model, input_ids = task.model, task.calibration.input_ids
+    weights = [name for name in prunable_weights(task.layout) if name.endswith(".weight")]
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def recorder(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            states = inputs[0].reshape(-1, inputs[0].shape[-1])
+            squares = channel_moments(states).sum_of_squares.cpu()
+            sums[path] = sums.get(path, 0.0) + squares
+            counts[path] = counts.get(path, 0) + len(states)
+
+        return hook
+
+    nll = SequenceNLL(model)
+    with ExitStack() as stack:
+        for name in weights:
+            path = name.removesuffix(".weight")
+            module = cast(nn.Linear, model.get_submodule(path))
+            stack.callback(module.register_forward_pre_hook(recorder(path)).remove)
+        with evaluation_mode(model):
+            for batch in input_ids.split(task.scorer.rows_per_batch(input_ids.shape[1])):
+                nll(batch.to(nll.head.weight.device))
+    return {path: (total / counts[path]).sqrt() for path, total in sums.items()}

@@ -1,0 +1,106 @@
+"""Methods that look at the parent once and cut: Wanda-sp, magnitude, random.
+
+They compare units inside a group (layer, kind) alone, and thin out all groups alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.methods.allocation import Target, equal_shares, select_units, spare_layers
+from bonsai_fast.methods.importance.coupled import coupled_importance
+from bonsai_fast.methods.importance.prior import unit_prior
+from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.session import Search, finished
+from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.models import Cut
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """Importance of every unit, found at once.
+
+    Attributes:
+        importance: finds it, float64 [P].
+        reads_text: whether it reads the calibration text.
+    """
+
+    importance: Callable[[Search], torch.Tensor]
+    reads_text: bool
+
+    def plan(self, task: Task) -> Plan:
+        """A pass over the text at most."""
+        return Plan(1, 0, task.calibration.input_ids.numel() if self.reads_text else 0)
+
+    def find(self, search: Search) -> torch.Tensor:
+        """Which units stay, bool [P]."""
+        task = search.task
+        tokens = task.calibration.input_ids.numel() if self.reads_text else 0
+        importance = search.importance("parent", lambda: self.importance(search), tokens)
+        return cut(search, equal_shares(task.layout, importance), task.target)
+
+
+def cut(search: Search, relevance: torch.Tensor, target: Target) -> torch.Tensor:
+    """Select by relevance for each parameter, and finish.
+
+    Args:
+        relevance: float64 [P], not negative, on one scale for all units.
+    Returns:
+        bool [P].
+    """
+    task = search.task
+    first, last = task.config.spare_first or 0, task.config.spare_last or 0
+    if first or last:
+        relevance = spare_layers(task.layout, relevance, first=first, last=last)
+    everything = torch.ones(len(task.layout), dtype=torch.bool)
+    keep = select_units(
+        task.layout, relevance, everything, target=target, order="relevance_per_parameter"
+    )
+    keep = finished(search, keep, relevance, target)
+    search.run.save_mask("round-01", keep)
+    return keep
+
+
+def wanda(search: Search) -> torch.Tensor:
+    """|W| times the norm of what flows in, averaged over the output projection.
+
+    Source: An et al., arXiv:2312.11983, who made Sun et al., arXiv:2306.11695, structured.
+    """
+    task = search.task
+    everything = torch.ones(len(task.layout), dtype=torch.bool)
+    statistics = collect_statistics(task.scorer, everything, task.calibration.input_ids)
+    return unit_prior("wanda", task.model, task.layout, statistics)
+
+
+def magnitude(search: Search, *, power: int) -> torch.Tensor:
+    """Sum of |w| ** power over all weights that go with a unit.
+
+    Source: the baselines of Ma et al., arXiv:2305.11627.
+    """
+    task = search.task
+
+    def of_cut(found: Cut) -> torch.Tensor:
+        values = weight(task.model, found.parameter).detach()
+        others = [dim for dim in range(values.dim()) if dim != found.dim]
+        values = values.float().abs().pow(power)
+        return values.sum(dim=others, dtype=torch.float64) if others else values
+
+    return coupled_importance(task.layout, of_cut, reduction="sum")
+
+
+def chance(search: Search) -> torch.Tensor:
+    """Importance by lot."""
+    rng = np.random.Generator(np.random.PCG64(search.task.config.seed))
+    return torch.from_numpy(rng.random(len(search.task.layout)))
+
+
+WANDA_SP = OneShot(wanda, reads_text=True)
+MAGNITUDE_L1 = OneShot(partial(magnitude, power=1), reads_text=False)
+MAGNITUDE_L2 = OneShot(partial(magnitude, power=2), reads_text=False)
+RANDOM = OneShot(chance, reads_text=False)

@@ -1,0 +1,1 @@
+"""Policy gradient: keep probabilities of all units, learned from losses alone."""

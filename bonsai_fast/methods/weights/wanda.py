@@ -1,0 +1,35 @@
+"""Method "wanda": weights go whose product with the norm of their input is small.
+
+Rows are compared with themselves alone, and each layer is judged by what the pruned layers before
+it hand on. No weight that stays changes.
+
+Source: Sun et al., arXiv:2306.11695, equations 1 and 2 and algorithm 1; N:M: appendix C.
+Differs: the root mean square of an input stands for its norm, which changes no comparison.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bonsai_fast.config.weight_pattern import CompareWithin
+from bonsai_fast.methods.weights import LinearInputs, Needs
+from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst
+from bonsai_fast.ops import native
+
+
+class Wanda:
+    """Scores |W_ij| ||X_j||_2."""
+
+    within: CompareWithin = "output"
+    weight_update = False
+
+    def needs(self, choice: Choice) -> Needs:
+        """Moments; the Gram matrix where the other weights are to make up for the zeros."""
+        return "gram" if choice.weight_update else "moments"
+
+    def prune(self, weight: Tensor, inputs: LinearInputs | None, choice: Choice) -> Tensor:
+        """See `WeightMethod`."""
+        assert inputs is not None
+        scores = native.wanda_scores(weight, inputs.root_mean_square)
+        hessian = hessian_of(inputs) if choice.weight_update else None
+        return without_worst(weight, scores, hessian, choice)

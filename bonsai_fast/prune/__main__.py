@@ -1,0 +1,96 @@
+"""`python -m bonsai_fast.prune MODEL --sparsity 0.5 --output DIR`: prune with forward passes only.
+
+Progress and tables go to stderr; the last line of stdout is JSON. A request that cannot be met ends
+with one line and exit code 2. The same command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from bonsai_fast.checkpoints.embedded import NAME
+from bonsai_fast.checkpoints.load import LoadingOptions, find_device, open_parent
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.methods import NotRecordedError
+from bonsai_fast.methods.weights import UnusableInputsError
+from bonsai_fast.prune.job import Result, job_of, table_of
+from bonsai_fast.runs.ledger import LedgerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions(LoadingOptions):
+    """What only the command line needs: where the model comes from and where the result goes."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Directory of the run; the model is saved in its folder 'model'."},
+    )
+    plan: bool = field(default=False, metadata={"help": "Print what would be done, and stop."})
+    stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the layers from disk in turns instead of loading the model; done by "
+            "itself if the weights and --memory-budget exceed the device's memory."
+        },
+    )
+
+
+def parse(arguments: list[str] | None) -> tuple[str | None, PruneConfig, CommandOptions]:
+    """Command line -> model, configuration, options; a bad one exits with code 2 and one line."""
+    parser = OneLineParser(
+        cast(Any, (PruneConfig, CommandOptions)),
+        prog="python -m bonsai_fast.prune",
+        description=__doc__,
+    )
+    parser.add_argument(
+        "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
+    )
+    config, options, rest = parser.parse(arguments)
+    return rest.model, config, options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    name, config, options = parse(arguments)
+    reporter = Reporter()
+    silence_transformers()
+    try:
+        device = find_device(options.device)
+        # where layers take turns on the device, the model waits outside
+        loading = replace(options, device="cpu") if config.prunes_weights else options
+        with reporter.busy(f"loading {name or NAME} and its text"):
+            model, tokenizer = open_parent(name, config, loading, reporter, stream=options.stream)
+            job = job_of(model, tokenizer, config, device)
+        if options.plan:
+            print(json.dumps(job.plan(reporter)))
+            return 0
+        output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
+        execute = job.open(output, reporter)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    try:
+        result = execute()
+    except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {output}", file=sys.stderr)
+        return INTERRUPTED
+    _print_result(result, reporter)
+    return 0
+
+
+def _print_result(result: Result, reporter: Reporter) -> None:
+    reporter.table(table_of(result))
+    reporter.note(
+        f"saved to {result.output}: AutoModelForCausalLM.from_pretrained({result.output!r})"
+    )
+    print(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""A run as one page of HTML, and what is measured for it alone."""
+
+from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
+from bonsai_fast.report.page import write_report
+from bonsai_fast.report.run_record import RunRecord
+
+__all__ = ["PROMPTS", "RunRecord", "complete", "save_completions", "write_report"]

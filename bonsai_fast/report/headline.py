@@ -1,0 +1,173 @@
+"""What a run came to: a title, a few sentences, a table, and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from bonsai_fast.report.number_format import (
+    DTYPE_BYTES,
+    change,
+    count,
+    decimal,
+    duration,
+    less,
+    percent,
+    significant,
+    size,
+    times,
+)
+from bonsai_fast.report.reproduce import recorded_config
+from bonsai_fast.report.run_record import RunRecord, read_json
+from bonsai_fast.report.speed import memory
+
+PHASES = {"prefill": "reads a prompt", "decode": "writes"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of both models, as it is written."""
+
+    label: str
+    dense: str
+    pruned: str
+    change: str
+
+
+def parent_name(run: RunRecord) -> str:
+    """The parent, without the folders above it."""
+    return PurePath(str(run.manifest["parent"]["name"])).name or "a model"
+
+
+def title(run: RunRecord) -> str:
+    """What the page is about."""
+    name, result = parent_name(run), run.result
+    if not result:
+        goal = recorded_config(run.manifest).target_text.replace("=", " ")
+        return f"{name} toward {goal}"
+    if "zeros" in result:
+        return f"{name} with {percent(result['sparsity'])} of its decoder's weights zero"
+    return f"{name} without {percent(result['sparsity'])} of its decoder"
+
+
+def lead(run: RunRecord) -> list[str]:
+    """What a reader with ten seconds should know, a sentence each."""
+    result = run.result
+    if not result:
+        return _unfinished(run)
+    if "zeros" in result:
+        what = (
+            f"{count(result['zeros'])} of {count(result['weights'])} weights of the decoder's "
+            f"linear layers are zero ({result['pattern']}); the model has its parent's shapes."
+        )
+    else:
+        what = (
+            f"The pruned model has {count(result['parameters'])} of "
+            f"{count(result['parameters_dense'])} parameters: {percent(result['sparsity'])} of the "
+            f"decoder and {percent(result['sparsity_total'])} of the whole model are gone."
+        )
+    dense, pruned = result["dense_perplexity"], result["pruned_perplexity"]
+    sentences = [
+        what,
+        f"On text that was not used for calibration its perplexity is {decimal(pruned)}, "
+        f"the parent's is {decimal(dense)} ({times(pruned / dense)}).",
+    ]
+    if ratios := speed_ratios(result):
+        speeds = " and ".join(f"{PHASES[name]} {times(ratio)}" for name, ratio in ratios.items())
+        doubt = ", though the timings spread more than that" if _within_spread(result) else ""
+        sentences.append(f"It {speeds} as fast as the parent{doubt}.")
+    return sentences
+
+
+def speed_ratios(result: dict[str, Any]) -> dict[str, float]:
+    """Gain of the pruned model over the parent for "prefill" and "decode", as measured."""
+    pruned = result.get("latency", {}).get("pruned", {})
+    return {name: pruned[f"{name}_speedup"] for name in PHASES if f"{name}_speedup" in pruned}
+
+
+def rows(run: RunRecord) -> list[Row]:
+    """The comparison of a finished run."""
+    result = run.result
+    if not result:
+        return []
+    dense, pruned = result["dense_perplexity"], result["pruned_perplexity"]
+    found = [Row("perplexity", decimal(dense), decimal(pruned), times(pruned / dense))]
+    if "zeros" in result:
+        zeros = (count(result["zeros_dense"]), count(result["zeros"]))
+        return [*found, Row("zero weights", *zeros, percent(result["sparsity"]))]
+    before, after = result["parameters_dense"], result["parameters"]
+    found.append(Row("parameters", count(before), count(after), less(result["sparsity_total"])))
+    if run.layout is not None:
+        decoder = run.layout.num_decoder_parameters
+        left = decoder - (before - after)
+        found.append(Row("of the decoder", count(decoder), count(left), less(result["sparsity"])))
+    for phase, ratio in speed_ratios(result).items():
+        slow, fast = (
+            decimal(result["latency"][name][f"{phase}_tokens_per_s"], 1)
+            for name in ("dense", "pruned")
+        )
+        found.append(Row(f"{phase}, tokens/s", slow, fast, times(ratio)))
+    dtype, on_disk = run.manifest["parent"]["dtype"], run.weight_bytes
+    if on_disk is not None and dtype in DTYPE_BYTES:
+        found.append(_sizes(f"on disk, {dtype}", before * DTYPE_BYTES[dtype], on_disk))
+    peaks = memory(run, "dense"), memory(run, "pruned")
+    if peaks[0] is not None and peaks[1] is not None:
+        found.append(_sizes("memory to run it", peaks[0], peaks[1]))
+    return found
+
+
+def facts(run: RunRecord) -> list[tuple[str, str]]:
+    """What it took, and whether the result can be trusted."""
+    result = run.result
+    if not result:
+        return []
+    submodels, tokens = result.get("submodels_scored", 0), result.get("tokens_scored")
+    tokens = result.get("tokens", 0) if tokens is None else tokens
+    if submodels:
+        work = f"{count(submodels)} sub-models, {count(tokens)} forward tokens in the last start"
+    elif tokens:
+        work = f"{count(tokens)} forward tokens, no sub-model in the last start"
+    else:
+        work = "met from what was recorded, or by weights alone"
+    found = [("Search", work)]
+    if "peak_bytes" in result:
+        peak = result["peak_bytes"]
+        words = "not measured" if peak is None else f"{size(peak)} beside the weights"
+        found.append(("Memory of the search", words))
+    found.append(("Time", f"{duration(result['seconds'])} in the last start, all included"))
+    check, difference = "gives the same logits", result["max_logit_difference"]
+    check += f" up to {significant(difference, 2)}" if difference else ""
+    found.append(("Saved model", f"{check} when it is loaded in a fresh process"))
+    return found
+
+
+def _sizes(label: str, dense: int, pruned: int) -> Row:
+    return Row(label, size(dense), size(pruned), change(pruned / dense - 1))
+
+
+def _within_spread(result: dict[str, Any]) -> bool:
+    """Whether some gain is smaller than what timings of one model differ by."""
+    speeds = result["latency"].values()
+    return any(
+        abs(ratio - 1) < max(speed.get(f"{phase}_spread", 0.0) for speed in speeds)
+        for phase, ratio in speed_ratios(result).items()
+    )
+
+
+def _unfinished(run: RunRecord) -> list[str]:
+    cell = run.path / "cell.json"
+    if cell.is_file():
+        found = read_json(cell)
+        return [
+            "This is a cell of a comparison: it was searched and measured, and no model was saved.",
+            f"Its perplexity is {decimal(found['perplexity'])} at a sparsity of "
+            f"{percent(found['sparsity'])}.",
+        ]
+    evaluations = sum(len(stage.keep) for stage in run.stages.values())
+    return [
+        "This run is not finished: it was interrupted, or goes on while you read.",
+        f"Recorded so far: {count(evaluations)} scored sub-models, {len(run.round_names)} of the "
+        "rounds. The page shows what there is.",
+        "The same command goes on where it stopped.",
+    ]

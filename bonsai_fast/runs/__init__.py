@@ -1,0 +1,1 @@
+"""Run directories: identity, ledger, masks; how a run is resumed."""

@@ -1,0 +1,75 @@
+"""Keep masks on disk: one safetensors file that also says which layout its units stand in."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from bonsai_fast.files import write_atomically
+from bonsai_fast.models.layout import AttentionUnit, Layout
+from bonsai_fast.models.submodels import pack, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class SavedMask:
+    """What a mask file holds.
+
+    Attributes:
+        keep: bool [P], True = kept.
+        attention, sublayers: the arguments of `Layout.of` that give the layout of these P units.
+        removed: parameters that go.
+    """
+
+    keep: torch.Tensor
+    attention: AttentionUnit
+    sublayers: bool
+    removed: int
+
+
+def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) -> None:
+    """Write a keep mask, whole or not at all.
+
+    Args:
+        path: of the file.
+        layout: where the units stand.
+        keep: bool [P].
+    Raises:
+        TypeError, ValueError: the mask is not bool, or not [P].
+        OSError: the file cannot be written.
+    """
+    layout.check_mask(keep, dims=1)
+    about = {
+        "num_units": len(layout),
+        "attention": layout.attention,
+        "sublayers": layout.sublayers,
+        "removed": layout.num_removed_parameters(keep),
+    }
+    # one entry, because safetensors shuffles several: the same mask is the same bytes
+    metadata = {"layout": json.dumps(about, sort_keys=True)}
+    write_atomically(Path(path), save({"keep": pack(keep[None])}, metadata))
+
+
+def load_mask(path: str | os.PathLike[str]) -> SavedMask:
+    """Read a keep mask.
+
+    Raises:
+        ValueError: not a mask of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["layout"])
+            keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
+            if about["attention"] not in get_args(AttentionUnit):
+                raise ValueError(f"attention is {about['attention']!r}")
+            return SavedMask(
+                keep, about["attention"], bool(about["sublayers"]), int(about["removed"])
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error

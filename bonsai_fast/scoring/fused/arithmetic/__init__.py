@@ -1,0 +1,1 @@
+"""What the fused engine computes with: products, attention, masks, memory."""

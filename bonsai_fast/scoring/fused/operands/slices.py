@@ -1,0 +1,156 @@
+"""Copies of what each of several masks keeps of a sub-layer, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bonsai_fast import ops
+from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.operands.operands import (
+    AttentionOperands,
+    MLPOperands,
+    Operands,
+    Slicer,
+)
+from bonsai_fast.scoring.fused.operands.packed import PackedMLP, packed_slices
+from bonsai_fast.scoring.fused.operands.prefetch import (
+    CUDASideStream,
+    NoSideStream,
+    SideStream,
+    prefetched,
+)
+from bonsai_fast.scoring.fused.parent import MLP, Attention, Projection
+
+# kept channels are padded to a multiple of it, by zeros: widths that a GPU multiplies well
+CHANNEL_MULTIPLE = 64
+# 32-bit entries between two 16-byte boundaries
+ALIGNED_ENTRIES = 4
+
+
+def sliced(
+    spec: Attention | MLP, keep: Tensor, workspace: Workspace, *, kernels: bool
+) -> Iterator[Operands]:
+    """Operands of every mask in turn; each must have been used when the next is asked for.
+
+    Args:
+        spec: the sub-layer.
+        keep: bool [N, parts] on the CPU, no row all False.
+        workspace: holds the copies.
+        kernels: whether the project's own ops copy, on a GPU one mask ahead.
+    """
+    if len(keep) == 0:
+        return
+    if isinstance(spec, PackedMLP):
+        for gate, up, rows in packed_slices(spec, keep):
+            yield MLPOperands(spec, gate, up, rows)
+        return
+    if not kernels:
+        slicer = Slicer(spec, workspace)
+        yield from map(slicer, keep)
+        return
+    copies = CompactSlices(spec, keep, workspace)
+    device = spec.output.weight.device
+    stream: SideStream = CUDASideStream(device) if device.type == "cuda" else NoSideStream()
+    jobs = [partial(copies.fill, number) for number in range(len(keep))]
+    for number, place in enumerate(prefetched(jobs, stream)):
+        yield copies.operands(number, place)
+
+
+class CompactSlices:
+    """Slices by `compact_rows` and `compact_columns`, in two places.
+
+    Args:
+        spec: the sub-layer.
+        keep: bool [N, parts] on the CPU.
+        workspace: memory for both places is taken here, so that `fill` need not.
+    """
+
+    def __init__(self, spec: Attention | MLP, keep: Tensor, workspace: Workspace) -> None:
+        self._spec, self._workspace = spec, workspace
+        device = spec.output.weight.device
+        self._kv_of_kept: list[tuple[int, ...]] = []
+        if isinstance(spec, MLP):
+            self._multiple = CHANNEL_MULTIPLE
+            self._sources = {"gate": spec.gate, "up": spec.up}
+            self._index = {"gate": _Index(ops.KeptLists.of(keep), 1, device)}
+            self._index["up"] = self._index["output"] = self._index["gate"]
+        else:
+            width = spec.block.head_dim
+            # heads must stay whole
+            self._multiple = 1
+            heads = ops.HeadLists.reading(keep, spec.block.kv_of_head)
+            counts = heads.query.count.tolist()
+            self._kv_of_kept = [
+                tuple(slots[:count].tolist())
+                for slots, count in zip(heads.q_to_kv, counts, strict=True)
+            ]
+            self._sources = {"query": spec.query, "key": spec.key, "value": spec.value}
+            self._index = {"query": _Index(heads.query, width, device)}
+            self._index["key"] = self._index["value"] = _Index(heads.kv, width, device)
+            self._index["output"] = self._index["query"]
+        for place in range(2):
+            self._reserve(place)
+
+    def fill(self, number: int, place: int) -> None:
+        """Copy what mask `number` keeps into a place."""
+        for name, projection in self._sources.items():
+            index, copy = self._index[name].rows(number), self._projection(name, number, place)
+            ops.compact_rows(projection.weight, index, copy.weight)
+            if projection.bias is not None and copy.bias is not None:
+                ops.compact_rows(projection.bias[:, None], index, copy.bias[:, None])
+        columns = self._index["output"].rows(number)
+        ops.compact_columns(self._spec.output.weight, columns, self._output(number, place))
+
+    def operands(self, number: int, place: int) -> Operands:
+        """What `fill` put there."""
+        part = {name: self._projection(name, number, place) for name in self._sources}
+        rows = self._output(number, place).t()
+        if isinstance(self._spec, MLP):
+            return MLPOperands(self._spec, part["gate"], part["up"], rows)
+        kv_of_kept = self._kv_of_kept[number]
+        return AttentionOperands(
+            self._spec, part["query"], part["key"], part["value"], rows, kv_of_kept
+        )
+
+    def _reserve(self, place: int) -> None:
+        for name, projection in self._sources.items():
+            rows = self._padded(len(projection.weight))
+            self._workspace(f"slice {name} {place}", rows, projection.weight.shape[1])
+            if projection.bias is not None:
+                self._workspace(f"slice {name} bias {place}", rows)
+        rows, columns = self._spec.output.weight.shape
+        self._workspace(f"slice output {place}", rows, self._padded(columns))
+
+    def _padded(self, count: int) -> int:
+        return -(-count // self._multiple) * self._multiple
+
+    def _projection(self, name: str, number: int, place: int) -> Projection:
+        source, rows = self._sources[name], self._padded(self._index[name].counts[number])
+        weight = self._workspace(f"slice {name} {place}", rows, source.weight.shape[1])
+        if source.bias is None:
+            return Projection(weight, None)
+        return Projection(weight, self._workspace(f"slice {name} bias {place}", rows))
+
+    def _output(self, number: int, place: int) -> Tensor:
+        columns = self._padded(self._index["output"].counts[number])
+        return self._workspace(f"slice output {place}", len(self._spec.output.weight), columns)
+
+
+class _Index:
+    """Rows that belong to each mask's kept parts: int32 lists, moved to the device together."""
+
+    def __init__(self, lists: ops.KeptLists, width: int, device: torch.device) -> None:
+        parts = lists.index[:, : lists.width]
+        rows = parts[:, :, None] * width + torch.arange(width, dtype=torch.int32)
+        rows = rows.flatten(1)
+        # every list begins on a boundary: kernels are compiled for that
+        self._rows = F.pad(rows, (0, -rows.shape[1] % ALIGNED_ENTRIES)).to(device)
+        self.counts = [count * width for count in lists.count.tolist()]
+
+    def rows(self, number: int) -> Tensor:
+        return self._rows[number, : self.counts[number]]

@@ -1,0 +1,85 @@
+"""Compares a description of a model with the model itself, layer by layer, on a few tokens."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.mask_tree import MaskTree
+from bonsai_fast.scoring.fused.parent import Structure, UnsupportedStructureError
+from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.fused.sublayers import normalize
+from bonsai_fast.scoring.fused.wave import Wave
+
+NUM_TOKENS = 6
+# of what a layer changes at most
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@torch.inference_mode()
+def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure) -> None:
+    """Run model and description side by side; every layer starts from the model's own states.
+
+    Raises:
+        UnsupportedStructureError: a layer, the embedding or the last norm differs.
+    """
+    backbone, weight = model.base_model, structure.norm.weight
+    tokens = torch.arange(NUM_TOKENS, device=weight.device)[None] % model.config.vocab_size
+    wave = Wave(
+        structure,
+        MaskTree(layout, structure.blocks, torch.ones(1, len(layout), dtype=torch.bool)),
+        0,
+        1,
+        Positions(structure, NUM_TOKENS),
+        1,
+        "dense",
+        Workspace(weight),
+    )
+    states = wave.embed(tokens)
+    ends: list[Tensor] = []
+
+    # while the layer's weights are there: those of a streamed model soon are not
+    def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        number, start = len(ends), args[0] if args else kwargs["hidden_states"]
+        ends.append(output[0] if isinstance(output, tuple) else output)
+        if number == 0:
+            _compare("the embedding", states[0], start, None)
+        if 2 * number < len(structure.sublayers):
+            states[0] = start
+            wave.step(2 * number, states)
+            wave.step(2 * number + 1, states)
+            _compare(f"layer {number}", states[0], ends[-1], start)
+
+    with ExitStack() as stack:
+        for layer in model.get_submodule(layout.decoder.path).children():
+            handle = layer.register_forward_hook(compare, with_kwargs=True)
+            stack.callback(handle.remove)
+        expected = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    if len(ends) * 2 != len(structure.sublayers):
+        raise UnsupportedStructureError(
+            f"expected {len(structure.sublayers) // 2} layers to run, {len(ends)} did"
+        )
+    _compare("the last norm", normalize(structure.norm, ends[-1], wave.workspace), expected, None)
+
+
+def _compare(what: str, actual: Tensor, expected: Tensor, start: Tensor | None) -> None:
+    change = expected if start is None else expected - start
+    scale = float(change.float().nan_to_num(0.0, 0.0, 0.0).abs().max())
+    if not torch.allclose(
+        actual.float(),
+        expected.float(),
+        rtol=4 * torch.finfo(expected.dtype).eps,
+        atol=TOLERANCE[expected.dtype] * scale,
+        equal_nan=True,
+    ):
+        largest = float((actual - expected).abs().max())
+        raise UnsupportedStructureError(
+            f"{what} computes something else than what its modules suggest "
+            f"(largest difference {largest:.3g})"
+        )

@@ -1,0 +1,100 @@
+"""Remove units from a model in memory."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.ops.native import take
+from bonsai_fast.surgery.kept import Kept, kept_by
+from bonsai_fast.surgery.skeleton import build_structure
+
+
+@torch.no_grad()
+def remove_units(
+    model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor
+) -> PreTrainedModel:
+    """Build the smaller model that a keep mask describes.
+
+    It computes what the parent computes with the removed units' contribution zeroed at the input of
+    the output projection: a sub-layer that goes leaves the bias of that projection, if there is
+    one. The parent stays as it is and shares no memory with the result; parent and result together
+    are the peak.
+
+    The result has the parent's dtype, devices, mode, attention implementation and generation
+    configuration. Where the parent's own class can express it (every layer alike, nothing gone,
+    and the configuration allows it) it is of that class; else it is of the family's bonsai_*
+    class, which `save_pretrained` saves with the code it needs.
+
+    Args:
+        model: a causal language model, dense or pruned before.
+        layout: `Layout.of(model)`, of any granularity.
+        keep_mask: bool [P], True = kept, on any device.
+    Returns:
+        A new model of its own.
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: the mask is not [P], the layout is another model's, the model is quantized,
+            offloaded or spread over devices, or its family has no class for such a result.
+    """
+    layout.check_mask(keep_mask, dims=1)
+    _check_model(model, layout)
+    kept = kept_by(model, layout, keep_mask.cpu())
+    child = build_structure(model, kept)
+    move_in(child, model, kept)
+    child.train(model.training)
+    if model.can_generate():
+        child.generation_config = copy.deepcopy(model.generation_config)
+    return child
+
+
+def _check_model(model: PreTrainedModel, layout: Layout) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized: prune it before quantization, or call model.dequantize() first"
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if torch.device("meta") in devices or len(devices) > 1:
+        raise ValueError(
+            "the model must lie on one device, neither offloaded nor streamed; "
+            f"its parameters are on {sorted(map(str, devices))}"
+        )
+    parameters = dict(model.named_parameters())
+    fits = sum(map(torch.Tensor.numel, parameters.values())) == layout.num_model_parameters and all(
+        cut.parameter in parameters and parameters[cut.parameter].shape[cut.dim] == len(cut.owner)
+        for block in layout.decoder.blocks()
+        for cut in block.cuts
+    )
+    if not fits:
+        raise ValueError("the layout was made from another model: expected Layout.of(model)")
+
+
+def move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None:
+    """Copy what stays of the parent's tensors into the child; tied ones stay tied.
+
+    A parent on the meta device lends the child its shapes, dtypes and ties alone.
+    """
+    copies: dict[int, nn.Parameter] = {}
+    for name, _ in list(child.named_parameters(remove_duplicate=False)):
+        source = parent.get_parameter(name)
+        if id(source) not in copies:
+            if name in kept.slices:
+                dim, index = kept.slices[name]
+                data = take(source, index, dim)
+            else:
+                data = source.clone()
+            copies[id(source)] = nn.Parameter(data, requires_grad=source.requires_grad)
+        module, _, attribute = name.rpartition(".")
+        setattr(child.get_submodule(module), attribute, copies[id(source)])
+    for name, _ in list(child.named_buffers()):
+        module, _, attribute = name.rpartition(".")
+        owner, source_owner = child.get_submodule(module), parent.get_submodule(module)
+        setattr(owner, attribute, source_owner.get_buffer(attribute).clone())
+        # A rotary embedding that has grown with long inputs knows from this that its buffers have,
+        # too.
+        if hasattr(source_owner, "max_seq_len_cached"):
+            owner.max_seq_len_cached = source_owner.max_seq_len_cached

@@ -1,0 +1,209 @@
+"""Remove units from a checkpoint on disk: as loading, `remove_units` and saving, without loading.
+
+The model is built on the meta device, so that the layout, the slices and the result's class and
+configuration are those of a model in memory; the weights pass through block by block.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from bonsai_fast.checkpoints.meta_model import ParentOnDisk, names_on_disk, open_parent
+from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
+from bonsai_fast.checkpoints.safetensors_writer import write_safetensors
+from bonsai_fast.console import Reporter
+from bonsai_fast.models.layout import AttentionUnit, Layout
+from bonsai_fast.ops.native import take
+from bonsai_fast.surgery.kept import Kept, kept_by, kept_positions
+from bonsai_fast.surgery.remove_units import move_in
+from bonsai_fast.surgery.save import model_directory
+from bonsai_fast.surgery.skeleton import build_structure
+
+# what transformers' save_pretrained takes if it is not told
+MAX_SHARD_SIZE = "50GB"
+BLOCK_BYTES = 1 << 24
+TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.*"),
+    *("chat_template*", "additional_chat_templates", "tokenization_*.py"),
+)
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """What was written.
+
+    Attributes:
+        output: directory of the smaller model.
+        parameters, parameters_dense: of the whole model, after and before.
+        num_bytes: of the weights written.
+        unknown_tensors: tensors that are none of the model's, kept as they were.
+        seconds: wall time.
+    """
+
+    output: str
+    parameters: int
+    parameters_dense: int
+    num_bytes: int
+    unknown_tensors: tuple[str, ...]
+    seconds: float
+
+
+@torch.no_grad()
+def slice_checkpoint(
+    parent_dir: str | os.PathLike[str],
+    keep_mask: torch.Tensor,
+    output_dir: str | os.PathLike[str],
+    *,
+    attention: AttentionUnit = "head",
+    sublayers: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    report: dict[str, Any] | None = None,
+    reporter: Reporter | None = None,
+) -> SliceResult:
+    """Cut a saved model to what a keep mask describes, from directory to directory.
+
+    The files are byte for byte those of `from_pretrained(parent_dir, dtype="auto")`,
+    `remove_units` and `save_pretrained`; memory holds one block of one tensor. Beyond them, tensors
+    that are none of the model's and metadata of the parent's weight files are kept, and the
+    parent's tokenizer files are copied. The output appears in one step when it is complete.
+
+    Args:
+        parent_dir: a model in safetensors, sharded or not, dense or pruned before.
+        keep_mask: bool [P], True = kept, of `Layout.of(model, attention=..., sublayers=...)`.
+        output_dir: a new or empty directory.
+        attention, sublayers: which layout the mask belongs to.
+        max_shard_size: largest weight file, such as "5GB"; a larger tensor gets its own.
+        dtype: of the result; the parent's own if None.
+        trust_remote_code: build the model from code that the parent carries.
+        overwrite: replace a model that was saved or cut to there before; nothing else.
+        report: what to say in `bonsai_report.json`; the kept heads and channels if None.
+        reporter: where progress is shown; nowhere if None.
+    Raises:
+        ValueError: the mask does not fit; the parent is quantized, incomplete, not in safetensors,
+            or cannot express the result.
+        TypeError: the mask is not bool.
+        FileExistsError: `output_dir` holds something that may not be replaced.
+        OSError: it cannot be written, for example because the disk is full; nothing is left behind.
+    """
+    started = time.perf_counter()
+    parent = open_parent(Path(parent_dir), dtype=dtype, trust_remote_code=trust_remote_code)
+    layout = Layout.of(parent.model, attention=attention, sublayers=sublayers)
+    layout.check_mask(keep_mask, dims=1)
+    kept = kept_by(parent.model, layout, keep_mask.cpu())
+    child = build_structure(parent.model, kept)
+    move_in(child, parent.model, kept)
+    if child.can_generate():
+        child.generation_config = parent.model.generation_config
+    if report is None:
+        positions = dict(enumerate(kept_positions(layout, keep_mask)))
+        report = {"parent": str(parent_dir), "kept": positions}
+    plan = _plan(parent, child, kept)
+    tensors = {name: part.result for name, part in plan.items()}
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with model_directory(output_dir, report=report, overwrite=overwrite) as scratch:
+        if (free := shutil.disk_usage(scratch).free) < num_bytes:
+            what = f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            raise OSError(errno.ENOSPC, f"the disk is full: {what}")
+        # configuration, generation configuration and Python files; the weights come below
+        child.save_pretrained(scratch, state_dict={})
+        _copy_tokenizer(Path(parent_dir), scratch)
+        _write_weights(scratch, plan, parent, child.num_parameters(), max_shard_size, reporter)
+    return SliceResult(
+        output=str(output_dir),
+        parameters=child.num_parameters(),
+        parameters_dense=layout.num_model_parameters,
+        num_bytes=num_bytes,
+        unknown_tensors=parent.unknown,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A tensor of the result: on the meta device, where it comes from, and what of that stays."""
+
+    result: torch.Tensor
+    source: StoredTensor
+    cut: tuple[int, torch.Tensor] | None
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Rows of the result, in order."""
+        dim, index = self.cut or (0, None)
+        for first, block in self.source.blocks(BLOCK_BYTES):
+            if index is not None and dim == 0:
+                inside = (index >= first) & (index < first + len(block))
+                block = take(block, index[inside] - first, 0)
+            elif index is not None:
+                block = take(block, index, dim)
+            yield block.to(self.result.dtype)
+
+
+def _plan(parent: ParentOnDisk, child: PreTrainedModel, kept: Kept) -> dict[str, _Part]:
+    """Every tensor of the result by its name on disk, in the order in which they are saved."""
+    state = remove_tied_weights_from_state_dict(child.state_dict(), child)
+    plan = {
+        stored: _Part(state[name], parent.tensors[name], kept.slices.get(name))
+        for name, stored in names_on_disk(child, state).items()
+    }
+    for name in parent.unknown:
+        source = parent.checkpoint.tensors[name]
+        result = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        plan[name] = _Part(result, source, None)
+    return plan
+
+
+def _write_weights(
+    directory: Path,
+    plan: dict[str, _Part],
+    parent: ParentOnDisk,
+    num_parameters: int,
+    max_shard_size: int | str,
+    reporter: Reporter | None,
+) -> None:
+    split = split_torch_state_dict_into_shards(
+        {name: part.result for name, part in plan.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    metadata = {**parent.checkpoint.metadata, "format": "pt"}
+    with (reporter or Reporter(quiet=True)).bar("tensors", total=len(plan)) as advance:
+
+        def blocks(name: str) -> Iterator[torch.Tensor]:
+            yield from plan[name].blocks()
+            advance(1)
+
+        for file, names in split.filename_to_tensors.items():
+            tensors = {name: plan[name].result for name in names}
+            write_safetensors(directory / file, tensors, blocks, metadata)
+    if split.is_sharded:
+        about = {"total_parameters": num_parameters, **split.metadata}
+        index = {"metadata": about, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name)
+            else:
+                shutil.copyfile(path, target / path.name)

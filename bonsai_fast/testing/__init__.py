@@ -1,0 +1,1 @@
+"""Model shapes and naive references for tests and benches."""

@@ -1,0 +1,100 @@
+"""The orderings of Wanda's tables 2 and 3: methods, patterns, and what competes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
+from weight_cases import pruned_weights, random_text, recorded_weights, task_of
+
+from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import Sequences
+from bonsai_fast.methods.weights import sweep_perplexity
+from bonsai_fast.methods.weights.layer_by_layer import exchanged_weights, prune_layers
+from bonsai_fast.prune.weights import prepare_weights
+from bonsai_fast.runs.directory import open_weight_run
+
+QUIET = Reporter(quiet=True)
+
+
+def outlier_llama() -> LlamaForCausalLM:
+    """Some features are a hundred times larger than others, as in trained models."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8}
+    model = tiny_llama(num_hidden_layers=2, **sizes)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator).exp())
+            elif "mlp.up_proj" in name or "v_proj" in name:
+                parameter.mul_(torch.randn(len(parameter), 1, generator=generator).exp())
+    return model
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Mean squared error of the logits on new text, by options."""
+    model, text = outlier_llama(), random_text(258, 16, 64)
+    fresh = torch.randint(258, (8, 64), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        dense = model(input_ids=fresh).logits
+    known: dict[str, float] = {}
+
+    def measure(**options: Any) -> float:
+        if (key := str(options)) not in known:
+            task = task_of(model, text, **options)
+            weights = pruned_weights(task, tmp_path_factory.mktemp("run") / "run")
+            with exchanged_weights(task.linears, weights), torch.no_grad():
+                known[key] = float((model(input_ids=fresh).logits - dense).square().mean())
+        return known[key]
+
+    return measure
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4:8", "2:4"])
+def test_methods(pattern: str, damage: Any) -> None:
+    magnitude, wanda, sparsegpt = (
+        damage(method=method, pattern=pattern) for method in ("magnitude", "wanda", "sparsegpt")
+    )
+    assert sparsegpt < wanda < 0.8 * magnitude
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_patterns(method: str, damage: Any) -> None:
+    free, loose, tight = (
+        damage(method=method, pattern=pattern) for pattern in ("unstructured", "4:8", "2:4")
+    )
+    assert free < loose < tight
+
+
+def test_groups_and_updates(damage: Any) -> None:
+    """The weight update is what SparseGPT gains by; without it the metric alone is left."""
+    assert damage(method="sparsegpt") < damage(method="sparsegpt", weight_update=False)
+    assert damage(method="magnitude", weight_update=True) < damage(method="magnitude")
+
+
+@pytest.mark.slow
+def test_the_embedded_model(tmp_path: Path) -> None:
+    """Perplexity of a real model at 2:4: Wanda hurts it, magnitude destroys it."""
+    model, tokenizer = load_parent(None, LoadingOptions(device="cpu"))
+    small = {"num_sequences": 4, "sequence_length": 256, "evaluation_tokens": 1024}
+
+    def measured(method: str) -> float:
+        config = PruneConfig(method=method, pattern="2:4", **small)  # type: ignore[arg-type]
+        task = prepare_weights(model, tokenizer, config)
+        run = open_weight_run(tmp_path / method, task.config, model, None, device="cpu")
+        prune_layers(task, run, QUIET)
+        with exchanged_weights(task.linears, recorded_weights(run, len(task.layers))):
+            return sweep_perplexity(model, task.evaluation, folder=tmp_path).value
+
+    config = PruneConfig(method="wanda", **small)  # type: ignore[arg-type]
+    text: Sequences = prepare_weights(model, tokenizer, config).evaluation
+    dense = sweep_perplexity(model, text, folder=tmp_path).value
+    wanda, magnitude = measured("wanda"), measured("magnitude")
+    assert 1.2 * dense < wanda < magnitude / 4

@@ -1,0 +1,215 @@
+"""kept_o_proj: [T, slots, D] x [N, heads * D] -> [T, N], kept heads, onto the residual stream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bonsai_fast import ops
+from bonsai_fast.testing.cases import (
+    KERNEL_DTYPES,
+    assert_within_baseline,
+    random_tensor,
+    random_wave,
+)
+from bonsai_fast.testing.reference import kept_o_proj_reference
+
+pytest.importorskip("triton")
+
+from bonsai_fast.kernels.kept_o_proj import kept_o_proj_triton
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
+
+FUNCTIONS = [
+    pytest.param(kept_o_proj_triton, id="launcher"),
+    pytest.param(ops.kept_o_proj, id="op"),
+]
+# rows of every sub-model, heads, head_dim, outputs; sub-models keep 70 %, none, all, one
+SHAPES = [
+    pytest.param([128, 128, 256], 2, 128, 256, id="aligned"),
+    pytest.param([130, 3, 5, 2], 5, 80, 72, id="ragged"),
+    pytest.param([1] * 10, 9, 64, 300, id="many-tiles"),
+    pytest.param([2, 1, 3], 4, 96, 41, id="blocks-of-32"),
+    pytest.param([1], 1, 16, 1, id="one"),
+]
+
+
+def make(sizes, num_heads, head_dim, num_outputs, *, dtype=torch.float32, device):
+    """The wave, a, weight, bias and residual; slots that nobody may read are NaN."""
+    wave = random_wave(sizes, num_heads, device=device)
+    options = {"dtype": dtype, "device": device}
+    a = random_tensor(sum(sizes), wave.kept.width, head_dim, **options)
+    count = wave.kept.count[wave.rows.row_group.long()][:, None]
+    a[torch.arange(wave.kept.width, device=device) >= count] = math.nan
+    width = num_heads * head_dim
+    weight = random_tensor(num_outputs, width, seed=1, scale=width**-0.5, **options)
+    bias = random_tensor(num_outputs, seed=2, **options)
+    return wave, a, weight, bias, random_tensor(sum(sizes), num_outputs, seed=3, **options)
+
+
+def run(function, wave, a, weight, bias=None, residual=None):
+    return function(a, weight, *wave.tables, bias, residual)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("sizes, num_heads, head_dim, num_outputs", SHAPES)
+def test_agrees_with_reference(sizes, num_heads, head_dim, num_outputs, dtype, function, device):
+    wave, *floats = make(sizes, num_heads, head_dim, num_outputs, dtype=dtype, device=device)
+
+    def reference(a, weight, bias, residual):
+        return kept_o_proj_reference(a, weight, wave.keep, wave.rows.row_group, bias, residual)
+
+    assert_within_baseline(run(function, wave, *floats), reference, *floats)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_bias_and_residual_are_optional(has_bias, has_residual, function, device):
+    wave, a, weight, bias, residual = make([3, 2, 4, 1], 5, 16, 72, device=device)
+    bias, residual = bias if has_bias else None, residual if has_residual else None
+    expected = kept_o_proj_reference(a, weight, wave.keep, wave.rows.row_group, bias, residual)
+    torch.testing.assert_close(run(function, wave, a, weight, bias, residual), expected)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_head_finds_its_own_columns(function, device):
+    """A wrong head or block must show: `a` picks single columns, whose number they hold."""
+    keep = torch.tensor([[True, False, True, False], [False, True, False, True]])
+    kept = ops.KeptLists.of(keep, device=device)
+    tiles = ops.RowPlan.of([160, 160], device=device).tiles
+    a = torch.eye(160, device=device).repeat(2, 1).view(320, 2, 80)
+    weight = torch.arange(320.0, device=device).expand(3, -1).contiguous()
+    out = function(a, weight, kept.index, kept.count, tiles)
+    columns = [keep[group].repeat_interleave(80).nonzero()[:, 0] for group in (0, 1)]
+    expected = torch.cat(columns).float().to(device)
+    assert torch.equal(out, expected[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_submodel_without_heads_passes_the_residual_on(function, device):
+    wave, a, weight, _, residual = make([3, 5], 5, 16, 72, device=device)
+    assert wave.kept.count[1] == 0
+    out = run(function, wave, a, weight, None, residual)
+    assert torch.equal(out[3:], residual[3:]) and not torch.equal(out[:3], residual[:3])
+    nothing = ops.KeptLists.of(torch.zeros(2, 5, dtype=torch.bool), device=device)
+    tables = (nothing.index, nothing.count, wave.rows.tiles)
+    assert torch.equal(function(a[:, :0], weight, *tables, None, residual), residual)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_removed_heads_may_hold_anything(function, device):
+    wave, a, weight, bias, residual = make([3, 2], 9, 16, 72, device=device)
+    removed = ~wave.keep.any(dim=0)
+    assert removed.any()
+    weight[:, removed.repeat_interleave(16)] = math.nan
+    assert run(function, wave, a, weight, bias, residual).isfinite().all()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nan_stays_in_its_rows(function, device):
+    wave, a, weight, bias, residual = make([3, 2, 2, 2], 5, 16, 72, device=device)
+    a[2, 0, 3], residual[6] = math.nan, math.inf
+    out = run(function, wave, a, weight, bias, residual)
+    finite = out.isfinite().all(dim=1)
+    assert finite.tolist() == [row not in (2, 6) for row in range(9)]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_takes_strided_rows(function, device):
+    wave, a, weight, _, residual = make([3, 2, 4], 5, 16, 72, device=device)
+    wide_a = torch.full((18, 7, 16), math.nan, device=device)[::2, 1 : 1 + a.shape[1]].copy_(a)
+    wide_weight = torch.full((72, 90), math.nan, device=device)[:, 5:85].copy_(weight)
+    wide_residual = torch.full((9, 90), math.nan, device=device)[:, 1:73].copy_(residual)
+    expected = run(function, wave, a, weight, None, residual)
+    actual = run(function, wave, wide_a, wide_weight, None, wide_residual)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_row_does_not_depend_on_the_wave(device):
+    """Bit for bit: which sub-models share the wave must not matter."""
+    wave, a, weight, _, residual = make([3, 2, 4, 1], 5, 64, 72, device=device)
+    together = run(kept_o_proj_triton, wave, a, weight, None, residual)
+    begin = 0
+    for group, size in enumerate([3, 2, 4, 1]):
+        kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), device=device)
+        tables = (kept.index, kept.count, ops.RowPlan.of([size], device=device).tiles)
+        rows = slice(begin, begin + size)
+        alone = kept_o_proj_triton(a[rows, : kept.width], weight, *tables, None, residual[rows])
+        assert torch.equal(together[rows], alone)
+        begin += size
+
+
+def test_projections_and_attention_are_the_masked_layer(device):
+    """All ops of attention in a row equal the whole layer with its removed heads zeroed."""
+    sizes, heads, kv_heads, dim, hidden = [5, 3, 130, 1], 6, 2, 16, 40
+    wave = random_wave(sizes, heads, device=device)
+    x = random_tensor(139, hidden, device=device)
+    scale = hidden**-0.5
+    wq, wk, wv = (
+        random_tensor(count * dim, hidden, seed=seed, scale=scale, device=device)
+        for seed, count in enumerate((heads, kv_heads, kv_heads), 1)
+    )
+    wo = random_tensor(hidden, heads * dim, seed=4, scale=0.1, device=device)
+    lists = ops.HeadLists.of(wave.keep.cpu(), num_kv_heads=kv_heads, device=device)
+    kv, q_to_kv = lists.kv, lists.q_to_kv
+    q = ops.kept_head_proj(x, wq, *wave.tables, head_dim=dim)
+    k, v = (
+        ops.kept_head_proj(x, w, kv.index, kv.count, wave.rows.tiles, head_dim=dim)
+        for w in (wk, wv)
+    )
+    tiles = ops.SequencePlan.of(sizes, range(4), device=device).tiles
+    attended = ops.grouped_attention(q, k, v, wave.kept.count, q_to_kv, tiles, scale=0.25)
+    out = ops.kept_o_proj(attended, wo, *wave.tables, None, x)
+
+    begin = 0
+    for group, size in enumerate(sizes):
+        rows = x[begin : begin + size]
+        q, k, v = ((rows @ w.T).view(size, -1, dim).transpose(0, 1) for w in (wq, wk, wv))
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=0.25, enable_gqa=True
+        )[0]
+        masked = dense * wave.keep[group][:, None, None]
+        expected = rows + masked.transpose(0, 1).flatten(1) @ wo.T
+        torch.testing.assert_close(out[begin : begin + size], expected)
+        begin += size
+
+
+def test_opcheck(device):
+    wave, a, weight, bias, residual = make([3, 2, 1, 4], 5, 16, 72, device=device)
+    a = a.nan_to_num()
+    torch.library.opcheck(ops.kept_o_proj, (a, weight, *wave.tables, bias, residual))
+    torch.library.opcheck(ops.kept_o_proj, (a, weight, *wave.tables))
+
+
+WAVE, A, WEIGHT, BIAS, RESIDUAL = make([2, 1], 3, 16, 8, device="cpu")
+INDEX, COUNT, TILES = WAVE.tables
+RIGHT = {
+    "a": A,
+    "weight": WEIGHT,
+    "index": INDEX,
+    "count": COUNT,
+    "tiles": TILES,
+    "bias": BIAS,
+    "residual": RESIDUAL,
+}
+WRONG = [
+    pytest.param({"a": A[0]}, r"a must be \[T, slots, D\], got", id="dims"),
+    pytest.param({"a": torch.ones(3, 2, 24)}, "multiple of 16, got 24", id="head_dim"),
+    pytest.param({"a": torch.ones(2, 3, 16).transpose(0, 1)}, "side by side", id="layout"),
+    pytest.param({"a": torch.ones(3, 5, 16)}, "a must have the index's . slots, got 5", id="slots"),
+    pytest.param({"weight": WEIGHT[:, :40]}, r"whole heads of 16, got \[8, 40\]", id="part-head"),
+    pytest.param({"weight": WEIGHT.half()}, "weight must be float32", id="mix"),
+    pytest.param({"bias": BIAS[1:]}, r"bias must be \[8\], got \[7\]", id="bias"),
+    pytest.param({"residual": RESIDUAL[1:]}, r"residual must be \[3, 8\], got", id="residual"),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("wrong, message", WRONG)
+def test_says_what_is_wrong(wrong, message, function):
+    with pytest.raises(ValueError, match=message):
+        function(**(RIGHT | wrong))
