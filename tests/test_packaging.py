@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
-TEMPLATES = {f"bonsai_fast/reporting/templates/report.{kind}" for kind in ("html", "css")}
+TEMPLATES = {f"bonsai_fast/report/templates/report.{kind}" for kind in ("html", "css")}
 
 pytestmark = pytest.mark.slow
 

@@ -33,7 +33,7 @@ MOMENTS = [
 ]
 KILLED = """
 import os, signal, sys
-from bonsai_fast.compare import main
+from bonsai_fast.compare.__main__ import main
 
 moment, when, *arguments = sys.argv[1:]
 replace = os.replace

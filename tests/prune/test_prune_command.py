@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bonsai_fast.checkpoints.load import load_parent
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.prune import __main__ as command
+from bonsai_fast.prune import job
 from bonsai_fast.prune.__main__ import main, parse
 
 SMALL = ["--num-sequences", "2", "--sequence-length", "32", "--evaluation-tokens", "256"]
@@ -212,8 +213,9 @@ def test_dtype_is_taken_from_the_checkpoint_or_the_flag(parent: Path) -> None:
     assert load_parent(str(parent), options)[0].dtype == torch.bfloat16
 
 
-def test_module_and_function_share_a_name() -> None:
-    """Importing bonsai_fast.prune must not hide the function bonsai_fast.prune."""
+def test_the_package_does_not_hide_the_function_of_the_same_name() -> None:
+    """bf.prune stays the function after the modules of bonsai_fast/prune were imported."""
     import bonsai_fast
 
-    assert callable(bonsai_fast.prune) and callable(command)
+    assert command.__name__ == "bonsai_fast.prune.__main__"
+    assert bonsai_fast.prune is job.prune

@@ -303,7 +303,8 @@ def test_a_stop_in_the_middle_leaves_nothing(
             raise error
         return tensor.index_select(dim, index)
 
-    monkeypatch.setattr("bonsai_fast.surgery.slice_checkpoint.take", stop)
+    # the function has the name of its module
+    monkeypatch.setattr(sys.modules[slice_checkpoint.__module__], "take", stop)
     with pytest.raises(type(error)):
         slice_checkpoint(parent, keep_for(model, "half"), tmp_path / "short")
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
@@ -347,7 +348,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 _MEASURE = """
 import resource, sys
 import torch
-from bonsai_fast.mask_files import load_mask
+from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.surgery import slice_checkpoint
 
 parent, mask, output = sys.argv[1:]
