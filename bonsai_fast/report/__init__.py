@@ -1,4 +1,4 @@
-"""A run as one page of HTML, and what is measured for it alone."""
+"""The report of a run: one self-contained page of HTML."""
 
 from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
 from bonsai_fast.report.page import write_report

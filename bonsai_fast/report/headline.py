@@ -1,4 +1,4 @@
-"""What a run came to: a title, a few sentences, a table, and what it took."""
+"""The head of the page: title, summary, comparison table, and cost of the run."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def parent_name(run: RunRecord) -> str:
 
 
 def title(run: RunRecord) -> str:
-    """What the page is about."""
+    """Title of the page."""
     name, result = parent_name(run), run.result
     if not result:
         goal = recorded_config(run.manifest).target_text.replace("=", " ")
-        return f"{name} toward {goal}"
+        return f"{name}, to be pruned to {goal}"
     if "zeros" in result:
         return f"{name} with {percent(result['sparsity'])} of its decoder's weights zero"
     return f"{name} without {percent(result['sparsity'])} of its decoder"
 
 
 def lead(run: RunRecord) -> list[str]:
-    """What a reader with ten seconds should know, a sentence each."""
+    """The summary, one sentence per item."""
     result = run.result
     if not result:
         return _unfinished(run)
@@ -65,17 +65,17 @@ def lead(run: RunRecord) -> list[str]:
         what = (
             f"The pruned model has {count(result['parameters'])} of "
             f"{count(result['parameters_dense'])} parameters: {percent(result['sparsity'])} of the "
-            f"decoder and {percent(result['sparsity_total'])} of the whole model are gone."
+            f"decoder and {percent(result['sparsity_total'])} of the whole model are removed."
         )
     dense, pruned = result["dense_perplexity"], result["pruned_perplexity"]
     sentences = [
         what,
-        f"On text that was not used for calibration its perplexity is {decimal(pruned)}, "
+        f"Its perplexity on text that was not used for calibration is {decimal(pruned)},  "
         f"the parent's is {decimal(dense)} ({times(pruned / dense)}).",
     ]
     if ratios := speed_ratios(result):
         speeds = " and ".join(f"{PHASES[name]} {times(ratio)}" for name, ratio in ratios.items())
-        doubt = ", though the timings spread more than that" if _within_spread(result) else ""
+        doubt = ", but the timings vary more than that" if _within_spread(result) else ""
         sentences.append(f"It {speeds} as fast as the parent{doubt}.")
     return sentences
 
@@ -118,27 +118,27 @@ def rows(run: RunRecord) -> list[Row]:
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """What it took, and whether the result can be trusted."""
+    """Cost of the run, and whether the saved model was checked."""
     result = run.result
     if not result:
         return []
     submodels, tokens = result.get("submodels_scored", 0), result.get("tokens_scored")
     tokens = result.get("tokens", 0) if tokens is None else tokens
     if submodels:
-        work = f"{count(submodels)} sub-models, {count(tokens)} forward tokens in the last start"
+        work = f"{count(submodels)} sub-models, {count(tokens)} forward tokens since the last start"
     elif tokens:
-        work = f"{count(tokens)} forward tokens, no sub-model in the last start"
+        work = f"{count(tokens)} forward tokens, no sub-model since the last start"
     else:
-        work = "met from what was recorded, or by weights alone"
+        work = "none: selected from recorded scores, or from the weights alone"
     found = [("Search", work)]
     if "peak_bytes" in result:
         peak = result["peak_bytes"]
         words = "not measured" if peak is None else f"{size(peak)} beside the weights"
         found.append(("Memory of the search", words))
-    found.append(("Time", f"{duration(result['seconds'])} in the last start, all included"))
+    found.append(("Time", f"{duration(result['seconds'])} since the last start, in total"))
     check, difference = "gives the same logits", result["max_logit_difference"]
-    check += f" up to {significant(difference, 2)}" if difference else ""
-    found.append(("Saved model", f"{check} when it is loaded in a fresh process"))
+    check += f"within {significant(difference, 2)}" if difference else ""
+    found.append(("Saved model", f"{check} when loaded in a fresh process"))
     return found
 
 
@@ -147,7 +147,7 @@ def _sizes(label: str, dense: int, pruned: int) -> Row:
 
 
 def _within_spread(result: dict[str, Any]) -> bool:
-    """Whether some gain is smaller than what timings of one model differ by."""
+    """Whether a gain is smaller than the spread of one model's timings."""
     speeds = result["latency"].values()
     return any(
         abs(ratio - 1) < max(speed.get(f"{phase}_spread", 0.0) for speed in speeds)
@@ -160,14 +160,14 @@ def _unfinished(run: RunRecord) -> list[str]:
     if cell.is_file():
         found = read_json(cell)
         return [
-            "This is a cell of a comparison: it was searched and measured, and no model was saved.",
+            "This is a cell of a comparison: it was searched and measured; no model was saved.",
             f"Its perplexity is {decimal(found['perplexity'])} at a sparsity of "
             f"{percent(found['sparsity'])}.",
         ]
     evaluations = sum(len(stage.keep) for stage in run.stages.values())
     return [
-        "This run is not finished: it was interrupted, or goes on while you read.",
+        "This run is not finished: it was interrupted or is still running.",
         f"Recorded so far: {count(evaluations)} scored sub-models, {len(run.round_names)} of the "
-        "rounds. The page shows what there is.",
-        "The same command goes on where it stopped.",
+        "rounds. The page shows what is recorded.",
+        "Run the same command again to resume.",
     ]

@@ -1,4 +1,4 @@
-"""From a keep mask and the record of a layout to what every layer keeps."""
+"""Turns a keep mask and a recorded layout into what every layer keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bonsai_fast.report.run_record import GroupRecord, LayoutRecord
 
 
 def layer_rows(layout: LayoutRecord, keep: torch.Tensor) -> list[LayerRow]:
-    """What is left, a row each layer.
+    """What is kept, one row per layer.
 
     Args:
         keep: bool [P].

@@ -1,10 +1,10 @@
-"""Numbers as a person reads them."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
 import math
 
-# between a number and its unit; a line does not break there
+# no line break between a number and its unit
 GAP = "\N{NO-BREAK SPACE}"
 MINUS, PLUS_MINUS = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}"
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -27,17 +27,17 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def less(share: float) -> str:
-    """A share that is gone: 0.2 -> "-20.0 %"."""
+    """A removed share: 0.2 -> "-20.0 %"."""
     return percent(-share)
 
 
 def change(share: float) -> str:
-    """What has become of a quantity, with its sign: 0.5 -> "+50.0 %"."""
+    """A relative change with its sign: 0.5 -> "+50.0 %"."""
     return ("+" if share > 0 else "") + percent(share)
 
 
 def times(ratio: float) -> str:
-    """A ratio, with a sign of multiplication before it."""
+    """A ratio after a multiplication sign."""
     return f"{TIMES}{ratio:.2f}" if math.isfinite(ratio) else DASH
 
 
@@ -51,7 +51,7 @@ def size(num_bytes: float) -> str:
 
 
 def decimal(value: float, digits: int = 2) -> str:
-    """Fixed digits behind the point, thousands separated; infinities as such."""
+    """A fixed number of decimals, thousands separated; infinities and NaN in words."""
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
@@ -60,7 +60,7 @@ def decimal(value: float, digits: int = 2) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """So many significant digits; powers of ten where there would be many zeros."""
+    """A number of significant digits; powers of ten instead of many zeros."""
     if not math.isfinite(value):
         return decimal(value)
     mantissa, _, power = f"{value:.{digits}g}".partition("e")

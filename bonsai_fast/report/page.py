@@ -1,4 +1,4 @@
-"""The page: what its sections show, and the template around them."""
+"""The page: its sections and their template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE = "report.html"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A section that a run has nothing to show in, and why."""
+    """A section that is left out, and why."""
 
     section: str
     why: str
@@ -83,7 +83,7 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
     rounds = _rounds(run, left_out)
     kept = _kept(run, left_out)
     if not run.completions:
-        left_out.append(LeftOut("Completions", "no model was asked to write anything."))
+        left_out.append(LeftOut("Completions", "no completions were recorded."))
     return {
         "light": Markup(LIGHT.style()),
         "dark": Markup(DARK.style()),
@@ -116,11 +116,11 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
 def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     result = run.result
     if not result:
-        why = "it is measured at the end of a run."
+        why = "it is measured when a run ends."
     elif "zeros" in result:
         why = "weights are zeroed layer by layer, without rounds."
     elif not result.get("rounds"):
-        why = "no round lies between the two models; the first table has both."
+        why = "there was no intermediate round; the first table has both models."
     else:
         points = [("dense", 0.0, result["dense_perplexity"])]
         points += [(r["name"], r["sparsity"], r["perplexity"]) for r in result["rounds"]]
@@ -134,10 +134,10 @@ def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
 def _kept(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     found = run.kept
     if run.layout is None or found is None:
-        why = "no round is recorded yet."
+        why = "no round has been recorded yet."
         if recorded_config(run.manifest).prunes_weights:
-            why = "single weights are zeroed; every layer keeps its shape."
-        left_out.append(LeftOut("What is left of each layer", why))
+            why = "single weights were zeroed; every layer keeps its shape."
+        left_out.append(LeftOut("What each layer keeps", why))
         return None
     name, mask = found
     rows = layer_rows(run.layout, mask.keep)

@@ -1,4 +1,4 @@
-"""The command that would do a recorded run again."""
+"""The command line that would repeat a recorded run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.config import PruneConfig
 
-# the command always says these, whether they are the default or not
+# always shown, even if they are the default
 SAID = ("target", "method", "preset", "seed")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def command_line(manifest: dict[str, Any]) -> list[str]:
-    """The command, as one would type it, from run.json: its start, then each flag with its value.
+    """The command line of run.json: the command, then each flag with its value.
 
     What the preset sets is left to it; `prune.parse` reads the same configuration back.
     """
@@ -38,7 +38,7 @@ def command_line(manifest: dict[str, Any]) -> list[str]:
 
 
 def recorded_config(manifest: dict[str, Any]) -> PruneConfig:
-    """The whole configuration of a run, as it was resolved."""
+    """The resolved configuration of a run."""
     known = {item.name for item in fields(PruneConfig)}
     values = {**manifest["config"], **manifest["request"]}
     return PruneConfig(**{name: value for name, value in values.items() if name in known})

@@ -1,4 +1,4 @@
-"""A run directory as it was left, read without the model and without a claim to it."""
+"""A run directory, read without its model and without locking it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """What layout.json says about the parent's units; see `describe_layout`."""
+    """The parent's units as layout.json records them; see `describe_layout`."""
 
     num_layers: int
     num_decoder_parameters: int
@@ -79,7 +79,7 @@ class LayoutRecord:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What the ledger holds under one name.
+    """All ledger entries of one stage.
 
     Attributes:
         measure: what the values are: "" for losses in nats per predicted token.
@@ -94,7 +94,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """All that a run left.
+    """Everything that a run recorded.
 
     Attributes:
         path: its directory.
@@ -152,12 +152,12 @@ class RunRecord:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What a finished run came to; empty while it is not finished."""
+        """The result of a finished run; empty while it is not finished."""
         return dict(self.manifest["result"]) if self.finished else {}
 
     @property
     def kept(self) -> tuple[str, SavedMask] | None:
-        """The last mask there is: of the result, or else of the last round."""
+        """The last recorded mask: the result's, or else the last round's."""
         if "final" in self.masks:
             return "final", self.masks["final"]
         rounds = self.round_names
@@ -165,12 +165,12 @@ class RunRecord:
 
     @property
     def round_names(self) -> list[str]:
-        """Names of the rounds whose masks are there, in order."""
+        """Names of the rounds with a recorded mask, in order."""
         return sorted(name for name in self.masks if name.startswith("round-"))
 
     @property
     def weight_bytes(self) -> int | None:
-        """Size of the saved model's weight files; None if there is none."""
+        """Bytes of the saved model's weight files; None if no model was saved."""
         model = self.path / "model"
         sizes = [file.stat().st_size for form in WEIGHTS for file in model.glob(form)]
         return sum(sizes) if sizes else None
@@ -194,7 +194,7 @@ def _stages(directory: Path, num_units: int) -> dict[str, Stage]:
         found.setdefault(entry.stage, []).append(entry)
     stages = {}
     for name, entries in found.items():
-        # one stage may be scored on several texts: directions are; only equal ones stack
+        # a stage may be scored on several texts; only entries of equal shape are stacked
         entries = [e for e in entries if e.losses.shape[1] == entries[0].losses.shape[1]]
         measure = entries[0].text.rpartition(" ")[0]
         stages[name] = Stage(

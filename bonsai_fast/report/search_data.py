@@ -1,4 +1,4 @@
-"""What a search found out, from its ledger alone: probes, plans, steps, layers."""
+"""What a search measured, read from its ledger: probes, plans, steps, layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from bonsai_fast.report.run_record import GroupRecord, RunRecord
 
-# a cost that was measured on part of a group is taken to grow with the square of the share
+# a cost measured on part of a group is assumed to grow with the square of the share
 EXPONENT = 2.0
 PROBES, EDGES, CURVES, FINALISTS = "probes", "edges", "curves", "finalists"
 
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Probe:
-    """What thinning out one group cost.
+    """Measured cost of removing a share of one group.
 
     Attributes:
         group: which group.
@@ -67,11 +67,11 @@ def searched_rounds(run: RunRecord) -> list[str]:
 
 
 def probes(run: RunRecord, round_name: str) -> list[Probe]:
-    """The probes of a round; groups that were gone have none."""
+    """The probes of a round; groups removed before have none."""
     stage = run.stages[f"{round_name}/{PROBES}"]
     assert run.layout is not None
     found = []
-    # an interrupted round may lack the last ones
+    # the last ones are missing if the round was interrupted
     for group, keep, values in zip(
         run.layout.groups, stage.keep[1:], stage.values[1:], strict=False
     ):
@@ -103,7 +103,7 @@ def plans(run: RunRecord, round_name: str) -> list[PlanScore]:
 
 
 def layer_costs(run: RunRecord) -> list[Estimate]:
-    """Loss of the parent without each layer, where the method scored that."""
+    """Loss of the parent without each layer, if the method scored it."""
     stage = run.stages.get("layers")
     return [] if stage is None else [Estimate.of(values) for values in stage.values]
 
@@ -119,7 +119,7 @@ class Step:
 
 
 def steps(run: RunRecord) -> list[Step]:
-    """Steps of a descent; those in which nothing was finite are left out."""
+    """Steps of a descent; steps without a finite loss are left out."""
     found = []
     for name, stage in run.stages.items():
         if not name.startswith("step-"):

@@ -1,4 +1,4 @@
-"""What a search measured, and how well it was predicted: figures, captions, tables."""
+"""Figures, captions and tables about the search: what it measured and how well it predicted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bonsai_fast.report.number_format import PLUS_MINUS, count, decimal, percent
 from bonsai_fast.report.run_record import LayoutRecord, RunRecord
 from bonsai_fast.report.search_data import layer_costs, plans, probes, searched_rounds, steps
 
-# of a ranking, this many units at either end are listed
+# a ranking lists this many units at either end
 LISTED = 8
 KINDS = {
     "head": "query heads",
@@ -29,7 +29,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers behind a figure; the first column is words, the others are right-aligned."""
+    """The numbers behind a figure; the first column is text, the others are right-aligned."""
 
     caption: str
     header: tuple[str, ...]
@@ -47,20 +47,20 @@ class Section:
     tables: list[Table] = field(default_factory=list)
 
     def add(self, figures: Iterable[str | None]) -> None:
-        """Add what could be drawn."""
+        """Add the figures that could be drawn."""
         self.figures += [Markup(figure) for figure in figures if figure is not None]
 
 
 def search_section(run: RunRecord) -> Section | str:
-    """Predicted against measured; or, in words, why there is nothing to compare."""
+    """Predicted against measured; or, as text, why there is nothing to compare."""
     if run.regressions:
         return _regressions(run)
     if run.layout is not None and searched_rounds(run):
         return _plans(run)
     if descended := steps(run):
-        section = Section("Loss of the sub-models that were drawn", panels=False)
+        section = Section("Loss of the sampled sub-models", panels=False)
         section.text.append(
-            f"{count(len(descended))} steps, each on its own piece of the calibration text; dots "
+            f"{count(len(descended))} steps, each on its own part of the calibration text. Dots "
             "are means over a step's sub-models, bars reach from the best to the worst of them."
         )
         section.add([descent(descended)])
@@ -71,17 +71,17 @@ def search_section(run: RunRecord) -> Section | str:
         section.tables.append(table)
         return section
     method = run.manifest["config"].get("method")
-    return f"method {method} predicts nothing of sub-models."
+    return f"method {method} does not predict losses of sub-models."
 
 
 def relevance_section(run: RunRecord) -> Section | str:
-    """What units are worth, with error bars; or, in words, why that is not known."""
+    """Relevance of units with error bars; or, as text, why it is not known."""
     if run.layout is not None and run.regressions:
         return _ranking(run, run.layout)
     if run.layout is not None and searched_rounds(run):
         return _probes(run)
     if costs := layer_costs(run):
-        section = Section("What each layer is worth")
+        section = Section("How much each layer matters")
         section.text.append(
             "Loss of the parent without one layer at a time; bars are one standard error over "
             "the calibration sequences."
@@ -97,18 +97,17 @@ def relevance_section(run: RunRecord) -> Section | str:
             )
         )  # fmt: skip
         return section
-    return "it was not estimated from sub-models, so that there are no error bars."
+    return "it was not estimated from sub-models, so there are no error bars."
 
 
 def _regressions(run: RunRecord) -> Section:
     section = Section("Predicted and measured utility")
     section.text.append(
-        "Every dot is a scored sub-model: the utility that a regression on other sub-models "
-        "predicts for it, and the one that was measured. Dots of a perfect prediction lie on the "
-        "dashed line."
+        "Each dot is a scored sub-model: its utility as predicted by a regression on other "
+        "sub-models, and as measured. A perfect prediction lies on the dashed line."
     )
     table = Table(
-        "Regressions, judged on sub-models that were held out",
+        "Regressions, evaluated on held-out sub-models",
         ("round", "Kendall's tau", "R²", "sub-models", "left out"),
         [],
     )
@@ -133,10 +132,10 @@ def _regressions(run: RunRecord) -> Section:
 def _plans(run: RunRecord) -> Section:
     section = Section("Predicted and measured loss of complete plans")
     section.text.append(
-        "Groups were thinned out one at a time to see what that costs. Every dot is a complete "
-        "plan: what those costs add up to, if each grows with the square of the share that is "
-        "taken, and the loss that was measured. Where the order differs, damage compounds over "
-        "layers, and it was worth while to score plans instead of trusting the sum."
+        "A share of each group was removed, one group at a time, to measure its cost. Each dot is "
+        "a complete plan: the sum of those costs, if each grows with the square of the removed "
+        "share, and the measured loss. Where the two rank plans differently, errors compound over "
+        "layers, and scoring plans was better than relying on the sum."
     )
     table = Table(
         "Plans scored, by round",
@@ -169,7 +168,7 @@ def _probes(run: RunRecord) -> Section:
     assert run.layout is not None
     name = searched_rounds(run)[0]
     found = probes(run, name)
-    section = Section("What each layer is worth")
+    section = Section("How much each layer matters")
     kinds = list(dict.fromkeys(probe.group.kind for probe in found))
     shares = ", ".join(
         f"{percent(next(p.fraction for p in found if p.group.kind == kind), 0)} of the "
@@ -177,12 +176,12 @@ def _probes(run: RunRecord) -> Section:
         for kind in kinds
     )
     section.text.append(
-        f"What it cost the parent when one layer at a time lost {shares}, lowest prior first: "
+        f"Cost of removing {shares} from one layer at a time, units with the lowest prior first: "
         "divergence from the parent, in nats per token. Bars are one standard error over the "
         "calibration sequences."
     )
     table = Table(
-        "Cost of thinning out each group, nats per token",
+        "Cost of removing a share of each group, nats per token",
         ("group", "share taken", "cost", "standard error"),
         [],
     )
@@ -215,10 +214,10 @@ def _ranking(run: RunRecord, layout: LayoutRecord) -> Section:
     section = Section("Relevance of units")
     known = int((fit.relevance.isfinite() & fit.standard_error.isfinite()).sum())
     section.text.append(
-        f"What the parent loses with each unit, as {name} estimated it from whole sub-models: "
+        f"What the parent loses without each unit, estimated by {name} from sub-models: "
         f"{fit.quantity}. {count(known)} of {count(len(fit.relevance))} units varied and have an "
-        "estimate. Bars are one standard error; where neighbours share a mark, it is their mean. "
-        "Units that are still there in the end are blue, those that are gone orange."
+        "estimate. Bars are one standard error. A mark shared by neighbours is their mean. "
+        "Kept units are blue, removed ones orange."
     )
     kept = run.kept
     keep = kept[1].keep if kept else torch.ones(layout.num_units, dtype=torch.bool)
@@ -244,14 +243,14 @@ def _ends_of(fit: RecordedRegression, layout: LayoutRecord, keep: torch.Tensor) 
     order = known[(-fit.relevance[known]).argsort(stable=True)].tolist()
     listed = order if len(order) <= 2 * LISTED else [*order[:LISTED], *order[-LISTED:]]
     return Table(
-        "Units of the largest and the smallest relevance",
-        ("unit", "relevance", "standard error", "in the end"),
+        "Units with the largest and the smallest relevance",
+        ("unit", "relevance", "standard error", "result"),
         [
             (
                 unit_name(layout, place),
                 significant(float(fit.relevance[place])),
                 f"{PLUS_MINUS} {significant(float(fit.standard_error[place]), 2)}",
-                "kept" if keep[place] else "gone",
+                "kept" if keep[place] else "removed",
             )
             for place in listed
         ],

@@ -1,4 +1,4 @@
-"""Speeds as a run measured them, and as `bonsai_fast.latency` did."""
+"""Speeds, as measured by a run and by `bonsai_fast.latency`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ HEADER = (
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Speeds side by side: what was done, and a row of cells in the order of HEADER a model."""
+    """A table of speeds: the protocol, and one row per model in the order of HEADER."""
 
     protocol: str
     rows: list[tuple[str, ...]]
 
 
 def of_run(run: RunRecord) -> SpeedTable | None:
-    """What a run measured; None if it measured no speed."""
+    """The speeds that a run measured; None if it measured none."""
     speeds = run.result.get("latency")
     if not speeds:
         return None
@@ -63,12 +63,12 @@ def memory(run: RunRecord, model: str) -> int | None:
 
 
 def of_command(found: dict[str, Any]) -> SpeedTable:
-    """What `read_latency` returned."""
+    """The table of what `read_latency` returned."""
     return SpeedTable(_protocol(found, found["results"]), _rows(found["results"]))
 
 
 def read_latency(path: Path) -> dict[str, Any]:
-    """What the command printed: its JSON alone, or all of its stdout.
+    """Read the latency command's output: its JSON alone, or all of its stdout.
 
     Raises:
         ValueError: something else.

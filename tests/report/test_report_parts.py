@@ -138,7 +138,7 @@ def test_every_unit_has_a_share_of_a_mark(count: int) -> None:
     assert heights == sorted(heights)  # the most relevant first, on top
     titles = [dot.findtext(f"{SVG}title") or "" for dot in dots]
     if count > 120:
-        single = {"kept": "1 of 1", "gone": "0 of 1"}
+        single = {"kept": "1 of 1", "removed": "0 of 1"}
         said = [title.split(": ")[1] for title in titles]
         pairs = [single.get(words, words).replace(",", "").split() for words in said]
         assert sum(int(pair[0]) for pair in pairs) == int(kept[1:].sum())

@@ -1,4 +1,4 @@
-"""Charts as SVG, without a plotting library: scales, axes and marks, and a line chart of them."""
+"""Charts as SVG without a plotting library: scales, axes, marks and line charts."""
 
 from bonsai_fast.report.chart.axes import Axes
 from bonsai_fast.report.chart.lines import Panel, draw

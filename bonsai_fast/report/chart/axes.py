@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 60, 16, 42, 44
 
 @dataclass(frozen=True)
 class Axes:
-    """Where a chart's data lie; `x.start` is on the left and `y.start` at the bottom.
+    """The plotting area; `x.start` is the left edge, `y.start` the bottom.
 
     Attributes:
         x, y: the scales.
@@ -24,7 +24,7 @@ class Axes:
     y: Scale
 
     def place(self, x: float, y: float) -> tuple[float, float] | None:
-        """Where a point lies; None if the axes cannot show it."""
+        """Pixel position of a point; None if the axes cannot show it."""
         return (self.x(x), self.y(y)) if self.x.shows(x) and self.y.shows(y) else None
 
     def draw(
@@ -36,7 +36,7 @@ class Axes:
         x_text: Callable[[float], str] | None = None,
         x_ticks: list[float] | None = None,
     ) -> list[str]:
-        """Everything but the data; the y axis is named above it, where it can be read."""
+        """Everything but the data. The name of the y axis is written above it."""
         left, right, bottom, top = self.x.start, self.x.stop, self.y.start, self.y.stop
         parts = []
         if title:

@@ -15,7 +15,7 @@ LEGEND_WIDTH, LINE = 190, 18
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; points that they cannot show drop out: not finite, or no logarithm.
+    """One pair of axes. Points that it cannot show are left out: not finite, or without logarithm.
 
     Attributes:
         title, x_label, y_label: what is written.
@@ -32,7 +32,7 @@ class Panel:
 
 
 def draw(panels: list[Panel]) -> str:
-    """Panels side by side, and one legend: the text of an SVG file."""
+    """Panels side by side with one legend, as the text of an SVG file."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     width = len(panels) * PANEL_WIDTH + LEGEND_WIDTH
     height = max(PANEL_HEIGHT, TOP + LINE * (len(names) + 1))

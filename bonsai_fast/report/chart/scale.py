@@ -1,4 +1,4 @@
-"""From values to places on an axis, and the round values that are written beside it."""
+"""Maps values to positions on an axis, and chooses round tick values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Scale:
     def of(
         cls, values: Iterable[float], start: float, stop: float, *, log: bool = False
     ) -> Scale | None:
-        """An axis on which all values fit that it can show, with a little room; None if none."""
+        """An axis that spans all values it can show, with a small margin; None if there is none."""
         shown = [math.log10(v) if log else v for v in values if fits(v, log)]
         if not shown:
             return None
@@ -41,11 +41,11 @@ class Scale:
         return cls(low - margin, high + margin, start, stop, log)
 
     def shows(self, value: float) -> bool:
-        """Whether a value has a place."""
+        """Whether a value can be shown."""
         return fits(value, self.log)
 
     def __call__(self, value: float) -> float:
-        """Where a value lies; one beyond the ends lies at the end."""
+        """Position of a value, clamped to the ends."""
         inner = math.log10(value) if self.log else value
         share = (inner - self.low) / (self.high - self.low)
         return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
@@ -65,7 +65,7 @@ class Scale:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many significant digits, thousands and millions by letter."""
+    """A number with some significant digits; K and M for thousands and millions."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.{digits}g}{letter}"
@@ -73,7 +73,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def numbers(values: list[float]) -> list[str]:
-    """Values that belong together, with as many digits as tell them apart."""
+    """Tick values with as many digits as are needed to tell them apart."""
     written = [number(value) for value in values]
     for digits in range(4, MOST_DIGITS + 1):
         if len(set(written)) == len(values):
@@ -83,7 +83,7 @@ def numbers(values: list[float]) -> list[str]:
 
 
 def fits(value: float, log: bool) -> bool:
-    """Whether an axis can show a value: finite, and with a logarithm if there must be one."""
+    """Whether an axis can show a value: finite, and positive on a logarithmic axis."""
     return math.isfinite(value) and (value > 0 or not log)
 
 

@@ -1,4 +1,4 @@
-"""Elements of SVG as text; whatever is written into one is escaped."""
+"""SVG elements as text; all content is escaped."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def element(tag: str, *content: str, **attributes: object) -> str:
 
 
 def text(x: float, y: float, words: str, class_: str | None = None, anchor: str = "start") -> str:
-    """Words at a place; `anchor` says which end of them stands there."""
+    """Text at a position; `anchor` is "start", "middle" or "end"."""
     place = {"x": x, "y": y, "text_anchor": None if anchor == "start" else anchor}
     return element("text", escape(words), **place, class_=class_)
 
 
 def title(words: str) -> str:
-    """What a browser shows when the pointer rests on the mark that holds it."""
+    """The tooltip of the mark that contains it."""
     return element("title", escape(words))
 
 
@@ -44,7 +44,7 @@ def document(
     label: str | None = None,
     description: str | None = None,
 ) -> str:
-    """A whole picture, `width` x `height`.
+    """A complete image, `width` x `height`.
 
     Args:
         name: makes the ids of label and description unique on a page.

@@ -1,4 +1,4 @@
-"""What charts look like: one style sheet, on light and on dark ground."""
+"""Colours and style sheet of charts, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DASHES = ("", "6 3", "2 2")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of everything that charts are made of.
+    """Colours of all parts of a chart.
 
     Attributes:
-        ink, muted: of words and of less important ones.
-        paper: what lies behind.
+        ink, muted: of text, and of less important text.
+        paper: background.
         grid, axis: of lines.
         colours: of data, in this order.
     """
@@ -33,7 +33,7 @@ class Theme:
     colours: tuple[str, ...]
 
     def style(self) -> str:
-        """The style sheet of elements that have class `chart` or stand in one that has."""
+        """The style sheet for elements of class `chart` and those inside one."""
         rules = [
             ".chart{font:11px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}",
             f".chart text{{fill:{self.ink}}}",
@@ -60,5 +60,5 @@ def colour_class(kind: str, number: int) -> str:
 
 
 def dash(number: int) -> str | None:
-    """What tells series of the same colour apart."""
+    """The dash pattern that distinguishes series of the same colour."""
     return DASHES[number // len(COLOURS) % len(DASHES)] or None

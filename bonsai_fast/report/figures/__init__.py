@@ -1,4 +1,4 @@
-"""Pictures of a run as SVG; everything that they show also stands in a table of the page."""
+"""Figures of a run as SVG; the page also has all their numbers in tables."""
 
 from bonsai_fast.report.figures.by_layer import by_layer
 from bonsai_fast.report.figures.descent import descent

@@ -32,7 +32,7 @@ def by_layer(
         return None
     log = min(middles) > 0 and max(middles) > LOG_RATIO * min(middles)
     ends = [end for _, value in shown for end in _ends(value)]
-    # a bar that reaches zero must not stretch a logarithmic axis to it
+    # a bar that reaches zero must not extend a logarithmic axis
     floor = min(middles) / 3 if log else -math.inf
     y = Scale.of([*middles, *(end for end in ends if end >= floor)], HEIGHT - BOTTOM, TOP, log=log)
     x = Scale.of((float(layer) for layer, _ in shown), LEFT, WIDTH - RIGHT)

@@ -53,7 +53,7 @@ def agreement(
         if pair.marked:
             end = at["cx"] > WIDTH / 2
             place = at["cx"] + (-8 if end else 8), at["cy"] + 4
-            parts += [text(*place, "taken", "strong", "end" if end else "start")]
+            parts += [text(*place, "chosen", "strong", "end" if end else "start")]
     return document(
         parts, WIDTH, HEIGHT, name=name, label=f"{heading}: {y_label} against {x_label}",
         description=f"{len(shown)} sub-models.",

@@ -64,7 +64,7 @@ def ranked(
         series = 0 if 2 * stay >= size else 1
         words = f"{significant(value)} {PLUS_MINUS} {significant(error, 2)}: "
         words += (
-            f"{count(stay)} of {count(size)} kept" if size > 1 else ("kept" if stay else "gone")
+            f"{count(stay)} of {count(size)} kept" if size > 1 else ("kept" if stay else "removed")
         )
         bar = {"x1": at, "x2": at, "y1": y(value - error), "y2": y(value + error)}
         parts += [element("line", **bar, class_=f"error line line{series}")]
