@@ -11,7 +11,7 @@ from surgery_cases import tokens
 from tiny import save_tiny_parent
 
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.prune import precision
+from bonsai_fast.prune import precision as comparison
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.prune.precision import PrecisionCheck, check_precision
 from bonsai_fast.scoring import MaskScorer
@@ -180,7 +180,7 @@ def test_the_command_compares_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "kendall_tau", lambda *_: tau)
+    monkeypatch.setattr(comparison, "kendall_tau", lambda *_: tau)
     parent = save_tiny_parent(tmp_path / "model", num_hidden_layers=2)
     flags = "--num-sequences 2 --sequence-length 32 --evaluation-tokens 256 --method wanda-sp"
     run = ["--output", str(tmp_path / "run"), "--precision", "int8", "--device", "cpu"]
