@@ -32,22 +32,20 @@ def task_of(model: PreTrainedModel, text: Sequences | None = None, **options: An
     text = text or random_text(model.config.vocab_size)
     calibration = None if method.needs(choice) == "nothing" else text
     layers = linears_by_layer(model)
-    return WeightTask(
-        model, byte_tokenizer(), config, choice, calibration, text, model.device, layers
-    )
+    return WeightTask(model, byte_tokenizer(), config, choice, calibration, text, layers)
+
+
+def pruned_run(task: WeightTask, folder: Path) -> WeightRun:
+    """A run in which all layers are pruned and on record."""
+    run = open_weight_run(folder, task.config, task.model, None)
+    prune_layers(task, run, Reporter(quiet=True))
+    return run
 
 
 def pruned_weights(task: WeightTask, folder: Path) -> dict[str, torch.Tensor]:
-    """What a task's method makes of all its linear layers."""
-    run = open_weight_run(folder, task.config, task.model, None, device="cpu")
-    prune_layers(task, run, Reporter(quiet=True))
-    return recorded_weights(run, len(task.layers))
-
-
-def recorded_weights(run: WeightRun, num_layers: int) -> dict[str, torch.Tensor]:
-    """All layers of a run, none of which is missing."""
-    weights: dict[str, torch.Tensor] = {}
-    for number in range(num_layers):
+    """The pruned weights of all linear layers of a task."""
+    run, weights = pruned_run(task, folder), {}
+    for number in range(len(task.layers)):
         layer = run.layer(number)
         assert layer is not None
         weights |= layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +26,7 @@ from bonsai_fast.checkpoints.memory import (
     parse_bytes,
     weight_bytes,
 )
-from bonsai_fast.checkpoints.streaming import open_streamed
+from bonsai_fast.checkpoints.streaming import open_streamed, stream_layers
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 
@@ -76,7 +76,7 @@ def load_model(name: str | None, options: LoadingOptions) -> PreTrainedModel:
             _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
         )
     if name is None:
-        model.config.name_or_path = NAME  # the same wherever the cache lies
+        model.config.name_or_path = NAME  # the same wherever the cache is
     return cast(PreTrainedModel, cast(Any, model).to(device).eval())
 
 
@@ -100,12 +100,20 @@ def open_parent(
     *,
     stream: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the parent, or stream it if that is asked for or it does not fit.
+    """Load the parent, or stream its layers if that is asked for or it does not fit.
 
+    Args:
+        name: hub name or directory; None for the embedded model.
+        config: its memory budget, and whether its method needs only one layer at a time.
+        options: device, dtype, and whether code of the checkpoint may run.
+        reporter: told if layers are streamed unasked.
+        stream: stream from disk, whether or not the model fits.
     Raises:
         ValueError, OSError: as `load_parent`.
     """
     directory = _streamed_from(name, config, options, stream)
+    if directory is None and config.prunes_weights:
+        return _load_or_stream_from_host(name, config, options, reporter)
     if directory is None:
         return load_parent(name, options)
     trust = options.trust_remote_code
@@ -125,24 +133,40 @@ def open_parent(
     return model, tokenizer
 
 
+def _load_or_stream_from_host(
+    name: str | None, config: PruneConfig, options: LoadingOptions, reporter: Reporter
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the parent on a GPU, or on the CPU if it is too large to be streamed to the GPU.
+
+    Reached by models that fit, and by those that are not in safetensors, whatever their size.
+    """
+    device = find_device(options.device)
+    model, tokenizer = load_parent(name, replace(options, device="cpu"))
+    needed = sum(x.nbytes for x in model.parameters()) + _budget(config, device)
+    if device.type != "cuda" or needed <= device_memory(device):
+        return cast(PreTrainedModel, cast(Any, model).to(device)), tokenizer
+    reporter.note(f"{name or NAME} does not fit on the GPU: its layers are streamed from memory")
+    return stream_layers(model, device=device), tokenizer
+
+
+def _budget(config: PruneConfig, device: torch.device) -> int:
+    asked = config.memory_budget
+    return default_budget(device) if asked is None else parse_bytes(asked)
+
+
 def _streamed_from(
     name: str | None, config: PruneConfig, options: LoadingOptions, stream: bool
 ) -> Path | None:
-    """The directory that a parent is to be streamed from; None if it is to be loaded."""
+    """The directory to stream a parent from; None if it is to be loaded."""
     path, device = _path(name), find_device(options.device)
-    if config.prunes_weights:
-        if stream:
-            raise ValueError(f"stream: method {config.method} needs the model in the host's memory")
-        return None
     if stream:
         return local_directory(path, download=True)
-    asked = config.memory_budget
-    budget = default_budget(device) if asked is None else parse_bytes(asked)
+    budget = _budget(config, device)  # may be malformed
     try:
         directory = local_directory(path, download=False)
         needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget
     except (OSError, ValueError, SafetensorError):
-        return None  # loading says what is wrong, or knows other formats
+        return None  # loading has clearer errors, and knows other formats
     return directory if needed > device_memory(device) else None
 
 

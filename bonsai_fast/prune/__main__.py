@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from bonsai_fast.checkpoints.embedded import NAME
-from bonsai_fast.checkpoints.load import LoadingOptions, find_device, open_parent
+from bonsai_fast.checkpoints.load import LoadingOptions, open_parent
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
 from bonsai_fast.methods import NotRecordedError
@@ -60,12 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter()
     silence_transformers()
     try:
-        device = find_device(options.device)
-        # where layers take turns on the device, the model waits outside
-        loading = replace(options, device="cpu") if config.prunes_weights else options
         with reporter.busy(f"loading {name or NAME} and its text"):
-            model, tokenizer = open_parent(name, config, loading, reporter, stream=options.stream)
-            job = job_of(model, tokenizer, config, device)
+            model, tokenizer = open_parent(name, config, options, reporter, stream=options.stream)
+            job = job_of(model, tokenizer, config)
         if options.plan:
             print(json.dumps(job.plan(reporter)))
             return 0

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,7 +87,7 @@ class WeightJob:
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         task = self.task
         sha256 = task.calibration.sha256 if task.calibration is not None else None
-        run = open_weight_run(output, task.config, task.model, sha256, device=task.device.type)
+        run = open_weight_run(output, task.config, task.model, sha256)
         return lambda: execute_weights(task, run, reporter)
 
 
@@ -96,17 +95,14 @@ def job_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PruneConfig,
-    device: torch.device | None = None,
 ) -> Job:
     """Check everything that can be refused, before any work is done.
 
-    Args:
-        device: where layers are computed if weights are zeroed, in turns; the model's own if None.
     Raises:
         ValueError: in one line.
     """
     if config.prunes_weights:
-        return WeightJob(prepare_weights(model, tokenizer, config, device))
+        return WeightJob(prepare_weights(model, tokenizer, config))
     task, evaluation = prepare(model, tokenizer, config)
     return UnitJob(task, tokenizer, evaluation)
 

@@ -134,7 +134,6 @@ def _sweep(task: WeightTask, sequences: int, folder: Path) -> Sweep:
     return Sweep(
         task.model,
         task.calibration.input_ids[:sequences],
-        device=task.device,
         memory_budget=task.config.memory_budget,
         folder=folder,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from bonsai_fast.checkpoints.streaming import stream_of
+from bonsai_fast.checkpoints.streaming import exchanged_weights, stream_of
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.perplexity import Perplexity
@@ -23,7 +23,6 @@ from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.methods.weights import check_memory, sweep_perplexity
 from bonsai_fast.methods.weights.layer_by_layer import (
     WeightTask,
-    exchanged_weights,
     linears_by_layer,
     prune_layers,
 )
@@ -88,12 +87,9 @@ def prepare_weights(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PruneConfig,
-    device: torch.device | None = None,
 ) -> WeightTask:
     """Check everything that can be refused, before any work is done.
 
-    Args:
-        device: where layers are computed; the model's own if None.
     Raises:
         ValueError: in one line.
     """
@@ -133,10 +129,8 @@ def prepare_weights(
     evaluation = evaluation_text(config, tokenizer, longest)
     texts = [text for text in (calibration, evaluation) if text is not None]
     longest = max(text.input_ids.shape[1] for text in texts)
-    check_memory(model, longest, device=device, memory_budget=config.memory_budget)
-    return WeightTask(
-        model, tokenizer, config, choice, calibration, evaluation, device or model.device, layers
-    )
+    check_memory(model, longest, memory_budget=config.memory_budget)
+    return WeightTask(model, tokenizer, config, choice, calibration, evaluation, layers)
 
 
 def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> SparseResult:
@@ -239,7 +233,8 @@ def _check_shapes(layers: list[dict[str, nn.Linear]], choice: Choice) -> None:
 
 def _pruned(task: WeightTask, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
     """Inside, the parent is its own pruned model."""
-    return exchanged_weights(task.linears, weights)
+    by_layer = [{name: weights[name] for name in layer} for layer in task.layers]
+    return exchanged_weights(task.model, by_layer.__getitem__)
 
 
 def _saved_weights(task: WeightTask, run: WeightRun) -> dict[str, Tensor] | None:
@@ -255,7 +250,6 @@ def _perplexity(task: WeightTask, run: WeightRun, reporter: Reporter, what: str)
         return sweep_perplexity(
             task.model,
             task.evaluation,
-            device=task.device,
             memory_budget=task.config.memory_budget,
             folder=run.path,
             advance=advance,

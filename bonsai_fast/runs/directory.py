@@ -185,23 +185,16 @@ def open_run(
 
 
 def open_weight_run(
-    path: Path,
-    config: PruneConfig,
-    model: PreTrainedModel,
-    calibration_sha256: str | None,
-    *,
-    device: str,
+    path: Path, config: PruneConfig, model: PreTrainedModel, calibration_sha256: str | None
 ) -> WeightRun:
     """Start, resume or measure again a run that zeroes weights.
 
     Args:
         calibration_sha256: None if the method reads no text.
-        device: type of the one where layers are computed.
     Raises:
         ValueError: as `open_run`; another sparsity or pattern is another run.
     """
     identity = run_identity(config, MEASURED, model, calibration_sha256)
-    identity["parent"]["device"] = device
     options = as_dict(config)
     request = {name: options[name] for name in MEASURED}
     run = WeightRun(path, identity, request, _open(path, identity, request))

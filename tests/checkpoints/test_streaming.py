@@ -12,7 +12,13 @@ from surgery_cases import MASKS, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bonsai_fast as bf
-from bonsai_fast.checkpoints.streaming import bring_in_layer, named_weights, stream_of, weight
+from bonsai_fast.checkpoints.streaming import (
+    bring_in_layer,
+    exchanged_weights,
+    named_weights,
+    stream_of,
+    weight,
+)
 from bonsai_fast.checkpoints.streaming.slots import CpuSlot, CudaSlot
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
@@ -157,6 +163,60 @@ def test_any_order_will_do(llama3: PreTrainedModel, tmp_path: Path) -> None:
     expected = dict(llama3.named_parameters())
     assert all(torch.equal(found, expected.pop(name)) for name, found in named_weights(streamed))
     assert not expected
+
+
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_other_weights_in_the_place_of_a_layers_own(
+    llama3: PreTrainedModel, tmp_path: Path
+) -> None:
+    """In memory and streamed; a layer that is there already gets them, and its own back."""
+    streamed, own = bf.open_streamed(tmp_path), llama3.get_parameter(UP_PROJ).detach().clone()
+    zeros = {1: {UP_PROJ: torch.zeros_like(own)}}
+    with torch.no_grad():
+        dense = llama3(tokens()).logits
+    found = []
+    for model in (llama3, streamed):
+        bring_in_layer(model, 1)
+        with pytest.raises(RuntimeError, match="stop"), exchanged_weights(model, zeros.get):
+            assert not weight(model, UP_PROJ).any()
+            bring_in_layer(model, 2)
+            with torch.inference_mode():
+                found.append(model(tokens()).logits)
+            assert not weight(model, UP_PROJ).any()
+            raise RuntimeError("stop")
+        assert torch.equal(weight(model, UP_PROJ), own)
+        with torch.no_grad():
+            assert torch.equal(model(tokens()).logits, dense)
+    assert torch.equal(*found) and not torch.equal(found[0], dense)
+
+
+def test_exchanged_layers_that_cannot_be_read_leave_no_layer(
+    llama3: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Or the next to ask for it would get the layer's own weights."""
+    streamed = bf.open_streamed(tmp_path)
+
+    def broken(number: int) -> None:
+        raise OSError(f"layer {number} is gone")
+
+    with exchanged_weights(streamed, broken):
+        for _ in range(2):
+            with pytest.raises(OSError, match="layer 1 is gone"):
+                bring_in_layer(streamed, 1)
+    assert torch.equal(weight(streamed, UP_PROJ), llama3.get_parameter(UP_PROJ))
+
+
+def test_a_paused_stream_brings_nothing_in(llama3: PreTrainedModel, tmp_path: Path) -> None:
+    streamed = bf.open_streamed(tmp_path)
+    layer = streamed.model.layers[1]
+    layer.forward = lambda states: states
+    with stream_of(streamed).paused():
+        layer(torch.zeros(1))
+    assert layer.mlp.up_proj.weight.is_meta
+    layer(torch.zeros(1))
+    assert not layer.mlp.up_proj.weight.is_meta
 
 
 def test_a_slot_is_not_refilled_while_its_layer_is_at_work(

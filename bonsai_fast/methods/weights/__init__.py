@@ -1,4 +1,4 @@
-"""Text through a model one decoder layer at a time, so that one at a time need be resident."""
+"""Methods that zero single weights, one decoder layer at a time."""
 
 from bonsai_fast.methods.weights.linear_inputs import (
     InputRecorder,
@@ -6,7 +6,6 @@ from bonsai_fast.methods.weights.linear_inputs import (
     Needs,
     UnusableInputsError,
 )
-from bonsai_fast.methods.weights.residence import exchanged, resident
 from bonsai_fast.methods.weights.sweep import Sweep, check_memory, sweep_perplexity
 
 __all__ = [
@@ -16,7 +15,5 @@ __all__ = [
     "Sweep",
     "UnusableInputsError",
     "check_memory",
-    "exchanged",
-    "resident",
     "sweep_perplexity",
 ]

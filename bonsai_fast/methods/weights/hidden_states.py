@@ -1,4 +1,4 @@
-"""The hidden states of all text between two layers, in memory or in a file that nobody sees."""
+"""The hidden states of all text between two layers, in memory or in an unlinked file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class HiddenStates:
     Args:
         shape: B, T and D.
         dtype: of the states.
-        device: where batches are wanted, and where all of them are kept if there is room.
-        room: bytes that they may take there. Otherwise they lie in a file, which is unlinked at
-            once, so that it goes with the process.
+        device: where batches are returned, and where all of them are kept if there is room.
+        room: bytes that they may take there. Otherwise they are kept in a file, which is unlinked
+            at once and so removed with the process.
         folder: where that file is made.
     Raises:
         OSError: the disk has no room for it.
@@ -42,7 +42,7 @@ class HiddenStates:
             return
         handle, name = tempfile.mkstemp(prefix=".hidden-states.", dir=folder)
         try:
-            # a write to a mapping cannot fail politely: take the room first
+            # writing to a mapping on a full disk kills the process: reserve the room first
             os.posix_fallocate(handle, 0, size * dtype.itemsize)
             self._states = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
         finally:

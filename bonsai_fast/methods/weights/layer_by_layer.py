@@ -1,36 +1,34 @@
-"""The decoder layers of a model, pruned one after another as a method over `weights` says."""
+"""Prunes the decoder layers of a model one at a time, each on the outputs of those before it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.checkpoints.streaming import exchanged_weights, weight
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
-from bonsai_fast.methods.weights import InputRecorder, LinearInputs, Sweep, exchanged, resident
+from bonsai_fast.methods.weights import InputRecorder, LinearInputs, Sweep
 from bonsai_fast.models import find_decoder
 from bonsai_fast.runs.directory import WeightRun
 
 
 @dataclass(frozen=True)
 class WeightTask:
-    """What is to be pruned, on which text, and how; everything in it has been checked.
+    """What to prune, on which text, and how; all of it has been checked.
 
     Attributes:
-        model, tokenizer: the parent, which may lie elsewhere than on `device`.
+        model, tokenizer: the parent, in memory or streamed.
         config: resolved configuration.
-        choice: what it says to the method.
+        choice: the options of the method.
         calibration: the text that is read; None if the method reads none.
         evaluation: text for perplexity.
-        device: where layers are computed.
-        layers: the linear layers of each decoder layer, by the names of their weights.
+        layers: the linear layers of each decoder layer, by the names of their weights. Of a
+            streamed model, use `streaming.weight` to read one.
     """
 
     model: PreTrainedModel
@@ -39,12 +37,11 @@ class WeightTask:
     choice: Choice
     calibration: Sequences | None
     evaluation: Sequences
-    device: torch.device
     layers: list[dict[str, nn.Linear]]
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
-        """All of them."""
+        """The linear layers of all decoder layers."""
         return {name: linear for layer in self.layers for name, linear in layer.items()}
 
 
@@ -52,7 +49,7 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
     """The linear layers inside every decoder layer, by the names of their weights.
 
     Raises:
-        UnsupportedModelError: the model has no decoder that we know.
+        UnsupportedModelError: no known decoder.
     """
     decoder = find_decoder(model)
     return [
@@ -66,10 +63,10 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
 
 
 def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
-    """Prune every decoder layer that is not on record, on what the pruned ones before it hand on.
+    """Prune every decoder layer that is not on record, and record it.
 
     Returns:
-        how many tokens' worth of forward passes through the whole model that took.
+        calibration tokens that layers were run on, as tokens through the whole model.
     """
     num_layers = len(task.layers)
     missing = [number for number in range(num_layers) if not run.has_layer(number)]
@@ -82,7 +79,6 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
         sweep = Sweep(
             task.model,
             task.calibration.input_ids,
-            device=task.device,
             memory_budget=task.config.memory_budget,
             folder=run.path,
         )
@@ -94,7 +90,7 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
                 passes += 1
                 run.save_layer(number, weights)
             if sweep is not None and number < missing[-1]:
-                with exchanged_weights(task.layers[number], weights):
+                with exchanged_weights(task.model, {number: weights}.get):
                     sweep.advance(number)
                 passes += 1
             advance(1)
@@ -103,7 +99,11 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
 
 
 def prune_layer(task: WeightTask, number: int, sweep: Sweep | None) -> dict[str, Tensor]:
-    """The pruned weights of a layer, on the CPU, from the text that waits in front of it."""
+    """The pruned weights of a layer, on the CPU.
+
+    Args:
+        sweep: the calibration text, at this layer; None if the method reads none.
+    """
     method, linears = WEIGHT_METHODS[task.config.method], task.layers[number]
     inputs: dict[str, LinearInputs] = {}
     if sweep is not None:
@@ -111,21 +111,7 @@ def prune_layer(task: WeightTask, number: int, sweep: Sweep | None) -> dict[str,
         with recorder:
             sweep.read(number)
         inputs = {name: recorder.of(name) for name in linears}
-    pruned = {}
-    for name, linear in linears.items():
-        with resident(linear, task.device):
-            weight = linear.weight.detach()
-            pruned[name] = method.prune(weight, inputs.get(name), task.choice).cpu()
-    return pruned
-
-
-def exchanged_weights(
-    linears: dict[str, nn.Linear], weights: dict[str, Tensor]
-) -> AbstractContextManager[None]:
-    """Inside, linear layers have other weights; both by name, on any device."""
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for name, linear in linears.items():
-            yield linear.weight, weights[name].to(linear.weight.device)
-
-    return exchanged(pairs())
+    return {
+        name: method.prune(weight(task.model, name).detach(), inputs.get(name), task.choice).cpu()
+        for name in linears
+    }

@@ -1,4 +1,4 @@
-"""What is known of the inputs of linear layers: moments of every column, or their Gram matrix."""
+"""Statistics of the inputs of linear layers: mean squares of every column, or their Gram matrix."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from bonsai_fast import ops
 
-# a Gram matrix gives the moments, too
+# a Gram matrix contains the mean squares
 Needs = Literal["nothing", "moments", "gram"]
 
 
 class UnusableInputsError(ValueError):
-    """A layer's inputs hold NaN or Inf, or it has none."""
+    """The inputs of a layer hold NaN or Inf, or the layer was never called."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearInputs:
-    """Statistics of what one linear layer reads.
+    """Statistics of the inputs of one linear layer.
 
     Attributes:
-        num_tokens: how many tokens were seen.
-        root_mean_square: float64 [in], of every input.
-        gram: float32 [in, in], mean of x x^T; None if only moments were asked for.
+        num_tokens: number of tokens.
+        root_mean_square: float64 [in], over tokens.
+        gram: float32 [in, in], mean of x x^T over tokens; None if not asked for.
     """
 
     num_tokens: int
@@ -37,14 +37,14 @@ class LinearInputs:
 
 
 class InputRecorder:
-    """Inside `with`, records what linear layers read.
+    """Inside `with`, records the inputs of linear layers.
 
-    Layers that read the same tensor (queries, keys and values; gate and up) share one record. Which
-    do is seen in the first forward pass.
+    Layers that read the same tensor (queries, keys and values; gate and up) share one record; the
+    first forward pass shows which do.
 
     Args:
         linears: the layers, by name.
-        needs: what is recorded, not "nothing".
+        needs: what to record, not "nothing".
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], needs: Needs) -> None:
@@ -75,7 +75,7 @@ class InputRecorder:
         self._first_pass.clear()
 
     def of(self, name: str) -> LinearInputs:
-        """What a layer read.
+        """The statistics of a layer.
 
         Raises:
             UnusableInputsError: NaN or Inf, or the layer was never called.

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, llama, llama3, opt
+from families import FAMILIES, llama, opt
 from full_disk import small_files
 from torch import nn
 from weight_cases import random_text
 
+from bonsai_fast.checkpoints.streaming import exchanged_weights, stream_layers, stream_of
 from bonsai_fast.evaluation.perplexity import perplexity
 from bonsai_fast.methods.weights import (
     InputRecorder,
     Sweep,
     UnusableInputsError,
-    exchanged,
-    residence,
-    resident,
     sweep,
     sweep_perplexity,
 )
 from bonsai_fast.methods.weights.hidden_states import HiddenStates
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import SequenceNLL
 
 
@@ -103,18 +100,18 @@ def test_a_layer_is_told_apart_from_its_pruned_self(tmp_path: Path) -> None:
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.zero_()
     passed = Sweep(model, text.input_ids, folder=tmp_path)
-    weight = model.model.layers[1].mlp.up_proj.weight
+    name = "model.layers.1.mlp.up_proj.weight"
+    zeros = {1: {name: torch.zeros_like(model.get_parameter(name))}}
     for number in range(3):
-        pairs = [(weight, torch.zeros_like(weight))] if number == 1 else []
-        with exchanged(pairs):
+        with exchanged_weights(model, zeros.get):
             passed.advance(number)
     torch.testing.assert_close(passed.losses(), SequenceNLL(other)(text.input_ids))
-    assert weight.any()
+    assert model.get_parameter(name).any()
 
 
 def test_states_in_a_file_are_the_same_and_leave_nothing(tmp_path: Path) -> None:
     model, text = llama(), random_text(97)
-    needs = sweep.WorkingSet.of(sweep.Layout.of(model), SequenceNLL(model), 12)
+    needs = sweep.WorkingSet.of(Layout.of(model), SequenceNLL(model), 12)
     least = max(needs.mask + needs.layer, needs.logits + needs.hidden)
     in_memory = Sweep(model, text.input_ids, folder=tmp_path)
     in_file = Sweep(model, text.input_ids, memory_budget=least, folder=tmp_path)
@@ -136,50 +133,44 @@ def test_no_room_for_states_ends_in_an_error(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_one_layer_at_a_time_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a layer runs, nothing else is asked onto the device."""
-    model, text = opt(), random_text(97)
-    present: list[str] = []
-    history: list[tuple[str, ...]] = []
-    names = {id(module): name for name, module in model.named_modules()}
+@pytest.mark.parametrize("family", ["llama3", "phi3", "bloom", "opt"])
+def test_a_streamed_model_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+    model, text = FAMILIES[family](), random_text(97)
+    streamed = stream_layers(FAMILIES[family](), device="cpu")
+    grams, losses = [], []
+    for each in (model, streamed):
+        passed = Sweep(each, text.input_ids, folder=tmp_path)
+        for number, layer in enumerate(passed.layers):
+            recorder = InputRecorder(linears_of(layer), "gram")
+            with recorder:
+                passed.read(number)
+            grams.append({name: recorder.of(name).gram for name in linears_of(layer)})
+            passed.advance(number)
+        losses.append(passed.losses())
+    assert torch.equal(*losses)
+    half = len(grams) // 2
+    for expected, found in zip(grams[:half], grams[half:], strict=True):
+        assert all(torch.equal(found[name], gram) for name, gram in expected.items())
 
-    @contextmanager
-    def spy(module: nn.Module, device: torch.device, *, without: Any = ()) -> Iterator[None]:
-        assert module is not model or len(list(without)) == 3
-        present.append(names[id(module)] or "outside")
-        history.append(tuple(present))
-        with resident(module, device, without=without):
-            yield
-        present.pop()
 
-    monkeypatch.setattr(sweep, "resident", spy)
+def test_a_streamed_layer_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs outside the layers reads none but the first, to see what layers return."""
+    model, text = stream_layers(opt(), device="cpu"), random_text(97)
+    stream, seen = stream_of(model), []
+    assert stream is not None
+    read = stream._source.read
+    monkeypatch.setattr(
+        stream._source, "read", lambda layer, *rest: (seen.append(layer), read(layer, *rest))[1]
+    )
     passed = Sweep(model, text.input_ids, folder=tmp_path)
-    assert set(history) == {("outside",), ("outside", "model.decoder.layers.0")}
-    history.clear()
+    stream._worker.submit(int).result()
+    assert len(passed.batches) == 3 and seen == [0, 1]
     for number in range(3):
+        passed.read(number)
         passed.advance(number)
-    assert history == [(f"model.decoder.layers.{number}",) for number in range(3)]
-
-
-def test_resident_moves_all_but_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor once, though embedding and head share one; buffers too."""
-    model, moved = llama3(), []
-    monkeypatch.setattr(residence, "exchanged", lambda pairs: moved.extend(pairs))
-    resident(model, torch.device("meta"), without=model.model.layers)
-    names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
-    found = [names[id(tensor)] for tensor, _ in moved]
-    assert len(set(found)) == len(found) and all(x.device.type == "meta" for _, x in moved)
-    assert set(found) == {name for name in names.values() if ".layers." not in name}
-    assert {"model.embed_tokens.weight", "model.rotary_emb.inv_freq"} < set(found)
-
-
-def test_exchanged_data_comes_back_after_an_error() -> None:
-    layer = nn.Linear(2, 2)
-    before, zeros = layer.weight.data_ptr(), torch.zeros(2, 2)
-    with pytest.raises(RuntimeError, match="stop"), exchanged([(layer.weight, zeros)]):
-        assert layer.weight.data_ptr() == zeros.data_ptr()
-        raise RuntimeError("stop")
-    assert layer.weight.data_ptr() == before
+    passed.losses()
+    stream._worker.submit(int).result()
+    assert seen == [0, 1, 2, 0]
 
 
 def test_layers_that_are_told_about_the_text_are_refused(tmp_path: Path) -> None:
@@ -214,7 +205,7 @@ def test_layers_that_are_told_about_the_text_are_refused(tmp_path: Path) -> None
 
     model.model.layers = nn.ModuleList(Told(layer) for layer in model.model.layers)
     model.model.__class__ = Backbone
-    with pytest.raises(ValueError, match="layer 0 is told more about the text"):
+    with pytest.raises(ValueError, match="layer 0 needs inputs besides hidden_states"):
         Sweep(model, text.input_ids, folder=tmp_path)
 
 
@@ -237,15 +228,14 @@ def test_inputs_without_an_end_or_without_use(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama3", "opt", "bloom"])
 def test_layers_visit_the_gpu(family: str, tmp_path: Path) -> None:
-    model, text = FAMILIES[family](), random_text(97)
-    device = torch.device("cuda")
-    passed = Sweep(model, text.input_ids, device=device, folder=tmp_path)
+    text = random_text(97)
+    model = stream_layers(FAMILIES[family](), device="cuda")
+    passed = Sweep(model, text.input_ids, folder=tmp_path)
     for number, layer in enumerate(passed.layers):
         recorder = InputRecorder(linears_of(layer), "gram")
         with recorder:
             passed.read(number)
         assert all(recorder.of(name).gram.is_cuda for name in linears_of(layer))
         passed.advance(number)
-    losses = passed.losses()
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    torch.testing.assert_close(losses, SequenceNLL(model)(text.input_ids), rtol=1e-3, atol=1e-3)
+    expected = SequenceNLL(FAMILIES[family]())(text.input_ids)
+    torch.testing.assert_close(passed.losses(), expected, rtol=1e-3, atol=1e-3)

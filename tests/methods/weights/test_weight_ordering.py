@@ -9,14 +9,15 @@ import pytest
 import torch
 from tiny import tiny_llama
 from transformers import LlamaForCausalLM
-from weight_cases import pruned_weights, random_text, recorded_weights, task_of
+from weight_cases import pruned_run, random_text, task_of
 
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
+from bonsai_fast.checkpoints.streaming import exchanged_weights
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods.weights import sweep_perplexity
-from bonsai_fast.methods.weights.layer_by_layer import exchanged_weights, prune_layers
+from bonsai_fast.methods.weights.layer_by_layer import prune_layers
 from bonsai_fast.prune.weights import prepare_weights
 from bonsai_fast.runs.directory import open_weight_run
 
@@ -49,8 +50,8 @@ def damage(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def measure(**options: Any) -> float:
         if (key := str(options)) not in known:
             task = task_of(model, text, **options)
-            weights = pruned_weights(task, tmp_path_factory.mktemp("run") / "run")
-            with exchanged_weights(task.linears, weights), torch.no_grad():
+            run = pruned_run(task, tmp_path_factory.mktemp("run") / "run")
+            with exchanged_weights(model, run.layer), torch.no_grad():
                 known[key] = float((model(input_ids=fresh).logits - dense).square().mean())
         return known[key]
 
@@ -88,9 +89,9 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     def measured(method: str) -> float:
         config = PruneConfig(method=method, pattern="2:4", **small)  # type: ignore[arg-type]
         task = prepare_weights(model, tokenizer, config)
-        run = open_weight_run(tmp_path / method, task.config, model, None, device="cpu")
+        run = open_weight_run(tmp_path / method, task.config, model, None)
         prune_layers(task, run, QUIET)
-        with exchanged_weights(task.linears, recorded_weights(run, len(task.layers))):
+        with exchanged_weights(model, run.layer):
             return sweep_perplexity(model, task.evaluation, folder=tmp_path).value
 
     config = PruneConfig(method="wanda", **small)  # type: ignore[arg-type]
