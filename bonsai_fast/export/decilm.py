@@ -17,17 +17,25 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bonsai_fast.checkpoints.saved_model import INDEX_NAME, WEIGHTS_NAME, SavedModel, open_saved
+from bonsai_fast.checkpoints.saved_model import (
+    INDEX_NAME,
+    REPORT_NAME,
+    WEIGHTS_NAME,
+    SavedModel,
+    open_saved,
+)
 from bonsai_fast.export.exported import Exported
 from bonsai_fast.hub import LayerShape, configuration_decilm
-from bonsai_fast.surgery.save import REPORT_NAME, check_target, written_beside
+from bonsai_fast.surgery.model_card import write_model_card
+from bonsai_fast.surgery.parent_card import CARD_NAME
+from bonsai_fast.surgery.save import check_target, written_beside
 
 FAMILIES = ("llama", "mistral")
 MODEL_TYPE = "nemotron-nas"
 # `ffn_mult` stands for widths that are multiples of this
 MULTIPLE = 256
 # not taken over from the model's directory
-OWN_FILES = {"config.json", REPORT_NAME, WEIGHTS_NAME, INDEX_NAME}
+OWN_FILES = {"config.json", CARD_NAME, REPORT_NAME, WEIGHTS_NAME, INDEX_NAME}
 
 
 def to_decilm(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
@@ -53,6 +61,7 @@ def to_decilm(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
             (scratch / "config.json").write_text(text + "\n", encoding="utf-8")
             report = {"written_by": "bonsai_fast", "exported_from": str(saved.directory)}
             (scratch / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+            write_model_card(scratch, str(saved.directory))
     except OSError as error:
         raise OSError(f"could not write {target}: {error.strerror or error}") from error
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))

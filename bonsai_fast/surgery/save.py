@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.checkpoints.saved_model import REPORT_NAME
 from bonsai_fast.hub import register
+from bonsai_fast.surgery.model_card import write_model_card
 from bonsai_fast.surgery.stub_attention import with_stub_attention
 
 RemovedAttentionForm = Literal["absent", "stub"]
-REPORT_NAME = "bonsai_report.json"
 
 
 def save_pretrained(
@@ -60,7 +61,8 @@ def save_pretrained(
         )
     if removed_attention == "stub":
         model = with_stub_attention(model)
-    with model_directory(directory, report=report, overwrite=overwrite) as scratch:
+    parent = model.config.name_or_path
+    with model_directory(directory, parent, report=report, overwrite=overwrite) as scratch:
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
@@ -68,10 +70,17 @@ def save_pretrained(
 
 @contextmanager
 def model_directory(
-    directory: str | os.PathLike[str], *, report: dict[str, Any] | None, overwrite: bool = False
+    directory: str | os.PathLike[str],
+    parent: str | None,
+    *,
+    report: dict[str, Any] | None,
+    overwrite: bool = False,
 ) -> Iterator[Path]:
-    """A scratch directory to save a model in; it becomes `directory` at the end, or vanishes.
+    """A scratch directory to save a model in; at the end it becomes `directory`, or is deleted.
 
+    Args:
+        directory, report, overwrite: as in `save_pretrained`.
+        parent: name of what the model was made from, for the card, if the report does not say.
     Raises:
         FileExistsError, OSError: as `save_pretrained`.
     """
@@ -84,6 +93,7 @@ def model_directory(
             _drop_quantization(scratch / "config.json")
             text = json.dumps({"written_by": "bonsai_fast", **(report or {})}, indent=2)
             (scratch / REPORT_NAME).write_text(text + "\n")
+            write_model_card(scratch, parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"could not save the model to {target}: {reason}") from error

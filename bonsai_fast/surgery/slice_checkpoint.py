@@ -118,7 +118,8 @@ def slice_checkpoint(
     plan = _plan(parent, child, kept)
     tensors = {name: part.result for name, part in plan.items()}
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with model_directory(output_dir, report=report, overwrite=overwrite) as scratch:
+    origin = str(parent_dir)
+    with model_directory(output_dir, origin, report=report, overwrite=overwrite) as scratch:
         if (free := shutil.disk_usage(scratch).free) < num_bytes:
             what = f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
             raise OSError(errno.ENOSPC, f"the disk is full: {what}")

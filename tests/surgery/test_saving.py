@@ -135,7 +135,7 @@ def test_a_fresh_process_computes_the_same(
         assert difference(found[f"{name}.logits"], expected.logits) < TOLERANCE, name
         assert torch.equal(found[f"{name}.generated"], expected.generated), name
     files = {path.name for path in Path(directories[-1]).iterdir()}
-    assert files - {path.name for path in again.iterdir()} == {"bonsai_report.json"}
+    assert files - {path.name for path in again.iterdir()} == {"README.md", "bonsai_report.json"}
 
 
 def test_the_travelling_files_need_nothing_else() -> None:
@@ -156,6 +156,7 @@ def test_the_travelling_files_need_nothing_else() -> None:
 def test_the_directory(saved: dict[str, Saved]) -> None:
     directory = saved["llama3-irregular"].directory
     assert {path.name for path in directory.iterdir()} == {
+        "README.md",
         "bonsai_report.json",
         "config.json",
         "configuration_bonsai_llama.py",
@@ -222,7 +223,8 @@ def test_transformers_own_round_trip(family: str, saved: dict[str, Saved], tmp_p
     same = {"_name_or_path": first.config.name_or_path}
     assert second.config.to_dict() | same == first.config.to_dict()
     names = {path.name for path in tmp_path.iterdir()}
-    assert {path.name for path in known.directory.iterdir()} - names == {"bonsai_report.json"}
+    ours = {path.name for path in known.directory.iterdir()} - names
+    assert ours == {"README.md", "bonsai_report.json"}
     again, before = Layout.of(second), Layout.of(known.model)
     assert list(again) == list(before)
     keep = MASKS["most"](again)

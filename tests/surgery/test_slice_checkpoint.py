@@ -97,7 +97,7 @@ def test_shards_are_those_of_transformers(size: str, tmp_path: Path) -> None:
     remove_units(model, units, keep).save_pretrained(tmp_path / "long", max_shard_size=size)
     slice_checkpoint(tmp_path / "parent", keep, tmp_path / "short", max_shard_size=size)
     actual = files_of(tmp_path / "short")
-    del actual["bonsai_report.json"]
+    del actual["README.md"], actual["bonsai_report.json"]
     assert len([name for name in actual if name.endswith(".safetensors")]) > 2
     assert_same(actual, files_of(tmp_path / "long"))
 
@@ -331,7 +331,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     actual = files_of(tmp_path / "short")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert actual.pop(name) == (parent / name).read_bytes()
-    del actual["bonsai_report.json"], expected["bonsai_report.json"]
+    for name in ("README.md", "bonsai_report.json"):
+        del actual[name], expected[name]
     assert_same(actual, expected)
     report = json.loads((tmp_path / "short" / "bonsai_report.json").read_text())
     assert report["parent"] == str(parent) and len(report["kept"]) == 4

@@ -1,0 +1,244 @@
+"""The model card: README.md of a saved model, with the metadata that the Hugging Face Hub reads.
+
+Everything is read from the directory itself (configuration, weight files, `bonsai_report.json`) and
+from the parent, if it is on this machine. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from bonsai_fast.checkpoints.meta_model import OUTDATED
+from bonsai_fast.checkpoints.safetensors_reader import open_checkpoint
+from bonsai_fast.checkpoints.saved_model import REPORT_NAME
+from bonsai_fast.files import write_atomically
+from bonsai_fast.hub import HeterogeneousConfig
+from bonsai_fast.surgery.loading_code import loading_code, needs_our_class
+from bonsai_fast.surgery.parent_card import CARD_NAME, TAG, Parent, find_parent
+from bonsai_fast.surgery.skeleton import CHANNELS_ATTRIBUTES
+
+# options of a run that a reader of the card may want
+OPTIONS = ("preset", "target_text", "head_layout", "round_to", "weight_update", "seed")
+KINDS = ("query heads", "KV heads", "MLP channels")
+# how many of KINDS a layer has; None where the configuration does not say
+Widths = tuple[int | None, int | None, int | None]
+
+
+def write_model_card(directory: Path, parent: str | None = None) -> None:
+    """Write the card of a saved model, whole or not at all; an older one is replaced.
+
+    Args:
+        directory: of the model, with its configuration, weights and `bonsai_report.json`.
+        parent: name or directory of what it was made from, if the report does not say.
+    Raises:
+        OSError: it cannot be written.
+    """
+    report = _json(directory / REPORT_NAME)
+    source = Path(report.get("padded_from") or report.get("exported_from") or directory)
+    if not source.is_dir():
+        source = directory
+    # an export is described by the pruned model that it was made from
+    report = _json(source / REPORT_NAME) | report
+    told = report.get("parent")
+    name = (told.get("name") if isinstance(told, dict) else told) or parent
+    found = find_parent(name) if name else Parent("")
+    data = ModelCardData(
+        base_model=found.hub_id,
+        license=found.card.get("license"),
+        license_name=found.card.get("license_name"),
+        license_link=found.licence_link,
+        language=found.card.get("language"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", TAG, *([report["method"]] if "method" in report else [])],
+    )
+    paragraphs = (
+        f"# {found.name}, pruned" if name else "# A pruned model",
+        *_summary(report, found),
+        *_sizes(directory, report, found),
+        *_removed(source, report, found),
+        *_loading(directory),
+        *_licence(found),
+    )
+    text = "\n\n".join(paragraphs)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    write_atomically(directory / CARD_NAME, str(card).encode())
+
+
+def record_measurements(directory: Path, measured: dict[str, Any]) -> None:
+    """Add what was measured after saving to `bonsai_report.json` and to the card.
+
+    Args:
+        directory: of the saved model.
+        measured: `parameters_dense`, `dense_perplexity`, `pruned_perplexity` and the `protocol` of
+            both (`Perplexity.protocol`).
+    Raises:
+        OSError: a file cannot be written; each of the two is whole, new or old.
+    """
+    path = directory / REPORT_NAME
+    text = json.dumps(_json(path) | {"measured": measured}, indent=2)
+    write_atomically(path, f"{text}\n".encode())
+    write_model_card(directory)
+
+
+def _summary(report: dict[str, Any], parent: Parent) -> Iterator[str]:
+    how = f", method `{report['method']}`" if "method" in report else ""
+    source = f" from {parent.link}" if parent.name else ""
+    yield f"Made{source} by `bonsai_fast`{how}."
+    options = [f"`{name}` {report[name]}" for name in OPTIONS if report.get(name) is not None]
+    if options:
+        yield f"Options: {', '.join(options)}."
+    if "padded_from" in report:
+        yield (
+            "Every layer is padded with zeros to the widest one, so that the parent's own class "
+            "loads it. It computes what the pruned model computes."
+        )
+    if "exported_from" in report:
+        yield "It is in the layout of DeciLM (Nemotron-NAS), which vLLM runs."
+
+
+def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[str]:
+    measured = report.get("measured", {})
+    dense, dense_bytes = _weights(parent.directory)
+    parameters, num_bytes = _weights(directory)
+    dense = measured.get("parameters_dense", dense)
+    rows = [
+        ("", "parent", "this model"),
+        ("---",) * 3,
+        ("parameters", _count(dense), _count(parameters)),
+        ("size of the weights", _megabytes(dense_bytes), _megabytes(num_bytes)),
+    ]
+    if measured:
+        values = (measured["dense_perplexity"], measured["pruned_perplexity"])
+        rows.append(("perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}"))
+    yield _table(rows)
+    if measured:
+        protocol = measured["protocol"]
+        yield (
+            f"Perplexity on `{protocol['dataset']}`: {protocol['tokens']:,} predicted tokens, "
+            f"windows of {protocol['window']} tokens, stride {protocol['stride']}; SHA-256 of the "
+            f"tokens: `{protocol['sha256']}`."
+        )
+
+
+def _removed(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[str]:
+    """What was removed: single weights, or heads and channels by layer."""
+    if "pattern" in report:
+        yield "## What was removed"
+        yield (
+            "In the linear layers of the decoder, weights are zero by the pattern "
+            f"`{report['pattern']}`. The zeros are stored: class, shapes and file size are the "
+            "parent's."
+        )
+        return
+    layers, dense = _widths(directory)
+    if not layers:
+        return
+    if dense is None and parent.directory is not None:
+        dense = next(iter(_widths(parent.directory)[0]), None)
+    yield "## What was removed"
+    rows: list[tuple[str, ...]] = [("layer", *KINDS), ("---",) * 4]
+    if dense is not None:
+        kept = [
+            f"{sum(filter(None, column)):,} of {len(layers) * whole:,} {kind}"
+            for kind, whole, column in zip(KINDS, dense, zip(*layers, strict=True), strict=True)
+            if whole is not None
+        ]
+        yield f"Kept: {', '.join(kept)}."
+        rows.append(("parent", *map(_count, dense)))
+    first = 0
+    for widths, run in groupby(layers):
+        last = first + len(list(run)) - 1
+        rows.append((f"{first} to {last}" if last > first else f"{first}", *map(_count, widths)))
+        first = last + 1
+    yield _table(rows)
+
+
+def _loading(directory: Path) -> Iterator[str]:
+    yield "## How to load it"
+    yield "In this directory; elsewhere, put its path or hub name in place of the dot:"
+    yield f"```python\n{loading_code(directory)}\n```"
+    if needs_our_class(_json(directory / "config.json")):
+        yield (
+            "Without `bonsai_fast`: leave out the first line and pass `trust_remote_code=True` to "
+            "every `from_pretrained`. The Python files of the model's class are in this directory."
+        )
+
+
+def _licence(parent: Parent) -> Iterator[str]:
+    yield "## Licence"
+    name = parent.card.get("license_name") or parent.card.get("license")
+    yield (
+        f"The parent's: {name}."
+        if name
+        else "The parent's, which was not known where this model was saved: look it up before you "
+        "share the model."
+    )
+
+
+def _widths(directory: Path) -> tuple[list[Widths], Widths | None]:
+    """What every layer has; what every layer of the dense model had, if the configuration says."""
+    try:
+        found: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError):  # a class of its own
+        return [], None
+    config = found.get_text_config(decoder=True)
+    if isinstance(config, HeterogeneousConfig):
+        shapes = cast(Any, config).layer_shapes()
+        layers = [(shape.num_heads, shape.num_kv_heads, shape.channels) for shape in shapes]
+        with config.as_dense():
+            return layers, _layer(config, (config.channels_attribute,))
+    return [_layer(config, CHANNELS_ATTRIBUTES)] * getattr(config, "num_hidden_layers", 0), None
+
+
+def _layer(config: Any, channels_attributes: tuple[str, ...]) -> Widths:
+    heads = getattr(config, "num_attention_heads", None)
+    channels = (getattr(config, name, None) for name in channels_attributes)
+    return (
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        next((width for width in channels if width is not None), None),
+    )
+
+
+def _weights(directory: Path | None) -> tuple[int | None, int | None]:
+    """Parameters and bytes in a directory's weight files; None where there are none to read."""
+    try:
+        tensors = open_checkpoint(directory).tensors if directory else {}
+    except (ValueError, OSError, SafetensorError):  # in another format
+        tensors = {}
+    buffers = re.compile("|".join(OUTDATED))
+    sizes = [
+        tensor.num_bytes // tensor.dtype.itemsize
+        for name, tensor in tensors.items()
+        if tensor.dtype.is_floating_point and not buffers.search(name)
+    ]
+    return sum(sizes) or None, sum(tensor.num_bytes for tensor in tensors.values()) or None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file of the directory says; empty if it is not there."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 1e6:,.1f} MB"
