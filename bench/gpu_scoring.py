@@ -15,7 +15,7 @@ round dense, pack, tail, split    the same on masks as a later round of pruning 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from baselines import multiplied, token_losses
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring.fused import FusedEngine
 from bonsai_fast.surgery import remove_units
 from bonsai_fast.testing.cases import ModelShape, synchronized_timer
 
@@ -319,10 +320,12 @@ class _Cases:
 
     def _fused(self, way: str, route: str, keep: torch.Tensor, masked: float) -> None:
         scorer = MaskScorer(self._model, layout=self._layout, engine="fused", route=route)
+        assert isinstance(scorer.engine, FusedEngine)
+        rates = scorer.engine.rates
         self._attempt(
             *(way, lambda: scorer.score(keep, self._text), len(keep), masked),
             memory_budget=scorer.memory_budget,
-            rates=scorer.rates,
+            rates=None if rates is None else asdict(rates),
         )
 
 

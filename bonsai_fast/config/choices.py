@@ -33,6 +33,12 @@ AttentionGranularity = Literal["head", "kv-group"]
 RouteName = Literal["dense", "slice", "gather", "pack", "tail", "split"]
 
 
+Route = Literal["auto", RouteName]
+
+
+EngineName = Literal["auto", "hooks", "fused"]
+
+
 HeadLayout = Literal["rectangular", "free"]
 
 

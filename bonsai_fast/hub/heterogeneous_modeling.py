@@ -131,6 +131,10 @@ def share_kv_heads(attention, args, kwargs):
     }
 
 
+# it spreads K and V over the query heads itself
+share_kv_heads.fused_engine_may_skip = True
+
+
 class LayerConfig:
     """A model's configuration as one layer sees it: all but the layer's widths is read through."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from bonsai_fast.console import Reporter
-from bonsai_fast.files import write_atomically, write_json
+from bonsai_fast.files import write_atomically
 from bonsai_fast.methods.allocation import Target, finish
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
@@ -21,7 +20,7 @@ from bonsai_fast.methods.task import Task
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import RunDirectory
 from bonsai_fast.runs.ledger import text_hash
-from bonsai_fast.scoring import ParentReference
+from bonsai_fast.scoring import Chunk, ScoringSession
 
 
 def _ignore(count: int) -> None:
@@ -48,15 +47,12 @@ class Search:
     reporter: Reporter
     submodels_scored: int = field(default=0, init=False)
     tokens_scored: int = field(default=0, init=False)
-    _reference: tuple[torch.Tensor, ParentReference] | None = field(default=None, init=False)
+    _damage_session: ScoringSession | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """A run that goes on chooses routes by what was measured when it began."""
-        path, scorer = self.run.path / "rates.json", self.task.scorer
-        if path.is_file():
-            scorer.rates = json.loads(path.read_text())
-        elif self.run.start in ("new", "resume") and scorer.rates is not None:
-            write_json(path, scorer.rates)
+        """A resumed run chooses routes by the speeds that were measured when it began."""
+        write = self.run.start in ("new", "resume")
+        self.task.scorer.record_rates(self.run.path / "rates.json", write=write)
 
     @property
     def recorded_only(self) -> bool:
@@ -78,64 +74,60 @@ class Search:
         Raises:
             NotRecordedError: the run is only re-targeted and its ledger lacks these.
         """
-        return self.evaluations("", self.task.scorer.score, stage, keep, input_ids, silent=silent)
+        session = self.task.scorer.session(input_ids)
+        return self.evaluations("", Chunk.losses, stage, keep, session, silent=silent)
 
     def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
 
-        For a model that cannot tell, its loss, which ranks sub-models too.
+        For a model whose divergence cannot be measured, its loss, which ranks sub-models too.
         """
-        scorer = self.task.scorer
-        if not scorer.measures_divergence:
+        session = self._damage_session
+        if session is None or session.input_ids is not input_ids:
+            # kept: it holds what the parent predicts for this text
+            session = self._damage_session = self.task.scorer.session(input_ids)
+        if not session.has_divergence:
             return self.losses(stage, keep, input_ids)
-
-        def divergence(chunk: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-            if self._reference is None or self._reference[0] is not input_ids:
-                self._reference = input_ids, scorer.parent_reference(input_ids)
-            return scorer.divergence(chunk, input_ids, self._reference[1])
-
-        return self.evaluations("divergence ", divergence, stage, keep, input_ids)
+        return self.evaluations("divergence ", Chunk.divergence, stage, keep, session)
 
     def evaluations(
         self,
         measure: str,
-        evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        evaluate: Callable[[Chunk], torch.Tensor],
         stage: str,
         keep: torch.Tensor,
-        input_ids: torch.Tensor,
+        session: ScoringSession,
         *,
         silent: bool = False,
     ) -> torch.Tensor:
         """Whatever a method measures of sub-models on text, recorded as losses are.
 
-        They are taken in fixed chunks, one call each, and a chunk is recorded as a whole:
-        an interrupted run goes on with the same batches, and so with the same bits, as one that was
-        not.
+        Sub-models are measured in chunks of a fixed size, one call each, and a chunk is recorded as
+        a whole: a resumed run has the same batches, and so the same bits, as an uninterrupted one.
 
         Args:
-            measure: what is measured; the same name must mean the same function in all of a run.
-            evaluate: (bool [n, P], int64 [B, T]) -> float32 [n, B].
-            stage, keep, input_ids, silent: as `losses`.
+            measure: name of the quantity; one name must mean the same function throughout a run.
+            evaluate: chunk of n sub-models -> float32 [n, B].
+            stage, keep, silent: as for `losses`.
+            session: of the scorer, on the text.
         """
-        text = measure + text_hash(input_ids)
-        sequences, length = input_ids.shape
-        step = self.task.scorer.submodels_per_call(sequences, length)
+        text = measure + text_hash(session.input_ids)
         found: list[torch.Tensor] = []
         bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
-        with self.task.scorer.one_route(keep, input_ids), bar as advance:
-            for chunk in keep.split(step):
-                losses = self.run.ledger.find(text, chunk)
+        with bar as advance:
+            for chunk in session.chunks(keep):
+                losses = self.run.ledger.find(text, chunk.keep)
                 if losses is None and self.recorded_only:
-                    losses = self.run.ledger.find_each(text, chunk)
+                    losses = self.run.ledger.find_each(text, chunk.keep)
                 if losses is None:
                     if self.recorded_only:
                         raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
-                    losses = evaluate(chunk, input_ids)
-                    self.run.ledger.append(stage, text, chunk, losses)
-                    self.submodels_scored += len(chunk)
-                    self.tokens_scored += losses.numel() * length
+                    losses = evaluate(chunk)
+                    self.run.ledger.append(stage, text, chunk.keep, losses)
+                    self.submodels_scored += len(chunk.keep)
+                    self.tokens_scored += losses.numel() * session.input_ids.shape[1]
                 found.append(losses)
-                advance(len(chunk))
+                advance(len(chunk.keep))
         return torch.cat(found)
 
     def prior(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ def plan_table(task: Task, plan: Plan, seconds: float) -> Table:
 def estimate_seconds(task: Task, plan: Plan) -> float:
     """Time that the plan's forward passes take on this machine, from one batch."""
     tokens = task.calibration.input_ids[:1]
-    rows = min(task.scorer.submodels_per_call(1, tokens.shape[1]), TIMED_SUBMODELS)
+    rows = min(task.scorer.session(tokens).submodels_per_chunk, TIMED_SUBMODELS)
     # all different, or an engine would run them once
     different = torch.rand(rows, len(task.layout), generator=torch.Generator().manual_seed(0)) > 0.1
     task.scorer.score(different[:1], tokens)

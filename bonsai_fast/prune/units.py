@@ -126,8 +126,8 @@ def prepare(
     )
     if config.route is not None and scorer.engine.name != "fused":
         raise ValueError(
-            f"route: {type(model).__name__} is scored as it is, which leaves no choice; "
-            f"expected none, got {config.route}"
+            f"route: routes exist only in the fused engine, which does not support "
+            f"{type(model).__name__}; omit --route"
         )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
     return Task(model, scorer, calibration, config, target), evaluation

@@ -1,15 +1,18 @@
 """Scoring sub-models: keep masks in, losses out."""
 
+from bonsai_fast.config.choices import EngineName
 from bonsai_fast.scoring.fused import Precision
 from bonsai_fast.scoring.hooks_engine import masked
-from bonsai_fast.scoring.scorer import EngineName, MaskScorer
-from bonsai_fast.scoring.sequence_nll import ParentReference, SequenceNLL
+from bonsai_fast.scoring.scorer import MaskScorer
+from bonsai_fast.scoring.scoring_session import Chunk, ScoringSession
+from bonsai_fast.scoring.sequence_nll import SequenceNLL
 
 __all__ = [
+    "Chunk",
     "EngineName",
     "MaskScorer",
-    "ParentReference",
     "Precision",
+    "ScoringSession",
     "SequenceNLL",
     "masked",
 ]

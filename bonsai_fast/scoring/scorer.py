@@ -1,62 +1,61 @@
-"""MaskScorer: many sub-models and some text in, a loss for each pair out."""
+"""MaskScorer: keep masks and text in, a loss for each (sub-model, sequence) pair out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict
-from typing import Literal, get_args
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.memory import default_budget, parse_bytes
+from bonsai_fast.config.choices import EngineName, Route
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.scoring.fused import (
-    FusedEngine,
-    Precision,
-    Rates,
-    Route,
-    UnsupportedStructureError,
-)
+from bonsai_fast.scoring.fused import FusedEngine, Precision, UnsupportedStructureError
 from bonsai_fast.scoring.hooks_engine import HooksEngine
 from bonsai_fast.scoring.interface import Engine, Progress
-from bonsai_fast.scoring.sequence_nll import ParentReference, SequenceNLL
+from bonsai_fast.scoring.scoring_session import ScoringSession
+from bonsai_fast.scoring.sequence_nll import SequenceNLL
 from bonsai_fast.scoring.working_set import logit_bytes_within
-
-EngineName = Literal["auto", "hooks", "fused"]
 
 
 class MaskScorer:
     """Scores sub-models of one parent without instantiating any of them.
 
     A sub-model is the parent with the removed units' contribution zeroed at the input of the output
-    projection, which is the same function as the parent with their rows and columns cut out.
+    projection. That computes the same function as the parent with their rows and columns cut out.
 
     Args:
-        model: the parent, a causal language model in evaluation mode or not (dropout is off while
-            scoring); loaded, or streamed by `open_streamed` or `stream_layers`.
+        model: the parent, a causal language model, loaded, or streamed by `open_streamed` or
+            `stream_layers`. Dropout is off while scoring, also if the model is in training mode.
         layout: its units; `Layout.of(model)` if None.
-        engine: "hooks" runs the model as it is and works for every supported family; "fused" runs
-            LLaMA-like decoders layer by layer over all sub-models, and what sub-models share once;
-            "auto" is "fused" where that is possible.
-        route: how the fused engine computes masked sub-layers: "dense" whole, with what is removed
-            set to zero, "slice" from copies of what is kept, "gather" by kernels that read what
-            each sub-model keeps where it lies, "pack" from one copy a wave of what any sub-model of
-            the call keeps, "tail" so, too, but of MLPs each sub-model's slice of it, "split" so,
-            too, but of MLPs one product for what all keep, and what else each sub-model keeps by
-            kernels that read it where it lies; "auto" decides by what costs less, though never for
+        engine: "hooks" runs the model itself and works for every supported family; "fused" supports
+            LLaMA-like decoders, runs them layer by layer over all sub-models, and computes what
+            sub-models share once; "auto" is "fused" where the model is supported.
+        route: how the fused engine computes sub-layers with removed parts.
+            "dense": the whole sub-layer, then what is removed is set to zero.
+            "slice": on a copy of the weights that a sub-model keeps.
+            "gather": kernels that read each sub-model's kept weights in place.
+            "pack": one copy per wave of the weights that any sub-model of the call keeps, then as
+            "dense".
+            "tail": as "pack", but each MLP on a slice of that copy for each sub-model.
+            "split": as "pack", but each MLP in two parts: one product for the channels that all
+            sub-models keep; "gather" kernels for the others.
+            "auto": the fastest by measured speeds on a GPU, by a fixed table on a CPU; never
             "split", which no GPU has measured yet.
-        precision: of the products in layers: "full" is the model's own, "int8" (CPU, or CUDA from
-            compute capability 8.0 on) and "fp8" (CUDA from 8.9 on) have 8 bits and a scale for each
-            token and each output, and need the fused engine; see `check_precision`. What "split"
-            gathers stays in full precision.
+        precision: of the matrix products in layers. "full" is the model's own; "int8" (CPU, or CUDA
+            from compute capability 8.0) and "fp8" (CUDA from 8.9) use 8 bits with a scale for each
+            token and each output. Both need the fused engine; see `check_precision`. The channels
+            that route "split" gathers stay in full precision.
         memory_budget: bytes (or "2GiB") that scoring may use beside the weights; None: 2 GiB on a
-            CPU, half of the device's memory on CUDA. Of a streamed model, whose layers are read
-            once for as many tokens as it allows, give it what can be spared.
+            CPU, half of the device's memory on CUDA. A streamed model is read once per batch, and
+            the budget limits the batch: give it all memory that is free.
+    Attributes:
+        engine: what computes the scores.
     Raises:
-        ValueError: unknown engine or route, or the model cannot be scored, or not by that engine.
+        ValueError: unknown engine, route or precision, or the model cannot be scored with these.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class MaskScorer:
         if precision not in get_args(Precision):
             raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
         if precision != "full" and route == "gather":
-            raise ValueError(f"precision {precision}: route gather has full precision only")
+            raise ValueError(f"route gather supports precision full only, got {precision}")
         self.model, self.precision = model, precision
         self.layout = layout if layout is not None else Layout.of(model)
         self.memory_budget = (
@@ -87,50 +86,38 @@ class MaskScorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's LM head lies; masks and tokens are moved there."""
+        """Device of the model's LM head; masks and tokens are moved there."""
         return self._nll.head.weight.device
 
     def rows_per_batch(self, length: int) -> int:
-        """(sub-model, sequence) pairs that are scored at once, for sequences of `length` tokens."""
+        """Number of (sub-model, sequence) pairs processed at once, for `length` tokens each."""
         return self.engine.rows_per_batch(length)
 
-    def submodels_per_call(self, sequences: int, length: int) -> int:
-        """Sub-models that should be scored in one call where each call's result is recorded.
+    def record_rates(self, path: Path, *, write: bool) -> None:
+        """Choose routes by the GPU speeds in a file, as another start of the same run did.
 
-        Fewer would compute twice what sub-models have in common; more would only be lost together.
-        """
-        return self.engine.submodels_per_call(sequences, length)
-
-    @property
-    def rates(self) -> dict[str, float] | None:
-        """Speeds of the GPU by which routes are chosen, measured once; None where a table does.
-
-        What was measured before can be set, so that scores come out as they did then. A ValueError
-        says that it was something else.
-        """
-        rates = self.engine.rates if isinstance(self.engine, FusedEngine) else None
-        return None if rates is None else asdict(rates)
-
-    @rates.setter
-    def rates(self, rates: dict[str, float]) -> None:
-        if isinstance(self.engine, FusedEngine):
-            self.engine.rates = Rates.read(rates)
-
-    def one_route(
-        self, keep: torch.Tensor, input_ids: torch.Tensor
-    ) -> AbstractContextManager[None]:
-        """While this holds, sub-models are scored by the one route that suits these on average.
-
-        Scores of different routes differ by rounding, which in 16 bits is more than some sub-models
-        differ by: what is to be compared should share a route. On a GPU "auto" otherwise decides
-        for each call of `score` by itself; on a CPU each mask has its route by a fixed table.
+        Without the file, the speeds measured on this GPU are used. On a CPU nothing is measured.
 
         Args:
-            keep: bool [S, P].
-            input_ids: int64 [B, T].
+            path: JSON.
+            write: whether to write measured speeds to the file.
+        Raises:
+            ValueError: the file holds something else.
         """
-        self.layout.check_mask(keep, dims=2)
-        return self.engine.one_route(keep, *input_ids.shape)
+        if isinstance(self.engine, FusedEngine):
+            self.engine.record_rates(path, write=write)
+
+    def session(self, input_ids: torch.Tensor) -> ScoringSession:
+        """Score many sub-models on one text, in chunks that can be recorded one by one.
+
+        Args:
+            input_ids: int64 [B, T], T >= 2, no padding.
+        Raises:
+            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, or the
+                memory budget is too small for one sequence.
+        """
+        self._check_tokens(input_ids)
+        return ScoringSession(self.engine, self.layout, self._nll, input_ids)
 
     def score(
         self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
@@ -140,60 +127,36 @@ class MaskScorer:
         Args:
             keep: bool [S, P], True = kept.
             input_ids: int64 [B, T], T >= 2, no padding.
-            progress: called with the number of pairs done, every now and then.
+            progress: called now and then with the number of pairs done since the last call.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token. A sub-model that overflows has
             NaN or Inf in its own row only.
         Raises:
-            TypeError, ValueError: wrong dtype or shape, or token ids outside the vocabulary.
+            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, or the
+                memory budget is too small for one sequence.
         """
-        self._check_tokens(input_ids)
-        self.layout.check_mask(keep, dims=2)
-        return self.engine.score(keep, input_ids, None, progress)
-
-    @property
-    def measures_divergence(self) -> bool:
-        """Whether `divergence` works for this model: its logits are linear in its hidden states."""
-        return self._nll.is_linear
-
-    def parent_reference(self, input_ids: torch.Tensor) -> ParentReference:
-        """What `divergence` compares with, for int64 [B, T]; made once, kept on the CPU."""
-        self._check_tokens(input_ids)
-        return self.engine.parent(input_ids)
+        return self.session(input_ids).whole(keep).losses(progress)
 
     def divergence(
-        self,
-        keep: torch.Tensor,
-        input_ids: torch.Tensor,
-        parent: ParentReference,
-        *,
-        progress: Progress | None = None,
+        self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
     ) -> torch.Tensor:
         """KL divergence of every sub-model from the parent, on every sequence.
 
-        Says more than a loss where text is scarce: it counts every change of the predictions, also
-        one that happens to help on these tokens.
+        It says more than a loss where text is scarce: it counts every change of the predictions,
+        also one that happens to help on these tokens. The parent runs once per call; a `session`
+        runs it once per text.
 
         Args:
-            keep: bool [S, P], True = kept.
-            input_ids: int64 [B, T], T >= 2, no padding.
-            parent: `parent_reference(input_ids)`.
+            keep, input_ids, progress: as for `score`.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token.
         Raises:
             TypeError, ValueError: as `score`, or the model caps its logits.
         """
-        self._check_tokens(input_ids)
-        if len(parent.constant) != len(input_ids):
-            raise ValueError(
-                f"parent: expected a reference for {len(input_ids)} sequences, "
-                f"got one for {len(parent.constant)}"
-            )
-        self.layout.check_mask(keep, dims=2)
-        return self.engine.score(keep, input_ids, parent, progress)
+        return self.session(input_ids).whole(keep).divergence(progress)
 
     def as_function(self, input_ids: torch.Tensor) -> Callable[[np.ndarray], np.ndarray]:
-        """The scorer as a plain function, for shap, scipy, optuna, pymoo or a search of your own.
+        """The scorer as a plain function, for shap, scipy, optuna, pymoo or your own search.
 
         Args:
             input_ids: int64 [B, T].
@@ -201,7 +164,7 @@ class MaskScorer:
             a function of keep masks (bool or 0/1 array [S, P], or [P] for one) to float64 [S]: the
             mean loss over all sequences, nats per predicted token.
         """
-        self._check_tokens(input_ids)
+        session = self.session(input_ids)
 
         def mean_loss(keep: np.ndarray) -> np.ndarray:
             masks = np.atleast_2d(np.asarray(keep))
@@ -209,7 +172,7 @@ class MaskScorer:
                 if not np.isin(masks, (0, 1)).all():
                     raise ValueError("keep masks: expected only 0 and 1 (1 = kept)")
                 masks = masks.astype(np.bool_)
-            losses = self.score(torch.from_numpy(np.ascontiguousarray(masks)), input_ids)
+            losses = session.whole(torch.from_numpy(np.ascontiguousarray(masks))).losses()
             return losses.mean(dim=1, dtype=torch.float64).numpy()
 
         return mean_loss
@@ -224,10 +187,10 @@ class MaskScorer:
                 if engine == "fused" or self.precision != "full":
                     name = type(self.model).__name__
                     raise ValueError(
-                        f"{name} cannot be scored by the fused engine: {error}"
+                        f"the fused engine does not support {name}: {error}"
                     ) from error
         elif self.precision != "full":
-            raise ValueError(f"precision {self.precision}: engine hooks has full precision only")
+            raise ValueError(f"engine hooks supports precision full only, got {self.precision}")
         return HooksEngine(self.layout, self._nll, self.memory_budget)
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:

@@ -133,9 +133,9 @@ def test_a_check_is_sound_where_the_order_is_kept() -> None:
     [
         ("llama3", {"precision": "fp8"}, "needs a GPU of compute capability 8.9 or newer"),
         ("llama3", {"precision": "int4"}, "precision: expected one of"),
-        ("llama3", {"precision": "int8", "engine": "hooks"}, "engine hooks has full precision"),
-        ("llama3", {"precision": "int8", "route": "gather"}, "route gather has full precision"),
-        ("opt", {"precision": "int8"}, "cannot be scored by the fused engine"),
+        ("llama3", {"precision": "int8", "engine": "hooks"}, "hooks supports precision full only"),
+        ("llama3", {"precision": "int8", "route": "gather"}, "gather supports precision full only"),
+        ("opt", {"precision": "int8"}, "the fused engine does not support OPTForCausalLM"),
     ],
 )
 def test_refusals(family: str, options: dict[str, str], message: str) -> None:

@@ -278,7 +278,7 @@ def test_divergence_equals_kl_of_all_logits(family: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(3)
     scorer = MaskScorer(model)
     masks = random_masks(scorer.layout)
-    found = scorer.divergence(masks, input_ids, scorer.parent_reference(input_ids))
+    found = scorer.divergence(masks, input_ids)
     with torch.no_grad():
         log_p = model(input_ids=input_ids).logits[:, :-1].double().log_softmax(-1)
         for keep, divergence in zip(masks, found, strict=True):
@@ -287,10 +287,3 @@ def test_divergence_equals_kl_of_all_logits(family: str) -> None:
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
             torch.testing.assert_close(divergence.double(), expected, rtol=1e-4, atol=1e-4)
     assert found[0].abs().max() < 1e-4 < found[1:].min()
-
-
-def test_divergence_needs_a_reference_of_the_same_text(llama3: PreTrainedModel) -> None:
-    scorer = MaskScorer(llama3)
-    masks = random_masks(scorer.layout)
-    with pytest.raises(ValueError, match="reference for 3 sequences, got one for 2"):
-        scorer.divergence(masks, tokens(3), scorer.parent_reference(tokens(2)))

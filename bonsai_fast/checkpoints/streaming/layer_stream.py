@@ -178,11 +178,12 @@ class LayerStream:
             }
 
     def _hook(self, index: int):  # type: ignore[no-untyped-def]
-        # the fused engine knows this name
         def bring_in(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             if not self._is_paused:
                 self.bring_in(index)
 
+        # it calls `bring_in` itself
+        bring_in.fused_engine_may_skip = True  # type: ignore[attr-defined]
         return bring_in
 
 

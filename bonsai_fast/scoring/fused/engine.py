@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bonsai_fast.checkpoints.streaming import stream_of
+from bonsai_fast.config.choices import Route
+from bonsai_fast.files import write_json
 from bonsai_fast.models import MLPBlock
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.divergence import ParentReference
 from bonsai_fast.scoring.fused.arithmetic.products import Precision, products
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
-from bonsai_fast.scoring.fused.choose_route import Route, cheapest, without_logits
+from bonsai_fast.scoring.fused.choose_route import cheapest, without_logits
+from bonsai_fast.scoring.fused.foreign_hooks import has_foreign_hooks
 from bonsai_fast.scoring.fused.gpu_rates import Rates, rates_of
 from bonsai_fast.scoring.fused.mask_tree import MaskTree
 from bonsai_fast.scoring.fused.operands.gather import gathers_heads
@@ -27,18 +32,15 @@ from bonsai_fast.scoring.fused.self_check import check_structure
 from bonsai_fast.scoring.fused.sublayers import normalize
 from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.hooks_engine import HooksEngine
-from bonsai_fast.scoring.interface import Progress
-from bonsai_fast.scoring.sequence_nll import ParentReference, SequenceNLL, evaluation_mode
+from bonsai_fast.scoring.interface import Measure, Progress
+from bonsai_fast.scoring.sequence_nll import SequenceNLL, evaluation_mode
 from bonsai_fast.scoring.working_set import MAX_TOKENS
 
 # leaves of a wave, if sequences have to be split: so many share prefixes well
 MIN_LEAVES = 16
 # a stretch of text is scored under so many sub-models in one call at most, so that little is lost
 # when a run is interrupted
-MAX_SUBMODELS_PER_CALL = 16
-# pruned models carry the first, which only spreads K and V, as this engine does itself; streamed
-# ones the second, which only brings weights in
-KNOWN_HOOKS = {"share_kv_heads", "bring_in"}
+MAX_SUBMODELS_PER_CHUNK = 16
 
 
 class FusedEngine:
@@ -85,11 +87,11 @@ class FusedEngine:
         """(sub-model, sequence) pairs whose states are held at once."""
         return self._schedule(length).wave_rows
 
-    def submodels_per_call(self, sequences: int, length: int) -> int:
-        """Sub-models that are worth scoring together on so many sequences."""
+    def submodels_per_chunk(self, sequences: int, length: int) -> int:
+        """See `Engine.submodels_per_chunk`."""
         submodels = self.rows_per_batch(length) // sequences
         if stream_of(self.nll.model) is None:  # else every call reads all weights
-            most = MAX_SUBMODELS_PER_CALL
+            most = MAX_SUBMODELS_PER_CHUNK
             if self.kernels:  # a GPU is done with few in no time
                 most = max(most, MAX_TOKENS["cuda"] // (sequences * length))
             submodels = min(most, submodels)
@@ -110,29 +112,28 @@ class FusedEngine:
         self._rates = rates
         self.nll.without_logits = without_logits(rates)
 
-    @contextmanager
-    def one_route(self, keep: Tensor, sequences: int, length: int) -> Iterator[None]:
-        """See `Engine.one_route`."""
-        before = self.route
-        self.route = self._cheapest(keep, sequences, length)
-        try:
-            yield
-        finally:
-            self.route = before
+    def record_rates(self, path: Path, *, write: bool) -> None:
+        """See `MaskScorer.record_rates`."""
+        if path.is_file():
+            self.rates = Rates.read(json.loads(path.read_text()))
+        elif write and self.rates is not None:
+            write_json(path, asdict(self.rates))
 
     @torch.inference_mode()
     def score(
         self,
         keep: Tensor,
         input_ids: Tensor,
-        parent: ParentReference | None,
-        progress: Progress | None,
+        measure: Measure,
+        *,
+        route: Route | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """See `Engine.score`."""
-        if self._is_hooked():
-            return self._hooks.score(keep, input_ids, parent, progress)
+        if has_foreign_hooks(self.nll.backbone):
+            return self._hooks.score(keep, input_ids, measure, progress=progress)
         structure, keep = self._structure(), keep.cpu()
-        route = self._cheapest(keep, *input_ids.shape)
+        route = route or self.route_for(keep, *input_ids.shape)
         schedule = self._schedule(input_ids.shape[1])
         tree = MaskTree(self.layout, structure.blocks, keep)
         positions = Positions(structure, input_ids.shape[1])
@@ -159,17 +160,16 @@ class FusedEngine:
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
                 report(pairs / (len(structure.sublayers) + 1))
-            local = None if parent is None else _rows(parent, sequences)
-            found[leaves, sequences] = self._losses(wave, states, tokens, local)
+            found[leaves, sequences] = _measured(measure, wave, states, tokens, sequences.start)
             report(pairs / (len(structure.sublayers) + 1))
         report.finish()
         return found[tree.leaf_of_submodel]
 
     @torch.inference_mode()
-    def parent(self, input_ids: Tensor) -> ParentReference:
-        """See `Engine.parent`."""
-        if self._is_hooked():
-            return self._hooks.parent(input_ids)
+    def parent_reference(self, input_ids: Tensor) -> ParentReference:
+        """See `Engine.parent_reference`."""
+        if has_foreign_hooks(self.nll.backbone):
+            return self._hooks.parent_reference(input_ids)
         structure = self._structure()
         schedule = self._schedule(input_ids.shape[1])
         positions = Positions(structure, input_ids.shape[1])
@@ -187,34 +187,11 @@ class FusedEngine:
             for depth in range(len(structure.sublayers)):
                 wave.step(depth, states)
             hidden = normalize(structure.norm, states[0], workspace, kernels=self.kernels)
-            parts.append(self.nll.parent_of(hidden))
+            parts.append(ParentReference.of_states(self.nll, hidden))
         return ParentReference.cat(parts)
 
-    def _losses(
-        self,
-        wave: Wave,
-        states: Tensor,
-        tokens: Tensor,
-        parent: ParentReference | None,
-    ) -> Tensor:
-        """Last states of some leaves on some sequences -> float32 [leaves, B] on the CPU."""
-        rows = states.flatten(0, 1)
-        sequence = torch.arange(len(rows)) % len(tokens)
-        found = []
-        for chunk, which in zip(
-            rows.split(wave.chunk_rows), sequence.split(wave.chunk_rows), strict=True
-        ):
-            hidden = normalize(wave.structure.norm, chunk, wave.workspace, kernels=wave.kernels)
-            labels = tokens[which.to(tokens.device)]
-            if parent is None:
-                found.append(self.nll.losses_of(hidden, labels).cpu())
-            else:
-                reference = parent.rows(which).to(tokens.device)
-                found.append(self.nll.divergence_of(hidden, labels, reference).cpu())
-        return torch.cat(found).view(states.shape[:2])
-
-    def _cheapest(self, keep: Tensor, sequences: int, length: int) -> Route:
-        """The route that is wanted; on a GPU, where that is "auto", the one that should be best."""
+    def route_for(self, keep: Tensor, sequences: int, length: int) -> Route:
+        """See `Engine.route_for`. On a CPU "auto" stays: there each mask has its own route."""
         rates = self.rates
         if self.route != "auto" or rates is None:
             return self.route
@@ -245,19 +222,18 @@ class FusedEngine:
             )
         return schedule
 
-    def _is_hooked(self) -> bool:
-        """Whether somebody watches or changes what the model's modules compute."""
-        return any(map(_is_hooked, self.nll.backbone.modules()))
 
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    names = {getattr(hook, "__name__", None) for hook in hooks}
-    return "forward" in vars(module) or not names <= KNOWN_HOOKS
-
-
-def _rows(parent: ParentReference, sequences: slice) -> ParentReference:
-    return parent.rows(torch.arange(sequences.start, sequences.stop))
+def _measured(measure: Measure, wave: Wave, states: Tensor, tokens: Tensor, first: int) -> Tensor:
+    """Last states of some leaves on some sequences -> float32 [leaves, B] on the CPU."""
+    rows = states.flatten(0, 1)
+    sequence = torch.arange(len(rows)) % len(tokens)
+    found = []
+    for chunk, which in zip(
+        rows.split(wave.chunk_rows), sequence.split(wave.chunk_rows), strict=True
+    ):
+        hidden = normalize(wave.structure.norm, chunk, wave.workspace, kernels=wave.kernels)
+        found.append(measure(hidden, tokens[which.to(tokens.device)], first + which).cpu())
+    return torch.cat(found).view(states.shape[:2])
 
 
 def _kept_share(layout: Layout, keep: Tensor) -> float:

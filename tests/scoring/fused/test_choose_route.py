@@ -135,9 +135,9 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def with_rates(rates: Rates | None) -> MaskScorer:
     """A scorer that decides as on a GPU with such rates."""
     scorer = MaskScorer(wide_heads("llama3"), engine="fused")
-    assert isinstance(scorer.engine, FusedEngine) and scorer.rates is None
+    assert isinstance(scorer.engine, FusedEngine) and scorer.engine.rates is None
     if rates is not None:
-        scorer.rates = asdict(rates)
+        scorer.engine.rates = rates
     return scorer
 
 
@@ -154,10 +154,10 @@ def test_rates_decide_for_all_sublayers_at_once(kept: float, route: str, routes)
     assert routes.keys() == {route}
     expected = MaskScorer(scorer.model, engine="hooks").score(keep, tokens())
     torch.testing.assert_close(scored, expected, rtol=0, atol=1e-4)
-    assert scorer.rates == asdict(FAST)
+    assert scorer.engine.rates == FAST
 
 
-def test_one_route_for_what_is_compared(routes) -> None:
+def test_one_route_for_what_is_compared(routes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that would be scored differently are not where all of them decide together."""
     scorer = with_rates(FAST)
     keep = torch.cat([draw(scorer, 0.5), draw(scorer, 0.97, 1)])
@@ -166,19 +166,21 @@ def test_one_route_for_what_is_compared(routes) -> None:
         scorer.score(chunk, tokens())
     assert routes.keys() == {"dense", "gather"}
     routes.clear()
-    with scorer.one_route(keep, tokens()):
-        for chunk in chunks:
-            scorer.score(chunk, tokens())
-    assert routes.keys() == {"gather"}
+    session = scorer.session(tokens())
+    monkeypatch.setattr(session, "submodels_per_chunk", 4)
+    compared = session.chunks(keep)
+    for chunk in compared:
+        chunk.losses()
+    assert [len(chunk.keep) for chunk in compared] == [4, 1] and routes.keys() == {"gather"}
     scorer.score(chunks[1], tokens())
-    assert routes.keys() == {"dense", "gather"}, "afterwards each call decides for itself again"
+    assert routes.keys() == {"dense", "gather"}, "another call chooses its own route"
 
 
 def test_without_rates_a_table_decides(routes) -> None:
     """On a CPU: a run must go on with the bits that it began with."""
     scorer = with_rates(None)
-    with scorer.one_route(draw(scorer, 0.5), tokens()):
-        assert scorer.engine.route == "auto"
+    (chunk,) = scorer.session(tokens()).chunks(draw(scorer, 0.5))
+    assert chunk.route == "auto"
     scorer.score(draw(scorer, 0.5), tokens())
     assert "gather" not in routes
 
@@ -190,7 +192,7 @@ def test_a_run_keeps_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((tmp_path / "run" / "rates.json").read_text()) == asdict(FAST)
     monkeypatch.setattr(MaskScorer, "_make_engine", _measuring(SLOW, MaskScorer._make_engine))
     again = new_search(tiny_llama(), tmp_path / "run")
-    assert search.task.scorer.rates == again.task.scorer.rates == asdict(FAST)
+    assert search.task.scorer.engine.rates == again.task.scorer.engine.rates == FAST
 
 
 def _measuring(rates: Rates, make):
@@ -219,6 +221,9 @@ def test_a_run_is_scored_by_the_route_that_was_asked_for(tmp_path: Path, routes)
 
 def test_a_route_for_a_model_without_routes_is_refused(tmp_path: Path) -> None:
     config = PruneConfig(route="gather", num_sequences=2, sequence_length=16, evaluation_tokens=64)
-    with pytest.raises(ValueError, match="route: OPTForCausalLM is scored as it is") as caught:
+    with pytest.raises(
+        ValueError,
+        match="routes exist only in the fused engine, which does not support OPTForCausalLM",
+    ) as caught:
         prepare(FAMILIES["opt"](), byte_tokenizer(), config)
     assert "\n" not in str(caught.value)

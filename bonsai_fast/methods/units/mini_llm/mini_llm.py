@@ -42,7 +42,7 @@ from bonsai_fast.methods.units.one_shot import cut
 from bonsai_fast.methods.units.variables import Variables
 from bonsai_fast.models import Cut
 from bonsai_fast.ops.native import channel_moments
-from bonsai_fast.scoring import SequenceNLL
+from bonsai_fast.scoring import Chunk, SequenceNLL
 from bonsai_fast.scoring.sequence_nll import evaluation_mode
 
 # calibration sequences that the gradient is estimated on
@@ -138,12 +138,12 @@ def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untype
     scale = config.perturbation_scale or SCALES[config.perturbation]
     input_ids = task.calibration.input_ids[:SEQUENCES]
     nll = SequenceNLL(task.model)
-    rows = task.scorer.rows_per_batch(input_ids.shape[1])
+    batches = input_ids.split(task.scorer.rows_per_batch(input_ids.shape[1]))
+    session = task.scorer.session(input_ids)
 
     def loss(number: int, step: float) -> float:
-        def evaluate(keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        def evaluate(_: Chunk) -> torch.Tensor:
             with evaluation_mode(task.model), perturbed(number, step):
-                batches = input_ids.split(rows)
                 return torch.cat(
                     [nll(batch.to(nll.head.weight.device)).cpu() for batch in batches]
                 )[None]
@@ -151,7 +151,7 @@ def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untype
         everything = torch.ones(1, len(task.layout), dtype=torch.bool)
         measure = f"{config.perturbation}, seed {config.seed}, direction {number}, {step:+g}: "
         stage = f"direction-{number:05d}"
-        found = search.evaluations(measure, evaluate, stage, everything, input_ids, silent=True)
+        found = search.evaluations(measure, evaluate, stage, everything, session, silent=True)
         return float(found.mean(dtype=torch.float64))
 
     slopes = []

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bonsai_fast.config.choices import Route
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
-from bonsai_fast.scoring.fused.choose_route import Route, packing_pays
+from bonsai_fast.scoring.fused.choose_route import packing_pays
 from bonsai_fast.scoring.fused.mask_tree import MaskTree
 from bonsai_fast.scoring.fused.operands.copies import output_columns, take_blocks, take_projection
 from bonsai_fast.scoring.fused.parent import (

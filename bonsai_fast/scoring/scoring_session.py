@@ -1,0 +1,113 @@
+"""Scoring on one text: sub-models in chunks of a fixed size, all by the same route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from bonsai_fast.config.choices import Route
+from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.divergence import Divergence
+from bonsai_fast.scoring.interface import Engine, Measure, NextTokenLoss, Progress
+from bonsai_fast.scoring.sequence_nll import SequenceNLL
+
+
+class ScoringSession:
+    """One text on which sub-models are scored; made by `MaskScorer.session`.
+
+        session = scorer.session(input_ids)
+        for chunk in session.chunks(keep):
+            losses = chunk.losses()
+
+    Attributes:
+        input_ids: int64 [B, T], the text.
+        submodels_per_chunk: how many sub-models should be scored in one call where the result of
+            each call is recorded. Fewer would compute more than once what sub-models share; with
+            more, more work would be lost when the run is interrupted.
+    Raises:
+        ValueError: the memory budget is too small for one sequence.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout, nll: SequenceNLL, input_ids: Tensor) -> None:
+        self.engine, self.input_ids = engine, input_ids
+        self.submodels_per_chunk = engine.submodels_per_chunk(*input_ids.shape)
+        self.loss_measure = NextTokenLoss(nll)
+        self._layout, self._nll = layout, nll
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether a divergence can be measured: not for models that cap their logits."""
+        return self._nll.is_linear
+
+    @cached_property
+    def divergence_measure(self) -> Divergence:
+        """Measures the divergence from the parent, which runs over the text once.
+
+        Raises:
+            ValueError: the model caps its logits.
+        """
+        if not self.has_divergence:
+            name = type(self._nll.model).__name__
+            raise ValueError(f"{name} caps its logits: its divergence cannot be measured")
+        return Divergence(self._nll, self.engine.parent_reference(self.input_ids))
+
+    def chunks(self, keep: Tensor) -> list[Chunk]:
+        """Sub-models that will be compared, in chunks of `submodels_per_chunk`.
+
+        All chunks share the route that is fastest for `keep` on average. Scores of different routes
+        differ by rounding, and in 16 bits some sub-models differ by less.
+
+        Args:
+            keep: bool [S, P].
+        Raises:
+            TypeError, ValueError: wrong dtype or shape.
+        """
+        self._layout.check_mask(keep, dims=2)
+        route = self.engine.route_for(keep, *self.input_ids.shape)
+        return [Chunk(self, part, route) for part in keep.split(self.submodels_per_chunk)]
+
+    def whole(self, keep: Tensor) -> Chunk:
+        """All of these sub-models as one chunk; arguments and errors as for `chunks`."""
+        self._layout.check_mask(keep, dims=2)
+        return Chunk(self, keep, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Sub-models that are scored in one call.
+
+    Attributes:
+        session: the text.
+        keep: bool [n, P].
+        route: shared with other chunks; None: the fastest for these sub-models.
+    """
+
+    session: ScoringSession
+    keep: Tensor
+    route: Route | None
+
+    def losses(self, progress: Progress | None = None) -> Tensor:
+        """Loss of every sub-model on every sequence.
+
+        Args:
+            progress: called now and then with the number of pairs done since the last call.
+        Returns:
+            float32 [n, B] on the CPU, nats per predicted token.
+        """
+        return self._score(self.session.loss_measure, progress)
+
+    def divergence(self, progress: Progress | None = None) -> Tensor:
+        """KL divergence of every sub-model from the parent on every sequence; as `losses`.
+
+        Raises:
+            ValueError: the model caps its logits.
+        """
+        return self._score(self.session.divergence_measure, progress)
+
+    def _score(self, measure: Measure, progress: Progress | None) -> Tensor:
+        session = self.session
+        return session.engine.score(
+            self.keep, session.input_ids, measure, route=self.route, progress=progress
+        )
