@@ -12,9 +12,10 @@ import sys
 from dataclasses import asdict
 from typing import Any, cast
 
+from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE
 from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
 from bonsai_fast.runs.mask_files import load_mask
-from bonsai_fast.surgery.slice_checkpoint import MAX_SHARD_SIZE, slice_checkpoint
+from bonsai_fast.surgery.slice_checkpoint import slice_checkpoint
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.checkpoints.saved_model import REPORT_NAME
+from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.hub import register
 from bonsai_fast.surgery.model_card import write_model_card
+from bonsai_fast.surgery.save_streamed import write_streamed
 from bonsai_fast.surgery.stub_attention import with_stub_attention
 
 RemovedAttentionForm = Literal["absent", "stub"]
@@ -39,7 +41,8 @@ def save_pretrained(
     or absent whenever the process stops.
 
     Args:
-        model: what `remove_units` returned, or any other model that is not quantized.
+        model: what `remove_units` returned, or any other model that is not quantized, in memory or
+            streamed.
         directory: where to; missing directories above it are made.
         tokenizer: saved along.
         report: what to say in `bonsai_report.json`, e.g. parent id, rounding, `kept_positions`.
@@ -48,7 +51,8 @@ def save_pretrained(
             without our plugin).
         overwrite: replace a model that this function saved there before; nothing else, ever.
     Raises:
-        ValueError: the model is quantized, or `removed_attention` is neither of these.
+        ValueError: the model is quantized, or `removed_attention` is neither of these, or "stub"
+            for a streamed model.
         FileExistsError: `directory` is a file or holds something else, or a saved model and
             `overwrite` is not set.
         OSError: it cannot be written, for example because the disk is full; nothing is left behind.
@@ -60,10 +64,17 @@ def save_pretrained(
             f"removed_attention: expected 'absent' or 'stub', got {removed_attention!r}"
         )
     if removed_attention == "stub":
+        if stream_of(model) is not None:
+            raise ValueError(
+                "removed_attention 'stub': expected a model in memory, got a streamed one"
+            )
         model = with_stub_attention(model)
     parent = model.config.name_or_path
     with model_directory(directory, parent, report=report, overwrite=overwrite) as scratch:
-        model.save_pretrained(scratch)
+        if stream_of(model) is None:
+            model.save_pretrained(scratch)
+        else:
+            write_streamed(model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 

@@ -7,7 +7,6 @@ configuration are those of a model in memory; the weights pass through block by 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
@@ -17,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from bonsai_fast.checkpoints.meta_model import ParentOnDisk, names_on_disk, open_parent
 from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
-from bonsai_fast.checkpoints.safetensors_writer import write_safetensors
+from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE, write_model_weights
 from bonsai_fast.console import Reporter
 from bonsai_fast.models.layout import AttentionUnit, Layout
 from bonsai_fast.ops.native import take
@@ -33,8 +30,6 @@ from bonsai_fast.surgery.remove_units import move_in
 from bonsai_fast.surgery.save import model_directory
 from bonsai_fast.surgery.skeleton import build_structure
 
-# what transformers' save_pretrained takes if it is not told
-MAX_SHARD_SIZE = "50GB"
 BLOCK_BYTES = 1 << 24
 TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -179,26 +174,20 @@ def _write_weights(
     max_shard_size: int | str,
     reporter: Reporter | None,
 ) -> None:
-    split = split_torch_state_dict_into_shards(
-        {name: part.result for name, part in plan.items()},
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    metadata = {**parent.checkpoint.metadata, "format": "pt"}
     with (reporter or Reporter(quiet=True)).bar("tensors", total=len(plan)) as advance:
 
         def blocks(name: str) -> Iterator[torch.Tensor]:
             yield from plan[name].blocks()
             advance(1)
 
-        for file, names in split.filename_to_tensors.items():
-            tensors = {name: plan[name].result for name in names}
-            write_safetensors(directory / file, tensors, blocks, metadata)
-    if split.is_sharded:
-        about = {"total_parameters": num_parameters, **split.metadata}
-        index = {"metadata": about, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        write_model_weights(
+            directory,
+            {name: part.result for name, part in plan.items()},
+            blocks,
+            num_parameters=num_parameters,
+            metadata={**parent.checkpoint.metadata, "format": "pt"},
+            max_shard_size=max_shard_size,
+        )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

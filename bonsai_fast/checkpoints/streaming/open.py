@@ -1,4 +1,4 @@
-"""Make a model whose layers are streamed: from a directory, or from one in the host's memory."""
+"""Makes a model whose layers are streamed, from a directory or from host memory."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ def open_streamed(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open a saved model that may be larger than memory: two layers at a time are read from disk.
+    """Open a saved model that may be larger than memory; two of its layers are in memory at a time.
 
-    Embeddings, last norm and LM head stay on the device (on a CPU, where they lie in their files).
-    The model computes what the loaded one does; each pass reads all layers, the next one while one
-    is at work, so that many tokens should go together, as they do in `MaskScorer`.
+    Embeddings, last norm and LM head stay on the device (on a CPU, mapped from their files). The
+    model computes the same as the loaded one. Each pass reads all layers, the next one while the
+    current one computes, so give it many tokens at a time, as `MaskScorer` does.
 
     Args:
         directory: a model in safetensors, sharded or not, dense or pruned before.
-        device: that computes; CUDA if None and there is one.
+        device: where layers are computed; CUDA if None and there is one.
         dtype: to compute in; that of the checkpoint if None.
-        trust_remote_code: build the model from code that it carries.
+        trust_remote_code: build the model from code in the checkpoint.
     Returns:
-        the model in evaluation mode. It can be run, scored and measured, not trained, moved,
-        copied, saved or cut: for that, `surgery.slice_checkpoint` cuts its directory.
+        the model in evaluation mode. It can be run, scored, measured and saved with
+        `surgery.save_pretrained`, but not trained, moved, copied or cut:
+        `surgery.slice_checkpoint` cuts its directory.
     Raises:
         ValueError: no such model, quantized, not in safetensors, damaged, tensors are missing, or
-            it is no decoder that can be pruned.
+            no decoder that can be pruned.
     """
     parent = open_parent(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
     target = _device(device)
@@ -70,14 +71,14 @@ def open_streamed(
 def stream_layers(
     model: PreTrainedModel, *, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Keep a model's layers in the host's memory and compute on a GPU that cannot hold them.
+    """Keep a model's layers in host memory, and compute on a GPU that cannot hold them all.
 
     Args:
-        model: loaded on the CPU; changed in place, and returned. For CUDA its layers are moved to
-            pinned memory one by one, which the GPU reads at full speed.
-        device: that computes; CUDA if None and there is one.
+        model: loaded on the CPU; changed in place. For CUDA its layers are moved, one by one, to
+            pinned memory, which the GPU reads at full speed.
+        device: where layers are computed; CUDA if None and there is one.
     Returns:
-        the model, as `open_streamed` gives it.
+        the same model, streamed as by `open_streamed`.
     Raises:
         ValueError: its layers are not in the CPU's memory, or are streamed already.
     """
@@ -118,7 +119,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _with_buffers(parent: ParentOnDisk, trust_remote_code: bool) -> PreTrainedModel:
-    """The same model with everything that loading computes, such as rotary frequencies."""
+    """The same model with the buffers that loading computes, such as rotary frequencies."""
     with init_empty_weights(include_buffers=False):
         twin: PreTrainedModel = AutoModelForCausalLM.from_config(
             parent.model.config, dtype=parent.model.dtype, trust_remote_code=trust_remote_code
@@ -141,7 +142,7 @@ def _take_buffers(
 
 
 def _resident(stored: StoredTensor, empty: Tensor, device: torch.device) -> Tensor:
-    """A tensor that stays; on a CPU where it lies, if it can be used as it is."""
+    """A tensor that stays in memory; on a CPU mapped from its file if dtype and alignment allow."""
     aligned = stored.start % stored.dtype.itemsize == 0
     if device.type == "cpu" and stored.dtype == empty.dtype and aligned:
         return stored.mapped()
@@ -153,7 +154,7 @@ def _resident(stored: StoredTensor, empty: Tensor, device: torch.device) -> Tens
 def _replace_parameters(
     root: nn.Module, make: Callable[[str, nn.Parameter], Tensor], *, but: tuple[str, ...] = ()
 ) -> None:
-    """Give every parameter other data, but for those under some prefixes; ties stay ties."""
+    """Give every parameter other data, except under the prefixes `but`; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(_all_parameters(root)):
         if but and name.startswith(but):

@@ -1,4 +1,4 @@
-"""Where the tensors of a layer lie when they lie in one stretch of memory."""
+"""The tensors of a layer as one block of bytes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# what matrix products like best, on CPUs and GPUs
+# bytes: matrix products are fastest on aligned operands, on CPUs and GPUs
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """The tensors of one layer, one behind the other.
+    """Where each tensor of a layer is in the block.
 
     Attributes:
-        tensors: of the right shape and dtype, on any device, by name; on meta will do.
+        tensors: by name, of the right shape and dtype, on any device, also meta.
         offsets: where each begins, in bytes.
-        num_bytes: of all.
+        num_bytes: size of the block.
     """
 
     tensors: Mapping[str, Tensor]
@@ -36,10 +36,10 @@ class Packing:
         return cls(tensors, offsets, end)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The tensors inside a buffer.
+        """The tensors as views of a block.
 
         Args:
-            flat: uint8 [at least num_bytes].
+            flat: uint8 [num_bytes or more].
         """
         return {
             name: flat[self.offsets[name] :][: tensor.numel() * tensor.element_size()]
@@ -50,5 +50,5 @@ class Packing:
 
 
 def host_buffer(num_bytes: int, *, pinned: bool) -> Tensor:
-    """uint8 [num_bytes] on the host; pinned, so that a GPU fetches it by itself."""
+    """uint8 [num_bytes] in host memory; pinned if a GPU is to copy it asynchronously."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)

@@ -1,10 +1,10 @@
-"""Memory for one layer on the device that computes, filled in the background.
+"""Memory for one layer on the device that computes, filled by a background thread.
 
-The thread that computes calls `release` and `wait`, a background thread `fill`, in that order:
+The computing thread calls `release` and `wait`, the background thread `fill`, in this order:
 
-    release   what was queued so far may still read the slot; `fill` waits for it
-    fill      puts a layer there
-    wait      what is queued from now on finds the layer there
+    release   work queued until now may still read the slot; `fill` waits for it
+    fill      puts a layer into the slot
+    wait      work queued from now on reads that layer
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from bonsai_fast.checkpoints.streaming.packing import host_buffer
 
-# given room or None on the host: the packed layer
+# host memory that may be used, or None -> the packed layer in host memory
 Read = Callable[[Tensor | None], Tensor]
 
 
 class CpuSlot:
-    """On the CPU everything happens when it is called for."""
+    """A slot on the CPU, where nothing is queued."""
 
     def __init__(self, num_bytes: int) -> None:
         self.flat = host_buffer(num_bytes, pinned=False)
 
     def release(self) -> None:
-        """Nothing is ever queued."""
+        """Does nothing."""
 
     def fill(self, read: Read) -> None:
         """Read straight into the slot."""
@@ -36,20 +36,19 @@ class CpuSlot:
             self.flat[: len(found)].copy_(found)
 
     def wait(self) -> None:
-        """It is there."""
+        """Does nothing."""
 
 
 class CudaSlot:
-    """Copies run on a stream of their own, beside what is computed.
+    """A slot on a GPU; copies run on their own stream, parallel to the computation.
 
-    The slot's memory is used again and again, never freed while the stream is at work, so that
-    events alone keep reading and writing apart.
+    The memory is reused and never freed, so events are enough to keep reads and writes apart.
 
     Args:
         num_bytes: of the largest layer.
         device: a CUDA device.
         stream: for copies, shared by all slots.
-        staged: whether layers pass through pinned memory of this slot.
+        staged: whether layers are read into pinned memory of this slot first.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class CudaSlot:
         self._released, self._filled = torch.cuda.Event(), torch.cuda.Event()
 
     def release(self) -> None:
-        """Mark how far the computation has come."""
+        """Mark the work that may still read the slot."""
         self._released.record(torch.cuda.current_stream(self._device))
 
     def fill(self, read: Read) -> None:
-        """Read into pinned memory, once its last copy has left, and queue the next copy."""
+        """Wait until pinned memory is free, read into it, and queue the copy to the GPU."""
         if self._room is not None:
             self._filled.synchronize()
         found = read(self._room)
@@ -75,7 +74,7 @@ class CudaSlot:
             self._filled.record(self._stream)
 
     def wait(self) -> None:
-        """Let the computation wait for the copy."""
+        """Make the computation wait for the copy."""
         torch.cuda.current_stream(self._device).wait_event(self._filled)
 
 
@@ -86,10 +85,10 @@ def make_slots(count: int, num_bytes: int, device: torch.device, *, staged: bool
     """Slots on one device.
 
     Args:
-        count: how many.
+        count: number of slots.
         num_bytes: of the largest layer.
-        device: where.
-        staged: whether layers must be put into host memory before a GPU can fetch them.
+        device: where layers are computed.
+        staged: whether layers must be read into host memory before a GPU can copy them.
     """
     if device.type != "cuda":
         return [CpuSlot(num_bytes) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Where a streamed layer comes from: files, or host memory."""
+"""Where streamed layers are read from: files, or host memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_BYTES = 1 << 24
 
 
 class LayerSource(Protocol):
-    """Gives the weights of a layer as one stretch of host memory."""
+    """Gives the weights of a layer as one block of host memory."""
 
     needs_room: bool
 
@@ -23,17 +23,16 @@ class LayerSource(Protocol):
 
         Args:
             layer: its index.
-            packing: where its tensors are to lie.
-            room: uint8 on the host, as large as the result, which may be put there; given if
-                `needs_room`.
+            packing: where its tensors belong in the block.
+            room: uint8 in host memory, of that size or more, to read into; given if `needs_room`.
         """
 
 
 class StoredLayers:
-    """Layers in memory-mapped safetensors; what was read is let go of.
+    """Layers in memory-mapped safetensors; pages are given back once they are copied.
 
     Args:
-        tensors: for every layer, its tensors by their names inside the layer.
+        tensors: of every layer, by their names inside the layer.
     """
 
     needs_room = True
@@ -50,10 +49,10 @@ class StoredLayers:
 
 
 class HostLayers:
-    """Layers in the memory of the host, each in one piece, so that a GPU fetches it in one go.
+    """Layers in host memory, each as one block, so that a GPU copies it in one transfer.
 
     Args:
-        pinned: whether a GPU is going to fetch them.
+        pinned: whether a GPU will copy them.
     """
 
     needs_room = False
@@ -63,7 +62,7 @@ class HostLayers:
         self._layers: list[Tensor] = []
 
     def append(self, packing: Packing) -> None:
-        """Take a copy of the next layer's tensors."""
+        """Add a copy of the next layer's tensors."""
         flat = host_buffer(packing.num_bytes, pinned=self._pinned)
         for name, target in packing.views(flat).items():
             target.copy_(packing.tensors[name])
@@ -75,7 +74,7 @@ class HostLayers:
 
 
 def copy_stored(stored: StoredTensor, target: Tensor) -> None:
-    """Copy a tensor out of its file, a block at a time, into one of the same shape."""
+    """Copy a tensor from its file into one of the same shape, block by block."""
     if not stored.shape:
         target.copy_(next(iter(stored.blocks(BLOCK_BYTES)))[1])
         return
