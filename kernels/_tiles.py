@@ -29,6 +29,29 @@ def row_tile(tiles_ptr, num_tiles, num_columns):
 
 
 @triton.jit
+def multiply(
+    acc, x_base, x_offs, weight_base, weight_offs,
+    stop, num_terms, offs_k, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + x @ weight over `num_terms` columns of x, or over none where `stop` is 0.
+
+    Without EVEN_K the last step, of fewer than BLOCK_K columns, is masked.
+    """
+    for k in range(0, stop, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_base + x_offs)
+            weight = tl.load(weight_base + weight_offs)
+        else:
+            inside = offs_k < num_terms - k
+            x = tl.load(x_base + x_offs, mask=inside[None, :], other=0.0)
+            weight = tl.load(weight_base + weight_offs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        x_base += BLOCK_K
+        weight_base += BLOCK_K
+    return acc
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """An activation of float32 numbers, NaN and infinities as in PyTorch."""
     if ACTIVATION == "silu":

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import check_column_moments
 from bonsai_fast.kernels._configs import tunable
 
 ROWS_PER_SPLIT = 512
@@ -69,27 +68,25 @@ def _column_moments_kernel(
     tl.store(largest_ptr + place, peak, mask=mask)
 
 
-def column_moments_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernel; arguments and results are those of `bonsai_fast.ops.column_moments`."""
-    check_column_moments(x)
+def column_moments_triton(x: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Launch the kernel; `x` and `out` are those of `bonsai_fast.ops.column_moments`."""
     num_rows, num_channels = x.shape
     num_splits = triton.cdiv(num_rows, ROWS_PER_SPLIT)
     options = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty(3, num_splits, num_channels, **options)
-    # The row of zeros lets a maximum over no splits exist.
+    # With the row of zeros there is a maximum even of no splits.
     largest = torch.zeros(1 + num_splits, num_channels, **options)
     if x.numel():
 
         def grid(meta: dict[str, int]) -> tuple[int]:
             return (num_splits * triton.cdiv(num_channels, meta["BLOCK_C"]),)
 
-        with torch.cuda.device_of(x):
-            _column_moments_kernel[grid](
-                x, sums, largest[1:],
-                num_rows, num_channels,
-                x.stride(0), sums.stride(0),
-                SPLIT=ROWS_PER_SPLIT,
-            )  # fmt: skip
-    squares, magnitudes, values = sums.sum(dim=1, dtype=torch.float64).unbind()
-    # Results of an op may not share memory.
-    return squares.clone(), magnitudes.clone(), values.clone(), largest.amax(dim=0)
+        _column_moments_kernel[grid](
+            x, sums, largest[1:],
+            num_rows, num_channels,
+            x.stride(0), sums.stride(0),
+            SPLIT=ROWS_PER_SPLIT,
+        )  # fmt: skip
+    for part, total in zip(out, sums.sum(dim=1, dtype=torch.float64), strict=False):
+        part.copy_(total)
+    torch.amax(largest, dim=0, out=out[3])

@@ -10,12 +10,10 @@ likes come from the zeros.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import check_compact
 from bonsai_fast.kernels._configs import tunable
 
 
@@ -78,7 +76,6 @@ def _compact_columns_kernel(
 
 def compact_rows_triton(source: Tensor, index: Tensor, out: Tensor) -> None:
     """Launch the kernel; the arguments are those of `bonsai_fast.ops.compact_rows`."""
-    check_compact(source, index, out, 0)
     if len(index) == 0 or out.numel() == 0:
         out.zero_()
         return
@@ -87,17 +84,15 @@ def compact_rows_triton(source: Tensor, index: Tensor, out: Tensor) -> None:
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (num_places * triton.cdiv(num_columns, meta["BLOCK_C"]),)
 
-    with torch.cuda.device_of(source):
-        _compact_rows_kernel[grid](
-            source, index, out,
-            num_columns, len(index),
-            source.stride(0), out.stride(0),
-        )  # fmt: skip
+    _compact_rows_kernel[grid](
+        source, index, out,
+        num_columns, len(index),
+        source.stride(0), out.stride(0),
+    )  # fmt: skip
 
 
 def compact_columns_triton(source: Tensor, index: Tensor, out: Tensor) -> None:
     """Launch the kernel; the arguments are those of `bonsai_fast.ops.compact_columns`."""
-    check_compact(source, index, out, 1)
     if out.numel() == 0:
         return
     num_rows, num_places = out.shape
@@ -105,9 +100,8 @@ def compact_columns_triton(source: Tensor, index: Tensor, out: Tensor) -> None:
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(num_rows, meta["BLOCK_R"]) * triton.cdiv(num_places, meta["BLOCK_C"]),)
 
-    with torch.cuda.device_of(source):
-        _compact_columns_kernel[grid](
-            source, index, out,
-            num_rows, num_places, len(index),
-            source.stride(0), out.stride(0),
-        )  # fmt: skip
+    _compact_columns_kernel[grid](
+        source, index, out,
+        num_rows, num_places, len(index),
+        source.stride(0), out.stride(0),
+    )  # fmt: skip

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import check_glu_mask
 from bonsai_fast.kernels._configs import tunable
 from bonsai_fast.kernels._tiles import activate
 
@@ -54,23 +53,17 @@ def _glu_mask_kernel(
 
 
 def glu_mask_triton(
-    gate_up: Tensor, keep: Tensor, row_group: Tensor, *, activation: str, gated: bool
-) -> Tensor:
-    """Launch the kernel; the arguments and the result are those of `bonsai_fast.ops.glu_mask`."""
-    check_glu_mask(gate_up, keep, row_group, activation, gated)
-    num_rows, num_channels = len(gate_up), keep.shape[1]
-    out = gate_up.new_empty(num_rows, num_channels)
-    if out.numel() == 0:
-        return out
+    gate_up: Tensor, keep: Tensor, row_group: Tensor, activation: str, gated: bool, out: Tensor
+) -> None:
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.glu_mask`."""
+    num_rows, num_channels = out.shape
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (num_rows * triton.cdiv(num_channels, meta["BLOCK_I"]),)
 
-    with torch.cuda.device_of(gate_up):
-        _glu_mask_kernel[grid](
-            gate_up, keep.view(torch.uint8), row_group, out,
-            num_channels,
-            gate_up.stride(0), keep.stride(0), out.stride(0),
-            GATED=gated, ACTIVATION=activation,
-        )  # fmt: skip
-    return out
+    _glu_mask_kernel[grid](
+        gate_up, keep.view(torch.uint8), row_group, out,
+        num_channels,
+        gate_up.stride(0), keep.stride(0), out.stride(0),
+        GATED=gated, ACTIVATION=activation,
+    )  # fmt: skip

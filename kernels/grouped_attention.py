@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, check_grouped_attention
 from bonsai_fast.kernels._configs import tuned
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
 from bonsai_fast.kernels._tiles import LOWEST, PRECISION, tanh
 
 LOG2_E = math.log2(math.e)
@@ -29,8 +28,8 @@ def _block(queries: int, keys: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_Q": queries, "BLOCK_S": keys}, num_warps=warps, num_stages=stages)
 
 
-# By ahead-of-time compilation, not yet timed: no spill in the loops (see tests/test_aot.py). By
-# padded head_dim; heads of at most 64 have tiles of their own.
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loops (tests/ops/test_aot.py).
+# By padded head_dim; heads of up to 64 use the tiles of 64.
 CONFIGS = {
     64: {
         ("ampere", 2): (_block(128, 64, 4, 3), _block(128, 64, 8, 3)),
@@ -164,39 +163,25 @@ def _grouped_attention_kernel(
 
 
 def grouped_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    count: Tensor,
-    q_to_kv: Tensor,
-    tiles: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Launch the kernel; arguments and result are those of `bonsai_fast.ops.grouped_attention`."""
-    check_grouped_attention(q, k, v, count, q_to_kv, tiles, causal, window, softcap)
+    q: Tensor, k: Tensor, v: Tensor, count: Tensor, q_to_kv: Tensor, tiles: Tensor,
+    scale: float, causal: bool, window: int | None, softcap: float | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; arguments and `out` are those of `bonsai_fast.ops.grouped_attention`."""
     _, num_slots, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if out.numel() == 0:
-        return out
     block_d = max(16, triton.next_power_of_2(head_dim))
     kernel = tuned(_grouped_attention_kernel, CONFIGS[max(64, block_d)], q, ("HEAD_DIM",))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (len(tiles) * (BLOCK_ROWS // meta["BLOCK_Q"]) * num_slots,)
 
-    # exp2 instead of exp: the change of base goes into the factor, or into the cap.
+    # exp2 instead of exp: the change of base is part of the factor, or of the cap.
     factor = scale * LOG2_E if softcap is None else scale / softcap
-    with torch.cuda.device_of(q):
-        kernel[grid](
-            q, k, v, count, q_to_kv, tiles, out,
-            num_slots, float(factor), float((softcap or 0.0) * LOG2_E),
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            q_to_kv.stride(0), out.stride(0), out.stride(1),
-            CAUSAL=causal, WINDOW=window or 0, HAS_SOFTCAP=softcap is not None,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_ROWS=BLOCK_ROWS,
-        )  # fmt: skip
-    return out
+    kernel[grid](
+        q, k, v, count, q_to_kv, tiles, out,
+        num_slots, float(factor), float((softcap or 0.0) * LOG2_E),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q_to_kv.stride(0), out.stride(0), out.stride(1),
+        CAUSAL=causal, WINDOW=window or 0, HAS_SOFTCAP=softcap is not None,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_ROWS=BLOCK_ROWS,
+    )  # fmt: skip

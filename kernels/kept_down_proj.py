@@ -9,16 +9,15 @@ registers: loads that depend on a load in the same step would halve the depth of
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, check_kept_down_proj
 from bonsai_fast.kernels._configs import tile, tuned
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
 from bonsai_fast.kernels._tiles import PRECISION, add_and_store, row_tile
 
-# By ahead-of-time compilation, not yet timed: no spill in the loop (see tests/test_aot.py).
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loop (tests/ops/test_aot.py).
 CONFIGS = {
     ("ampere", 2): (tile(128, 32, 4, 4), tile(256, 32, 8, 4)),
     ("hopper", 2): (tile(256, 64, 8, 4), tile(128, 64, 8, 4)),
@@ -72,32 +71,22 @@ def _kept_down_proj_kernel(
 
 
 def kept_down_proj_triton(
-    a: Tensor,
-    weight_t: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Launch the kernel; arguments and result are those of `bonsai_fast.ops.kept_down_proj`."""
-    check_kept_down_proj(a, weight_t, index, count, tiles, bias, residual)
-    num_outputs = weight_t.shape[1]
-    out = a.new_empty(len(a), num_outputs)
-    if out.numel() == 0:
-        return out
+    a: Tensor, weight_t: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None, residual: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.kept_down_proj`."""
+    num_outputs = out.shape[1]
     kernel = tuned(_kept_down_proj_kernel, CONFIGS, a, ("num_outputs",))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (len(tiles) * triton.cdiv(num_outputs, meta["BLOCK_N"]),)
 
-    with torch.cuda.device_of(a):
-        kernel[grid](
-            a, weight_t, index, count, tiles, bias, residual, out,
-            num_outputs, len(tiles),
-            a.stride(0), weight_t.stride(0), index.stride(0),
-            0 if residual is None else residual.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            BLOCK_T=BLOCK_ROWS, EVEN_N=num_outputs % WIDEST == 0,
-        )  # fmt: skip
-    return out
+    kernel[grid](
+        a, weight_t, index, count, tiles, bias, residual, out,
+        num_outputs, len(tiles),
+        a.stride(0), weight_t.stride(0), index.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        BLOCK_T=BLOCK_ROWS, EVEN_N=num_outputs % WIDEST == 0,
+    )  # fmt: skip

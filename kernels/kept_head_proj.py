@@ -9,17 +9,16 @@ the rotation mixes, are neighbours in the accumulator, so that it is local to a 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING, check_kept_head_proj
 from bonsai_fast.kernels._configs import depth, tuned
-from bonsai_fast.kernels._tiles import PRECISION, row_tile
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
+from bonsai_fast.kernels._tiles import multiply, row_tile
 
-# By ahead-of-time compilation, not yet timed: no spill in the loop (see tests/test_aot.py). Tiles
-# wider than 128 columns spill in the rotation.
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loop (tests/ops/test_aot.py).
+# Tiles wider than 128 columns spill in the rotation.
 CONFIGS = {
     ("ampere", 2): (depth(32, 8, 4), depth(32, 4, 4)),
     ("hopper", 2): (depth(64, 8, 4), depth(64, 4, 4)),
@@ -63,22 +62,14 @@ def _kept_head_proj_kernel(
     x_offs = local[:, None] * stride_xt + offs_k[None, :]
     weight_offs = weight_row[None, :] * stride_wd + offs_k[:, None]
     x_base = x_ptr + begin.to(tl.int64) * stride_xt
-    weight_base = weight_ptr
 
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    # Nothing is kept in a tile past the end: no step, and zeros below.
+    # A tile past the end keeps nothing: no step here, and zeros below.
     stop = tl.where(first < count, hidden_size, 0)
-    for k in range(0, stop, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_base + x_offs)
-            weight = tl.load(weight_base + weight_offs)
-        else:
-            inside = offs_k < hidden_size - k
-            x = tl.load(x_base + x_offs, mask=inside[None, :], other=0.0)
-            weight = tl.load(weight_base + weight_offs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_base += BLOCK_K
-        weight_base += BLOCK_K
+    acc = multiply(
+        acc, x_base, x_offs, weight_ptr, weight_offs,
+        stop, hidden_size, offs_k, EVEN_K, BLOCK_K,
+    )  # fmt: skip
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + weight_row).to(tl.float32)[None, :]
@@ -117,40 +108,24 @@ def _kept_head_proj_kernel(
 
 
 def kept_head_proj_triton(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    positions: Tensor | None = None,
-    *,
-    head_dim: int,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    """Launch the kernel; arguments and result are those of `bonsai_fast.ops.kept_head_proj`."""
-    check_kept_head_proj(
-        x, weight, index, count, tiles, bias, norm_weight, cos, sin, positions, head_dim
-    )
-    num_slots, hidden_size = index.shape[1] - INDEX_PADDING, x.shape[1]
-    out = x.new_empty(len(x), num_slots, head_dim)
-    if out.numel() == 0:
-        return out
+    x: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None, norm_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+    head_dim: int, norm_eps: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.kept_head_proj`."""
+    num_slots, hidden_size = out.shape[1], x.shape[1]
     block_d = max(16, triton.next_power_of_2(head_dim))
     heads = 1 if norm_weight is not None else max(1, WIDTH // block_d)
     kernel = tuned(_kept_head_proj_kernel, CONFIGS, x, ("hidden_size", "HEAD_DIM"))
-    with torch.cuda.device_of(x):
-        kernel[(len(tiles) * triton.cdiv(num_slots, heads),)](
-            x, weight, bias, norm_weight, cos, sin, positions,
-            index, count, tiles, out,
-            hidden_size, num_slots, len(tiles), float(norm_eps),
-            x.stride(0), weight.stride(0), 0 if cos is None else cos.stride(0),
-            index.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_ROPE=cos is not None,
-            HEAD_DIM=head_dim, ROTARY_DIM=0 if cos is None else 2 * cos.shape[1], HEADS=heads,
-            BLOCK_D=block_d, BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
-        )  # fmt: skip
-    return out
+    kernel[(len(tiles) * triton.cdiv(num_slots, heads),)](
+        x, weight, bias, norm_weight, cos, sin, positions,
+        index, count, tiles, out,
+        hidden_size, num_slots, len(tiles), float(norm_eps),
+        x.stride(0), weight.stride(0), 0 if cos is None else cos.stride(0),
+        index.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_ROPE=cos is not None,
+        HEAD_DIM=head_dim, ROTARY_DIM=0 if cos is None else 2 * cos.shape[1], HEADS=heads,
+        BLOCK_D=block_d, BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
+    )  # fmt: skip

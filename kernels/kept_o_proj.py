@@ -10,17 +10,16 @@ block's place is looked up, one step ahead.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, check_kept_o_proj
 from bonsai_fast.kernels._configs import tile, tuned
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
 from bonsai_fast.kernels._tiles import PRECISION, add_and_store, row_tile
 
-# By ahead-of-time compilation, not yet timed: no spill in the loop (see tests/test_aot.py). A step
-# takes BLOCK_K columns, or fewer where that does not divide a head.
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loop (tests/ops/test_aot.py).
+# A step takes BLOCK_K columns, or fewer where BLOCK_K does not divide a head.
 CONFIGS = {
     ("ampere", 2): (tile(128, 32, 4, 4), tile(256, 32, 8, 4)),
     ("hopper", 2): (tile(256, 64, 8, 4), tile(128, 64, 8, 4)),
@@ -73,34 +72,24 @@ def _kept_o_proj_kernel(
 
 
 def kept_o_proj_triton(
-    a: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Launch the kernel; arguments and result are those of `bonsai_fast.ops.kept_o_proj`."""
-    check_kept_o_proj(a, weight, index, count, tiles, bias, residual)
-    num_outputs, head_dim = len(weight), a.shape[2]
-    out = a.new_empty(len(a), num_outputs)
-    if out.numel() == 0:
-        return out
+    a: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None, residual: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.kept_o_proj`."""
+    num_outputs, head_dim = out.shape[1], a.shape[2]
     kernel = tuned(_kept_o_proj_kernel, CONFIGS, a, ("num_outputs", "HEAD_DIM"))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (len(tiles) * triton.cdiv(num_outputs, meta["BLOCK_N"]),)
 
-    with torch.cuda.device_of(a):
-        kernel[grid](
-            a, weight, index, count, tiles, bias, residual, out,
-            num_outputs, len(tiles),
-            a.stride(0), weight.stride(0), index.stride(0),
-            0 if residual is None else residual.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            # The largest power of two that divides a head.
-            HEAD_DIM=head_dim, DIVISOR=head_dim & -head_dim,
-            BLOCK_T=BLOCK_ROWS,
-        )  # fmt: skip
-    return out
+    kernel[grid](
+        a, weight, index, count, tiles, bias, residual, out,
+        num_outputs, len(tiles),
+        a.stride(0), weight.stride(0), index.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        # The largest power of two that divides a head.
+        HEAD_DIM=head_dim, DIVISOR=head_dim & -head_dim,
+        BLOCK_T=BLOCK_ROWS,
+    )  # fmt: skip

@@ -11,16 +11,15 @@ thread.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING, check_kept_up_proj
 from bonsai_fast.kernels._configs import tile, tuned
-from bonsai_fast.kernels._tiles import PRECISION, activate, row_tile
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
+from bonsai_fast.kernels._tiles import activate, multiply, row_tile
 
-# By ahead-of-time compilation, not yet timed: no spill in the loop (see tests/test_aot.py).
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loop (tests/ops/test_aot.py).
 CONFIGS = {
     ("ampere", 2): (tile(128, 32, 4, 4), tile(256, 32, 8, 4)),
     ("hopper", 2): (tile(256, 64, 8, 4), tile(128, 64, 8, 4)),
@@ -58,22 +57,14 @@ def _kept_up_proj_kernel(
     x_offs = tl.minimum(offs_t, end - begin - 1)[:, None] * stride_xt + offs_k[None, :]
     weight_offs = weight_row[None, :] * stride_wi + offs_k[:, None]
     x_base = x_ptr + begin.to(tl.int64) * stride_xt
-    weight_base = weight_ptr
 
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    # Nothing is kept in a tile past the end: no step, and zeros below.
+    # A tile past the end keeps nothing: no step here, and zeros below.
     stop = tl.where(first < count, hidden_size, 0)
-    for k in range(0, stop, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_base + x_offs)
-            weight = tl.load(weight_base + weight_offs)
-        else:
-            inside = offs_k < hidden_size - k
-            x = tl.load(x_base + x_offs, mask=inside[None, :], other=0.0)
-            weight = tl.load(weight_base + weight_offs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_base += BLOCK_K
-        weight_base += BLOCK_K
+    acc = multiply(
+        acc, x_base, x_offs, weight_ptr, weight_offs,
+        stop, hidden_size, offs_k, EVEN_K, BLOCK_K,
+    )  # fmt: skip
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + weight_row).to(tl.float32)[None, :]
@@ -93,34 +84,21 @@ def _kept_up_proj_kernel(
 
 
 def kept_up_proj_triton(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """Launch the kernel; arguments and result are those of `bonsai_fast.ops.kept_up_proj`."""
-    check_kept_up_proj(x, weight, index, count, tiles, bias, activation, gated)
-    width = index.shape[1] - INDEX_PADDING
-    hidden_size = x.shape[1]
-    out = x.new_empty(len(x), width)
-    if out.numel() == 0:
-        return out
+    x: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None, activation: str, gated: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.kept_up_proj`."""
+    width, hidden_size, parts = out.shape[1], x.shape[1], 2 if gated else 1
     kernel = tuned(_kept_up_proj_kernel, CONFIGS, x, ("hidden_size", "num_channels"))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (len(tiles) * triton.cdiv(width, meta["BLOCK_N"] // (2 if gated else 1)),)
+        return (len(tiles) * triton.cdiv(width, meta["BLOCK_N"] // parts),)
 
-    with torch.cuda.device_of(x):
-        kernel[grid](
-            x, weight, bias, index, count, tiles, out,
-            hidden_size, len(weight) // (2 if gated else 1), width, len(tiles),
-            x.stride(0), weight.stride(0), index.stride(0), out.stride(0),
-            GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None,
-            BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
-        )  # fmt: skip
-    return out
+    kernel[grid](
+        x, weight, bias, index, count, tiles, out,
+        hidden_size, len(weight) // parts, width, len(tiles),
+        x.stride(0), weight.stride(0), index.stride(0), out.stride(0),
+        GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None,
+        BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
+    )  # fmt: skip

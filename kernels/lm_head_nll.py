@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, check_lm_head_nll
 from bonsai_fast.kernels._configs import tile, tuned
-from bonsai_fast.kernels._tiles import LOWEST, PRECISION, ROW_TILES_ABREAST, tanh
+from bonsai_fast.kernels._sizes import BLOCK_ROWS
+from bonsai_fast.kernels._tiles import LOWEST, ROW_TILES_ABREAST, multiply, tanh
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# By ahead-of-time compilation, not yet timed: no spill in the loop (see tests/test_aot.py).
+# Compiled ahead of time, not yet timed on a GPU: no spill in the loop (tests/ops/test_aot.py).
 CONFIGS = {
     ("ampere", 2): (tile(256, 32, 8, 4), tile(128, 32, 4, 4)),
     ("hopper", 2): (tile(256, 64, 8, 4), tile(128, 64, 8, 4)),
@@ -66,17 +66,10 @@ def _lm_head_nll_partial_kernel(
     weight_base = weight_ptr + column.to(tl.int64) * BLOCK_N * stride_wv
 
     logits = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for k in range(0, hidden_size, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_base + x_offs)
-            weight = tl.load(weight_base + weight_offs)
-        else:
-            inside = offs_k < hidden_size - k
-            x = tl.load(x_base + x_offs, mask=inside[None, :], other=0.0)
-            weight = tl.load(weight_base + weight_offs, mask=inside[:, None], other=0.0)
-        logits = tl.dot(x, weight, logits, input_precision=PRECISION)
-        x_base += BLOCK_K
-        weight_base += BLOCK_K
+    logits = multiply(
+        logits, x_base, x_offs, weight_base, weight_offs,
+        hidden_size, hidden_size, offs_k, EVEN_K, BLOCK_K,
+    )  # fmt: skip
 
     if HAS_BIAS:
         bias_ptrs = bias_ptr + column * BLOCK_N + offs_n
@@ -129,29 +122,21 @@ def _lm_head_nll_combine_kernel(
 
 
 def lm_head_nll_triton(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """Launch both kernels; arguments and result are those of `bonsai_fast.ops.lm_head_nll`.
+    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None,
+    scale: float, softcap: float | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch both kernels; the arguments and `out` are those of `bonsai_fast.ops.lm_head_nll`.
 
-    A label out of range gives NaN in its row: to look at labels would stall the stream.
+    A label out of range gives NaN in its row: looking at labels would stall the stream.
     """
-    check_lm_head_nll(x, weight, labels, bias, softcap)
     num_rows, (vocab_size, hidden_size) = len(x), weight.shape
-    # A label's tile writes its logit; where no tile does, there was no such label.
-    label_logits = torch.full((num_rows,), math.nan, dtype=torch.float32, device=x.device)
-    nll = torch.empty_like(label_logits)
-    if num_rows == 0:
-        return nll
+    # A label's tile writes its logit. Where no tile does, the label is out of range.
+    label_logits = torch.full_like(out, math.nan)
     kernel = tuned(_lm_head_nll_partial_kernel, CONFIGS, x, ("hidden_size", "vocab_size"))
     narrowest = min(config.kwargs["BLOCK_N"] for config in kernel.configs)
     height = triton.cdiv(vocab_size, narrowest)
-    # Aligned whatever the rows, so that their number is no reason to compile again.
+    # A multiple of BLOCK_ROWS, so that another number of rows does not compile again.
     stride = triton.cdiv(min(num_rows, MAX_ROWS), BLOCK_ROWS) * BLOCK_ROWS
     peaks, totals = torch.empty((2, height, stride), dtype=torch.float32, device=x.device)
     for begin in range(0, num_rows, MAX_ROWS):
@@ -161,19 +146,17 @@ def lm_head_nll_triton(
         def grid(meta: dict[str, int], num: int = num) -> tuple[int]:
             return (triton.cdiv(num, BLOCK_ROWS) * triton.cdiv(vocab_size, meta["BLOCK_N"]),)
 
-        with torch.cuda.device_of(x):
-            kernel[grid](
-                x[rows], weight, bias, labels[rows], peaks, totals, label_logits[rows],
-                num, hidden_size, vocab_size, float(scale), float(softcap or 1.0),
-                x.stride(0), weight.stride(0), stride,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-                BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
-            )  # fmt: skip
-            num_partials = triton.cdiv(vocab_size, kernel.best_config.kwargs["BLOCK_N"])
-            _lm_head_nll_combine_kernel[(triton.cdiv(num, COMBINE_ROWS),)](
-                peaks, totals, label_logits[rows], nll[rows],
-                num, num_partials,
-                stride,
-                BLOCK_T=COMBINE_ROWS, num_warps=4, num_stages=4,
-            )  # fmt: skip
-    return nll
+        kernel[grid](
+            x[rows], weight, bias, labels[rows], peaks, totals, label_logits[rows],
+            num, hidden_size, vocab_size, float(scale), float(softcap or 1.0),
+            x.stride(0), weight.stride(0), stride,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+            BLOCK_T=BLOCK_ROWS, EVEN_K=hidden_size % DEEPEST == 0,
+        )  # fmt: skip
+        num_partials = triton.cdiv(vocab_size, kernel.best_config.kwargs["BLOCK_N"])
+        _lm_head_nll_combine_kernel[(triton.cdiv(num, COMBINE_ROWS),)](
+            peaks, totals, label_logits[rows], out[rows],
+            num, num_partials,
+            stride,
+            BLOCK_T=COMBINE_ROWS, num_warps=4, num_stages=4,
+        )  # fmt: skip

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonsai_fast.kernels._checks import check_token_nll
 from bonsai_fast.kernels._configs import tunable
 
 # 16 elements are at least 128 bits in every dtype, the widest load there is.
@@ -38,7 +37,7 @@ def _fold(x, peak, total):
 
 
 # Default by reasoning, not yet by measurement: no spill, at least 32 bytes in flight a thread and
-# 768 threads an SM on sm_80, sm_86 and sm_90 (see tests/test_aot.py).
+# 768 threads an SM on sm_80, sm_86 and sm_90 (see tests/ops/test_aot.py).
 @triton.autotune(
     configs=tunable(
         triton.Config({"BLOCK_V": 2048}, num_warps=4),
@@ -88,20 +87,14 @@ def _token_nll_kernel(
     tl.store(nll_ptr + row, tl.log(row_total) + (row_peak - label_logit.to(tl.float32)))
 
 
-def token_nll_triton(logits: Tensor, labels: Tensor) -> Tensor:
-    """Launch the kernel; the arguments and the result are those of `bonsai_fast.ops.token_nll`.
+def token_nll_triton(logits: Tensor, labels: Tensor, out: Tensor) -> None:
+    """Launch the kernel; the arguments and `out` are those of `bonsai_fast.ops.token_nll`.
 
-    A label out of range gives NaN in its row: to look at labels would stall the stream.
+    A label out of range gives NaN in its row: looking at labels would stall the stream.
     """
-    check_token_nll(logits, labels)
     num_rows, vocab_size = logits.shape
-    nll = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    if num_rows == 0:
-        return nll
-    with torch.cuda.device_of(logits):
-        _token_nll_kernel[(num_rows,)](
-            logits, labels.contiguous(), nll,
-            vocab_size,
-            logits.stride(0),
-        )  # fmt: skip
-    return nll
+    _token_nll_kernel[(num_rows,)](
+        logits, labels.contiguous(), out,
+        vocab_size,
+        logits.stride(0),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+from bonsai_fast.kernels._sizes import BLOCK_ROWS, INDEX_PADDING
 from bonsai_fast.ops.native import kept_lists
 
 

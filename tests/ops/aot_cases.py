@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from aot import ARCHITECTURES
+from op_paths import kernel_of
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+from bonsai_fast import ops
+from bonsai_fast.kernels._sizes import BLOCK_ROWS, INDEX_PADDING
 from bonsai_fast.testing.cases import MODEL_SHAPES
 
 LLAMA = next(shape for shape in MODEL_SHAPES if shape.name == "Llama-3-8B")
@@ -37,16 +39,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def token_nll(dtype: torch.dtype, vocab_size: int = LLAMA.vocab_size) -> Any:
-    from bonsai_fast.kernels.token_nll import token_nll_triton
-
-    return token_nll_triton(meta(64, vocab_size, dtype=dtype), meta(64, dtype=torch.int64))
+    return kernel_of(ops.token_nll)(meta(64, vocab_size, dtype=dtype), meta(64, dtype=torch.int64))
 
 
 def glu_mask(dtype: torch.dtype, activation: str = "silu") -> Any:
-    from bonsai_fast.kernels.glu_mask import glu_mask_triton
-
     channels = LLAMA.intermediate_size
-    return glu_mask_triton(
+    return kernel_of(ops.glu_mask)(
         meta(NUM_ROWS, 2 * channels, dtype=dtype),
         meta(NUM_GROUPS, channels, dtype=torch.bool),
         meta(NUM_ROWS, dtype=torch.int32),
@@ -63,10 +61,8 @@ def plan(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def kept_up_proj(dtype: torch.dtype, activation: str = "silu", gated: bool = True) -> Any:
-    from bonsai_fast.kernels.kept_up_proj import kept_up_proj_triton
-
     rows = LLAMA.intermediate_size * (2 if gated else 1)
-    return kept_up_proj_triton(
+    return kernel_of(ops.kept_up_proj)(
         meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
         meta(rows, LLAMA.hidden_size, dtype=dtype),
         *plan(10240),
@@ -77,9 +73,7 @@ def kept_up_proj(dtype: torch.dtype, activation: str = "silu", gated: bool = Tru
 
 
 def kept_down_proj(dtype: torch.dtype) -> Any:
-    from bonsai_fast.kernels.kept_down_proj import kept_down_proj_triton
-
-    return kept_down_proj_triton(
+    return kernel_of(ops.kept_down_proj)(
         meta(NUM_ROWS, 10240, dtype=dtype),
         meta(LLAMA.intermediate_size, LLAMA.hidden_size, dtype=dtype),
         *plan(10240),
@@ -88,9 +82,7 @@ def kept_down_proj(dtype: torch.dtype) -> Any:
 
 
 def lm_head_nll(dtype: torch.dtype, softcap: float | None = None) -> Any:
-    from bonsai_fast.kernels.lm_head_nll import lm_head_nll_triton
-
-    return lm_head_nll_triton(
+    return kernel_of(ops.lm_head_nll)(
         meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
         meta(LLAMA.vocab_size, LLAMA.hidden_size, dtype=dtype),
         meta(NUM_ROWS, dtype=torch.int64),
@@ -99,10 +91,8 @@ def lm_head_nll(dtype: torch.dtype, softcap: float | None = None) -> Any:
 
 
 def kept_head_proj(dtype: torch.dtype, norm: bool = False, head_dim: int = 128) -> Any:
-    from bonsai_fast.kernels.kept_head_proj import kept_head_proj_triton
-
     table = meta(4096, head_dim // 2, dtype=torch.float32)
-    return kept_head_proj_triton(
+    return kernel_of(ops.kept_head_proj)(
         meta(NUM_ROWS, LLAMA.hidden_size, dtype=dtype),
         meta(LLAMA.num_attention_heads * head_dim, LLAMA.hidden_size, dtype=dtype),
         *plan(28),
@@ -115,10 +105,8 @@ def kept_head_proj(dtype: torch.dtype, norm: bool = False, head_dim: int = 128) 
 
 
 def grouped_attention(dtype: torch.dtype, head_dim: int = 128, **options: Any) -> Any:
-    from bonsai_fast.kernels.grouped_attention import grouped_attention_triton
-
     kv = meta(NUM_ROWS, LLAMA.num_key_value_heads, head_dim, dtype=dtype)
-    return grouped_attention_triton(
+    return kernel_of(ops.grouped_attention)(
         meta(NUM_ROWS, 28, head_dim, dtype=dtype),
         kv,
         kv,
@@ -131,9 +119,7 @@ def grouped_attention(dtype: torch.dtype, head_dim: int = 128, **options: Any) -
 
 
 def kept_o_proj(dtype: torch.dtype, head_dim: int = 128) -> Any:
-    from bonsai_fast.kernels.kept_o_proj import kept_o_proj_triton
-
-    return kept_o_proj_triton(
+    return kernel_of(ops.kept_o_proj)(
         meta(NUM_ROWS, 28, head_dim, dtype=dtype),
         meta(LLAMA.hidden_size, LLAMA.num_attention_heads * head_dim, dtype=dtype),
         *plan(28),
@@ -142,15 +128,11 @@ def kept_o_proj(dtype: torch.dtype, head_dim: int = 128) -> Any:
 
 
 def column_moments(dtype: torch.dtype) -> Any:
-    from bonsai_fast.kernels.column_moments import column_moments_triton
-
-    return column_moments_triton(meta(NUM_ROWS, LLAMA.intermediate_size, dtype=dtype))
+    return kernel_of(ops.column_moments)(meta(NUM_ROWS, LLAMA.intermediate_size, dtype=dtype))
 
 
 def compact(dim: int) -> Any:
-    from bonsai_fast.kernels.compact import compact_columns_triton, compact_rows_triton
-
-    function = compact_columns_triton if dim else compact_rows_triton
+    function = kernel_of(ops.compact_columns if dim else ops.compact_rows)
     source = meta(LLAMA.intermediate_size, LLAMA.intermediate_size)
     shape = [LLAMA.intermediate_size, LLAMA.intermediate_size]
     shape[dim] = 10240

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import both, refusals
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import KERNEL_DTYPES, random_tensor
@@ -13,14 +14,11 @@ from bonsai_fast.testing.reference import column_moments_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.column_moments import ROWS_PER_SPLIT, column_moments_triton
+from bonsai_fast.kernels.column_moments import ROWS_PER_SPLIT
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(column_moments_triton, id="launcher"),
-    pytest.param(ops.column_moments, id="op"),
-]
+FUNCTIONS = both(ops.column_moments)
 SHAPES = [
     pytest.param((ROWS_PER_SPLIT, 256), id="aligned"),
     pytest.param((2 * ROWS_PER_SPLIT + 37, 90), id="ragged"),
@@ -87,15 +85,12 @@ def test_opcheck(device):
     torch.library.opcheck(ops.column_moments, (random_tensor(9, 90, device=device),))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(
-    "x, message",
+test_says_what_is_wrong = refusals(
+    ops.column_moments,
+    {},
     [
-        (torch.ones(3), r"x must be \[T, C\], got \[3\]"),
-        (torch.ones(3, 4).double(), "x must be float16, .* got torch.float64"),
-        (torch.ones(3, 4).T, "contiguous along its last dim"),
+        pytest.param({"x": torch.ones(3)}, r"x must be \[T, C\], got \[3\]", id="dims"),
+        pytest.param({"x": torch.ones(3, 4).double()}, "float16, .* got torch.float64", id="dtype"),
+        pytest.param({"x": torch.ones(3, 4).T}, "contiguous along its last dim", id="layout"),
     ],
 )
-def test_says_what_is_wrong(x, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(x)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import kernel_of
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import KERNEL_DTYPES, random_tensor
@@ -13,15 +14,14 @@ from bonsai_fast.testing.reference import compact_columns_reference, compact_row
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.compact import compact_columns_triton, compact_rows_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
 # function, reference, dim that shrinks
 FUNCTIONS = [
-    pytest.param(compact_rows_triton, compact_rows_reference, 0, id="rows-launcher"),
+    pytest.param(kernel_of(ops.compact_rows), compact_rows_reference, 0, id="rows-kernel"),
     pytest.param(ops.compact_rows, compact_rows_reference, 0, id="rows-op"),
-    pytest.param(compact_columns_triton, compact_columns_reference, 1, id="columns-launcher"),
+    pytest.param(kernel_of(ops.compact_columns), compact_columns_reference, 1, id="columns-kernel"),
     pytest.param(ops.compact_columns, compact_columns_reference, 1, id="columns-op"),
 ]
 SHAPES = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from op_paths import kernel_of
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import random_logits, random_tensor, random_wave
@@ -16,6 +18,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.kernel
 
 ALL = {name: getattr(ops, name) for name in ops.__all__ if name.islower()}
+FILES = {path.stem for path in (Path(ops.__file__).parent).glob("[!_]*.py")}
 WAVE = random_wave([3, 1, 2, 4], 6, multiple=128)
 HEADS = random_wave([3, 1, 2, 4], 6)
 X, RESIDUAL = random_tensor(10, 40), random_tensor(10, 40, seed=1)
@@ -59,18 +62,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_all_paths_take_the_same_arguments(name):
-    """The path for the GPU and the fake must not drift from the op where no GPU would notice."""
-    op = ALL[name]
-    assert "cuda" in op._backend_fns
-    expected = inspect.signature(op._init_fn)
-    assert inspect.signature(op._abstract_fn) == expected
-    assert inspect.signature(cuda_path(op)) == expected
-
-
-def cuda_path(op):
-    """What CUDA tensors would get; a decorator leaves the function itself in the op's module."""
-    return getattr(sys.modules[op._init_fn.__module__], f"_{op._init_fn.__name__}_cuda")
+def test_the_launcher_takes_the_arguments_of_the_op(name):
+    """It is called with all of them by name, and with the result as `out`."""
+    file = name if name in FILES else "compact"
+    module = importlib.import_module(f"bonsai_fast.kernels.{file}")
+    taken = set(inspect.signature(getattr(module, f"{name}_triton")).parameters)
+    assert taken == {"out", *inspect.signature(ALL[name]._init_fn).parameters}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -80,7 +77,7 @@ def test_cuda_path_equals_cpu_path(name):
     if expected is None:  # the workspace is the result
         expected = args[-1].clone()
         args[-1].fill_(7)
-    actual = cuda_path(ALL[name])(*args, **kwargs)
+    actual = kernel_of(ALL[name])(*args, **kwargs)
     actual = args[-1] if actual is None else actual
     # Sums over tokens are float64 that grew from float32.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

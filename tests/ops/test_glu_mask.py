@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -19,15 +20,11 @@ from bonsai_fast.testing.reference import glu_mask_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels._checks import ACTIVATIONS
-from bonsai_fast.kernels.glu_mask import glu_mask_triton
+from bonsai_fast.ops._groups import ACTIVATIONS
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(glu_mask_triton, id="launcher"),
-    pytest.param(ops.glu_mask, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.glu_mask), both(ops.glu_mask)
 # rows of every sub-model, channels
 SHAPES = [
     pytest.param([8, 8, 8, 8], 1024, id="aligned"),
@@ -109,8 +106,8 @@ def test_offsets_beyond_32_bits(device):
     keep = torch.ones(1, 16384, dtype=torch.bool, device=device)
     rows = torch.zeros(65538, dtype=torch.int32, device=device)
     options = {"activation": "silu", "gated": True}
-    out = glu_mask_triton(gate_up, keep, rows, **options)
-    assert torch.equal(out[65536:], glu_mask_triton(gate_up[65536:], keep, rows[:2], **options))
+    out = KERNEL(gate_up, keep, rows, **options)
+    assert torch.equal(out[65536:], KERNEL(gate_up[65536:], keep, rows[:2], **options))
     assert out[65535].eq(0).all() and out[65536].ne(0).any()
 
 
@@ -122,22 +119,17 @@ def test_opcheck(device):
 
 
 X, KEEP, ROWS = inputs([2, 1], 4)
+RIGHT = {"gate_up": X, "keep": KEEP, "row_group": ROWS, "activation": "silu", "gated": True}
 WRONG = [
-    pytest.param(X[0], KEEP, ROWS, "silu", r"gate_up must be \[T, 2I\], got \[8\]", id="dims"),
-    pytest.param(X[:, 1:], KEEP, ROWS, "silu", r"gate then up, got \[3, 7\]", id="odd"),
-    pytest.param(X.double(), KEEP, ROWS, "silu", "gate_up must be float16", id="dtype"),
-    pytest.param(X.t().contiguous().t(), KEEP, ROWS, "silu", "contiguous", id="transposed"),
-    pytest.param(X, KEEP.int(), ROWS, "silu", "keep must be bool, got torch.int32", id="keep-type"),
-    pytest.param(X, KEEP[:, 1:], ROWS, "silu", r"\[any, 4\], got \[2, 3\]", id="keep-shape"),
-    pytest.param(X, KEEP, ROWS.long(), "silu", "row_group must be int32", id="rows-type"),
-    pytest.param(X, KEEP, ROWS[1:], "silu", r"row_group must be \[3\], got \[2\]", id="rows"),
-    pytest.param(X, KEEP.to("meta"), ROWS, "silu", "keep must be on cpu, got meta", id="device"),
-    pytest.param(X, KEEP, ROWS, "swish", "one of silu, .* got 'swish'", id="activation"),
+    pytest.param({"gate_up": X[0]}, r"gate_up must be \[T, 2I\], got \[8\]", id="dims"),
+    pytest.param({"gate_up": X[:, 1:]}, r"gate then up, got \[3, 7\]", id="odd"),
+    pytest.param({"gate_up": X.double()}, "gate_up must be float16", id="dtype"),
+    pytest.param({"gate_up": X.t().contiguous().t()}, "contiguous", id="transposed"),
+    pytest.param({"keep": KEEP.int()}, "keep must be bool, got torch.int32", id="keep-type"),
+    pytest.param({"keep": KEEP[:, 1:]}, r"\[any, 4\], got \[2, 3\]", id="keep-shape"),
+    pytest.param({"row_group": ROWS.long()}, "row_group must be int32", id="rows-type"),
+    pytest.param({"row_group": ROWS[1:]}, r"row_group must be \[3\], got \[2\]", id="rows"),
+    pytest.param({"keep": KEEP.to("meta")}, "keep must be on cpu, got meta", id="device"),
+    pytest.param({"activation": "swish"}, "one of silu, .* got 'swish'", id="activation"),
 ]
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("gate_up, keep, row_group, activation, message", WRONG)
-def test_says_what_is_wrong(gate_up, keep, row_group, activation, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(gate_up, keep, row_group, activation=activation, gated=True)
+test_says_what_is_wrong = refusals(ops.glu_mask, RIGHT, WRONG)

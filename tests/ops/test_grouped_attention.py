@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 from torch.nn import functional as F
 
 from bonsai_fast import ops
@@ -14,14 +15,10 @@ from bonsai_fast.testing.reference import grouped_attention_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.grouped_attention import grouped_attention_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(grouped_attention_triton, id="launcher"),
-    pytest.param(ops.grouped_attention, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.grouped_attention), both(ops.grouped_attention)
 # tokens and sub-model of every sequence, slots, query heads of every sub-model, KV slots, head_dim
 SHAPES = [
     pytest.param([128, 256], [0, 1], 2, [2, 2], 2, 128, id="aligned"),
@@ -162,10 +159,10 @@ def test_takes_strided_heads(function, device):
 def test_a_row_does_not_depend_on_the_wave(device):
     """Bit for bit: which sequences share the wave must not matter."""
     q, k, v, count, q_to_kv, tiles = make([45, 131], [0, 1], 3, [3, 2], 2, 16, device=device)
-    together = grouped_attention_triton(q, k, v, count, q_to_kv, tiles, scale=0.25)
+    together = KERNEL(q, k, v, count, q_to_kv, tiles, scale=0.25)
     tiles = ops.SequencePlan.of([131], [0], device=device).tiles
     parts = (q[45:], k[45:], v[45:], count[1:], q_to_kv[1:], tiles)
-    assert torch.equal(together[45:], grouped_attention_triton(*parts, scale=0.25))
+    assert torch.equal(together[45:], KERNEL(*parts, scale=0.25))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -205,8 +202,4 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrong, message", WRONG)
-def test_says_what_is_wrong(wrong, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(**(RIGHT | wrong))
+test_says_what_is_wrong = refusals(ops.grouped_attention, RIGHT, WRONG)

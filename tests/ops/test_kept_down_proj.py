@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -20,14 +21,10 @@ from bonsai_fast.testing.reference import kept_down_proj_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.kept_down_proj import kept_down_proj_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(kept_down_proj_triton, id="launcher"),
-    pytest.param(ops.kept_down_proj, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.kept_down_proj), both(ops.kept_down_proj)
 # rows of every sub-model, channels, outputs; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 256, 256, id="aligned"),
@@ -127,13 +124,13 @@ def test_takes_strided_rows(function, device):
 def test_a_row_does_not_depend_on_the_wave(device):
     """Bit for bit: which sub-models share the wave must not matter."""
     wave, a, weight_t, _, residual = make([3, 2, 4, 1], 90, 72, device=device)
-    together = run(kept_down_proj_triton, wave, a, weight_t, None, residual)
+    together = run(KERNEL, wave, a, weight_t, None, residual)
     begin = 0
     for group, size in enumerate([3, 2, 4, 1]):
         kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), multiple=128, device=device)
         tiles = ops.RowPlan.of([size], device=device).tiles
         rows = slice(begin, begin + size)
-        alone = kept_down_proj_triton(
+        alone = KERNEL(
             a[rows, : kept.width], weight_t, kept.index, kept.count, tiles, None, residual[rows]
         )
         assert torch.equal(together[rows], alone)
@@ -180,8 +177,4 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrong, message", WRONG)
-def test_says_what_is_wrong(wrong, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(**(RIGHT | wrong))
+test_says_what_is_wrong = refusals(ops.kept_down_proj, RIGHT, WRONG)

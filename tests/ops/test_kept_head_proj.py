@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 from torch.nn import functional as F
 
 from bonsai_fast import ops
@@ -19,14 +20,10 @@ from bonsai_fast.testing.reference import kept_head_proj_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.kept_head_proj import kept_head_proj_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(kept_head_proj_triton, id="launcher"),
-    pytest.param(ops.kept_head_proj, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.kept_head_proj), both(ops.kept_head_proj)
 # rows of every sub-model, hidden size, heads, head_dim; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 128, 2, 128, id="aligned"),
@@ -152,12 +149,12 @@ def test_removed_heads_may_hold_anything(function, device):
 def test_a_row_does_not_depend_on_the_wave(device):
     """Bit for bit: which sub-models share the wave must not matter."""
     wave, x, weight = make([3, 2, 4, 1], 72, 5, 64, device=device)
-    together = kept_head_proj_triton(x, weight, *wave.tables, head_dim=64)
+    together = KERNEL(x, weight, *wave.tables, head_dim=64)
     begin = 0
     for group, size in enumerate([3, 2, 4, 1]):
         kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), device=device)
         tables = (kept.index, kept.count, ops.RowPlan.of([size], device=device).tiles)
-        alone = kept_head_proj_triton(x[begin : begin + size], weight, *tables, head_dim=64)
+        alone = KERNEL(x[begin : begin + size], weight, *tables, head_dim=64)
         assert torch.equal(together[begin : begin + size, : kept.width], alone)
         begin += size
 
@@ -215,8 +212,4 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrong, message", WRONG)
-def test_says_what_is_wrong(wrong, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(**(RIGHT | wrong))
+test_says_what_is_wrong = refusals(ops.kept_head_proj, RIGHT, WRONG)

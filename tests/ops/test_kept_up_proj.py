@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -18,15 +19,11 @@ from bonsai_fast.testing.reference import kept_up_proj_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels._checks import ACTIVATIONS
-from bonsai_fast.kernels.kept_up_proj import kept_up_proj_triton
+from bonsai_fast.ops._groups import ACTIVATIONS
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(kept_up_proj_triton, id="launcher"),
-    pytest.param(ops.kept_up_proj, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.kept_up_proj), both(ops.kept_up_proj)
 # rows of every sub-model, hidden size, channels; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 128, 256, id="aligned"),
@@ -130,13 +127,13 @@ def test_a_row_does_not_depend_on_the_wave(device):
     """Bit for bit: which sub-models share the wave must not matter."""
     wave, x, weight, _ = make([3, 2, 4, 1], 72, 90, device=device)
     options = {"activation": "silu", "gated": True}
-    together = run(kept_up_proj_triton, wave, x, weight, None, **options)
+    together = run(KERNEL, wave, x, weight, None, **options)
     begin = 0
     for group, size in enumerate([3, 2, 4, 1]):
         kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), multiple=128, device=device)
         tiles = ops.RowPlan.of([size], device=device).tiles
         rows = x[begin : begin + size]
-        alone = kept_up_proj_triton(rows, weight, kept.index, kept.count, tiles, **options)
+        alone = KERNEL(rows, weight, kept.index, kept.count, tiles, **options)
         assert torch.equal(together[begin : begin + size, : kept.width], alone)
         begin += size
 
@@ -191,9 +188,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrong, message", WRONG)
-def test_says_what_is_wrong(wrong, message, function):
-    options = {"activation": "silu", "gated": True}
-    with pytest.raises(ValueError, match=message):
-        function(**(RIGHT | options | wrong))
+test_says_what_is_wrong = refusals(
+    ops.kept_up_proj, RIGHT | {"activation": "silu", "gated": True}, WRONG
+)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from op_paths import both, kernel_of, refusals
 from torch.nn import functional as F
 
 from bonsai_fast import ops
@@ -16,14 +17,10 @@ from bonsai_fast.testing.reference import lm_head_nll_reference
 pytest.importorskip("triton")
 
 from bonsai_fast.kernels import lm_head_nll as module
-from bonsai_fast.kernels.lm_head_nll import lm_head_nll_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-FUNCTIONS = [
-    pytest.param(lm_head_nll_triton, id="launcher"),
-    pytest.param(ops.lm_head_nll, id="op"),
-]
+KERNEL, FUNCTIONS = kernel_of(ops.lm_head_nll), both(ops.lm_head_nll)
 # rows, hidden size, vocabulary: tiles are 128 rows by 64 to 256 tokens
 SHAPES = [
     pytest.param(128, 128, 512, id="aligned"),
@@ -69,7 +66,7 @@ def test_every_logit_counts_once(vocab_size, device):
     """A logit skipped or counted twice must show: all are alike, so nll = log V."""
     x = torch.zeros(3, 16, device=device)
     labels = torch.full((3,), vocab_size - 1, device=device)
-    nll = lm_head_nll_triton(x, torch.ones(vocab_size, 16, device=device), labels)
+    nll = KERNEL(x, torch.ones(vocab_size, 16, device=device), labels)
     torch.testing.assert_close(nll, torch.full_like(nll, math.log(vocab_size)), rtol=0, atol=1e-6)
 
 
@@ -79,9 +76,7 @@ def test_every_label_is_found(device):
     x = torch.full((vocab_size, 1), 0.01, device=device)
     weight = torch.arange(float(vocab_size), device=device)[:, None]
     labels = torch.arange(vocab_size, device=device)
-    assert_within_baseline(
-        lm_head_nll_triton(x, weight, labels), lm_head_nll_reference, x, weight, labels
-    )
+    assert_within_baseline(KERNEL(x, weight, labels), lm_head_nll_reference, x, weight, labels)
 
 
 @pytest.mark.parametrize("position", [0, 255, 256, 699])
@@ -90,9 +85,7 @@ def test_one_logit_may_dwarf_the_others(size, position, device):
     """A sum that is not rescaled when a later tile brings a larger logit must show."""
     x, weight, labels, _ = make(5, 40, 700, device=device)
     x[:, 0], weight[position, 0] = 1.0, size
-    assert_within_baseline(
-        lm_head_nll_triton(x, weight, labels), lm_head_nll_reference, x, weight, labels
-    )
+    assert_within_baseline(KERNEL(x, weight, labels), lm_head_nll_reference, x, weight, labels)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -120,33 +113,33 @@ def test_nan_stays_in_its_row(function, device):
 def test_a_row_does_not_depend_on_the_others(device):
     """Bit for bit, alone and in a batch and from run to run."""
     x, weight, labels, _ = make(131, 72, 300, device=device)
-    together = lm_head_nll_triton(x, weight, labels)
+    together = KERNEL(x, weight, labels)
     for row in (0, 77, 130):
-        alone = lm_head_nll_triton(x[row : row + 1], weight, labels[row : row + 1])
+        alone = KERNEL(x[row : row + 1], weight, labels[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)
-    assert torch.equal(together, lm_head_nll_triton(x, weight, labels))
+    assert torch.equal(together, KERNEL(x, weight, labels))
 
 
 def test_rows_come_in_chunks(device, monkeypatch):
     """The buffer of one chunk is used again by the next, which is shorter."""
     x, weight, labels, _ = make(150, 40, 300, device=device)
-    expected = lm_head_nll_triton(x, weight, labels)
+    expected = KERNEL(x, weight, labels)
     monkeypatch.setattr(module, "MAX_ROWS", 128)
-    assert torch.equal(lm_head_nll_triton(x, weight, labels), expected)
+    assert torch.equal(KERNEL(x, weight, labels), expected)
 
 
 @pytest.mark.parametrize("label", [-1, 300, 511, 512, -(2**40), 2**40])
 def test_a_label_out_of_range_gives_nan(label, device):
     x, weight, labels, _ = make(4, 40, 300, device=device)
     labels[1] = label
-    nll = lm_head_nll_triton(x, weight, labels)
+    nll = KERNEL(x, weight, labels)
     assert nll.isnan().tolist() == [False, True, False, False]
 
 
 def test_cpu_names_a_label_out_of_range():
     x, weight, labels, _ = make(4, 40, 300, device="cpu")
     labels[1] = 300
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.299, got .*300"):
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.299, got .*300"):
         ops.lm_head_nll(x, weight, labels)
 
 
@@ -170,7 +163,7 @@ def test_weights_beyond_32_bits(device):
     # All logits are 0, but the last token's, which is 8.
     total = math.log(262399 + math.exp(8))
     expected = torch.tensor([total, total - 8, total], device=device)
-    nll = lm_head_nll_triton(x, weight, labels)
+    nll = KERNEL(x, weight, labels)
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -197,11 +190,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wrong, message", WRONG)
-def test_says_what_is_wrong(wrong, message, function):
-    with pytest.raises(ValueError, match=message):
-        function(**(RIGHT | wrong))
+test_says_what_is_wrong = refusals(ops.lm_head_nll, RIGHT, WRONG)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonsai_fast.kernels._checks import BLOCK_ROWS, INDEX_PADDING
+from bonsai_fast.kernels._sizes import BLOCK_ROWS, INDEX_PADDING
 from bonsai_fast.ops import HeadLists, KeptLists, RowPlan, SequencePlan
 
 SIZES = [

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from op_paths import kernel_of, refusals
 from torch.nn import functional as F
 
 from bonsai_fast import ops
@@ -20,10 +21,11 @@ from bonsai_fast.testing.reference import token_nll_reference
 
 pytest.importorskip("triton")
 
-from bonsai_fast.kernels.token_nll import _token_nll_kernel, token_nll_triton
+from bonsai_fast.kernels.token_nll import _token_nll_kernel
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
+KERNEL = kernel_of(ops.token_nll)
 BLOCK_V = _token_nll_kernel.configs[0].kwargs["BLOCK_V"]
 SHAPES = [
     pytest.param((8, 2 * BLOCK_V), id="aligned"),
@@ -42,7 +44,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_reference(shape, dtype, device):
     logits, labels = random_logits(*shape, dtype=dtype, device=device)
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, logits, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, logits, labels)
 
 
 def test_every_label_of_a_row_is_found(device):
@@ -51,14 +53,14 @@ def test_every_label_of_a_row_is_found(device):
     logits = torch.arange(vocab_size, device=device).mul(0.01).expand(vocab_size, -1).contiguous()
     labels = torch.arange(vocab_size, device=device)[:: vocab_size // 63]
     logits = logits[: len(labels)]
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, logits, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, logits, labels)
 
 
 @pytest.mark.parametrize("vocab_size", [41, 2 * BLOCK_V, 2 * BLOCK_V + 941])
 def test_every_logit_counts_once(vocab_size, device):
     """A logit skipped or counted twice must show: all are alike, so nll = log V."""
     logits = torch.zeros(4, vocab_size, device=device)
-    nll = token_nll_triton(logits, torch.zeros(4, dtype=torch.int64, device=device))
+    nll = KERNEL(logits, torch.zeros(4, dtype=torch.int64, device=device))
     torch.testing.assert_close(nll, torch.full_like(nll, math.log(vocab_size)), rtol=0, atol=1e-6)
 
 
@@ -67,7 +69,7 @@ def test_the_largest_logit_may_be_anywhere(position, device):
     """A sum that is not rescaled when a later tile brings a larger logit must show."""
     logits, labels = random_logits(3, 2 * BLOCK_V + 77, device=device)
     logits[:, position] = 60.0
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, logits, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, logits, labels)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -75,26 +77,26 @@ def test_large_logits_do_not_overflow(dtype, device):
     """exp(logit) overflows float32 from 89 on; the answer does not."""
     logits, labels = random_logits(6, 700, dtype=dtype, device=device)
     logits *= torch.tensor([[1], [-1], [100], [-100], [1000], [-1000]], device=device)
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, logits, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, logits, labels)
 
 
 def test_rows_do_not_depend_on_each_other(device):
     """A row must be the same to the last bit alone and in a batch, and from run to run."""
     logits, labels = random_logits(6, BLOCK_V + 333, device=device)
-    together = token_nll_triton(logits, labels)
-    alone = [token_nll_triton(logits[n : n + 1], labels[n : n + 1]) for n in range(len(labels))]
+    together = KERNEL(logits, labels)
+    alone = [KERNEL(logits[n : n + 1], labels[n : n + 1]) for n in range(len(labels))]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together, token_nll_triton(logits, labels))
+    assert torch.equal(together, KERNEL(logits, labels))
 
 
 @pytest.mark.parametrize("position", [0, 100, BLOCK_V + 3, -1])
 def test_nan_stays_in_its_row(position, device):
     """A maximum that drops NaN would give a number; a shared accumulator would spread it."""
     logits, labels = random_logits(4, 2 * BLOCK_V + 7, device=device)
-    expected = token_nll_triton(logits, labels)
+    expected = KERNEL(logits, labels)
     expected[2] = math.nan
     logits[2, position] = math.nan
-    nll = token_nll_triton(logits, labels)
+    nll = KERNEL(logits, labels)
     torch.testing.assert_close(nll, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -114,7 +116,7 @@ def test_infinities_are_those_of_torch(dtype, device):
     logits[8, [3, -1]] = math.inf
     expected = F.cross_entropy(logits.float(), labels, reduction="none")
     assert expected.isnan().tolist() == [False, False, False, True, False, False, True, True, True]
-    torch.testing.assert_close(token_nll_triton(logits, labels), expected, equal_nan=True)
+    torch.testing.assert_close(KERNEL(logits, labels), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -126,7 +128,7 @@ def test_reads_nothing_outside_a_strided_row(vocab_size, start, every, device):
     logits = whole[1::every, start : start + vocab_size]
     values, labels = random_logits(*logits.shape, device=device)
     logits.copy_(values)
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, values, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, values, labels)
 
 
 def test_strided_labels(device):
@@ -134,22 +136,22 @@ def test_strided_labels(device):
     logits, _ = random_logits(5, 300, device=device)
     labels = torch.arange(50, device=device).view(5, 10)[:, 3]
     assert not labels.is_contiguous()
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, logits, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, logits, labels)
 
 
 def test_a_label_out_of_range_is_not_followed(device):
     """Such a label must give NaN in its row, never a read outside the logits."""
     logits, labels = random_logits(4, 300, device=device)
-    expected = token_nll_triton(logits, labels)
+    expected = KERNEL(logits, labels)
     labels[1], labels[3] = -100, 300
     expected[[1, 3]] = math.nan
-    nll = token_nll_triton(logits, labels)
+    nll = KERNEL(logits, labels)
     torch.testing.assert_close(nll, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_rows(device):
     """A grid of no programs is an error on a GPU."""
-    nll = token_nll_triton(*random_logits(0, 7, device=device))
+    nll = KERNEL(*random_logits(0, 7, device=device))
     assert nll.shape == (0,)
     assert nll.dtype == torch.float32
 
@@ -165,25 +167,20 @@ def test_offsets_beyond_int32(device):
     logits = storage.as_strided((3, vocab_size), (stride, 1))
     values, labels = random_logits(3, vocab_size, dtype=torch.float16, device=device)
     logits.copy_(values)
-    assert_within_baseline(token_nll_triton(logits, labels), token_nll_reference, values, labels)
+    assert_within_baseline(KERNEL(logits, labels), token_nll_reference, values, labels)
 
 
 LOGITS = torch.zeros(2, 3)
 LABELS = torch.zeros(2, dtype=torch.int64)
+RIGHT = {"logits": LOGITS, "labels": LABELS}
 WRONG = [
-    pytest.param(LOGITS[None], LABELS, r"V >= 1, got \[1, 2, 3\]", id="dims"),
-    pytest.param(LOGITS[:, :0], LABELS, r"V >= 1, got \[2, 0\]", id="no-vocabulary"),
-    pytest.param(LOGITS.double(), LABELS, "float32, got torch.float64", id="dtype"),
-    pytest.param(LOGITS.t()[:2], LABELS, "contiguous along V, got strides", id="transposed"),
-    pytest.param(LOGITS, LABELS.int(), "int64, got torch.int32", id="label-dtype"),
-    pytest.param(LOGITS, LABELS[:1], r"must be \[2\], .* got \[1\]", id="label-count"),
-    pytest.param(LOGITS, LABELS[:, None], r"must be \[2\], .* got \[2, 1\]", id="label-dims"),
-    pytest.param(LOGITS, LABELS.to("meta"), "of logits, cpu, got meta", id="label-device"),
+    pytest.param({"logits": LOGITS[None]}, r"be \[N, V\], got \[1, 2, 3\]", id="dims"),
+    pytest.param({"logits": LOGITS[:, :0]}, r"V >= 1, got \[2, 0\]", id="no-vocabulary"),
+    pytest.param({"logits": LOGITS.double()}, "float32, got torch.float64", id="dtype"),
+    pytest.param({"logits": LOGITS.t()[:2]}, "contiguous along its last dim", id="transposed"),
+    pytest.param({"labels": LABELS.int()}, "int64, got torch.int32", id="label-dtype"),
+    pytest.param({"labels": LABELS[:1]}, r"labels must be \[2\], got \[1\]", id="label-count"),
+    pytest.param({"labels": LABELS[:, None]}, r"be \[2\], got \[2, 1\]", id="label-dims"),
+    pytest.param({"labels": LABELS.to("meta")}, "be on cpu, got meta", id="label-device"),
 ]
-
-
-@pytest.mark.parametrize("function", [token_nll_triton, ops.token_nll], ids=["launcher", "op"])
-@pytest.mark.parametrize("logits, labels, message", WRONG)
-def test_says_what_is_wrong(function, logits, labels, message):
-    with pytest.raises(ValueError, match=message):
-        function(logits, labels)
+test_says_what_is_wrong = refusals(ops.token_nll, RIGHT, WRONG)

@@ -17,9 +17,10 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from op_paths import kernel_of
 from scoring_cases import related_masks, scorer_on_ops, wide_heads
 from surgery_cases import tokens
-from test_dispatch import ALL, cuda_path
+from test_dispatch import ALL
 
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
@@ -37,7 +38,7 @@ def use_kernels(calls: Counter[str]) -> None:
         return call
 
     for name, op in ALL.items():
-        op.register_kernel("cpu")(counted(name, cuda_path(op)))
+        op.register_kernel("cpu")(counted(name, kernel_of(op)))
 
 
 def main() -> None:
