@@ -29,7 +29,8 @@ LAYERS: dict[str, set[str]] = {
     "checkpoints": {"checkpoints"},
     "models": {"models"},
     "ops and options": {"config", "ops"},
-    "ground": {"_C", "console", "files", "hub", "kernels"},
+    "command lines": {"command_line"},
+    "ground": {"_C", "console", "files", "help_page", "hub", "kernels"},
 }
 # No more than this may stand above one another.
 MAX_STOREYS = 9

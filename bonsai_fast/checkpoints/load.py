@@ -34,18 +34,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadingOptions:
-    """Where a model is put, and how it is read."""
+class TrustOptions:
+    """Whether code that comes with a model is run."""
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with the model. Only if you trust it."},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(TrustOptions):
+    """Where a model is put."""
 
     device: str = field(
-        default="auto", metadata={"help": "auto (cuda if there is one), cpu, cuda or cuda:N."}
+        default="auto", metadata={"help": "cpu, cuda, cuda:N, or auto: cuda if there is one."}
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DeviceOptions):
+    """Where a model is put, and how it is read."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Precision of the model; auto keeps that of the checkpoint."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that a checkpoint carries."}
+        metadata={"help": "Number format of the weights. auto: that of the checkpoint."},
     )
 
 

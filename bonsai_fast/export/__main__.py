@@ -1,23 +1,25 @@
-"""`python -m bonsai_fast.export RUN_OR_MODEL_DIR --format gguf`: a saved model for another engine.
+"""Convert a pruned model for llama.cpp, vLLM or plain transformers.
 
-Progress and notes go to stderr; the last line of stdout is JSON. A request that cannot be met ends
-with one line and exit code 2 before anything is written; a result that an engine does not run as it
-should, with one line and exit code 1.
+MODEL is the directory of a run or of a saved model. Progress and notes are written to stderr; the
+last line of stdout is JSON. The exit code is 1 if --check finds that the engine computes something
+else than the model.
+
+    bonsai-fast export runs/mine --format gguf --check
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 from bonsai_fast.checkpoints.saved_model import model_directory
+from bonsai_fast.command_line import OUTPUT, Command, argument, option, options_of, save_config
 from bonsai_fast.console import (
     INTERRUPTED,
     WRONG_RESULT,
-    OneLineParser,
     Reporter,
     fail,
     silence_transformers,
@@ -37,69 +39,78 @@ from bonsai_fast.export import (
     to_padded,
 )
 
+FORM = "Format"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What is exported, in which form, and where to."""
+    """Which format is written, and where."""
 
-    format: Literal["gguf", "padded", "decilm"] = field(
-        default="gguf",
-        metadata={
-            "help": "gguf: one file for llama.cpp and all that builds on it. padded: a checkpoint "
-            "of the parent's own class, every layer as wide as the widest. decilm: the layout of "
-            "Nemotron-NAS, if no query heads were pruned."
-        },
+    format: Literal["gguf", "padded", "decilm"] = option(
+        "gguf",
+        "gguf: one file for llama.cpp and programs that build on it. padded: a checkpoint of the "
+        "unpruned model's class, all layers padded with zeros to the widest. decilm: a checkpoint "
+        "for vLLM in the layout of Nemotron-NAS; only if no query heads were pruned.",
+        FORM,
     )
-    output: str | None = field(
-        default=None, metadata={"help": "File or directory; by default beside the model."}
+    gguf_parent: str | None = option(
+        None,
+        "gguf: GGUF file of the unpruned model, as F32, F16 or BF16. The result takes its "
+        "weights, tokenizer and metadata from it.",
+        FORM,
+        value="FILE",
     )
-    gguf_parent: str | None = field(
-        default=None,
-        metadata={
-            "help": "The dense model's GGUF as F32, F16 or BF16: the result is cut out of it, and "
-            "its tokenizer and metadata are taken over."
-        },
+    precision: Literal["f32", "f16", "bf16", "q8_0"] | None = option(
+        None, "gguf: number format of the weight matrices.", FORM, "f16"
     )
-    precision: Literal["f32", "f16", "bf16", "q8_0"] = field(
-        default="f16", metadata={"help": "gguf: how matrices are stored."}
+    pad_channels_to: int | None = option(
+        None,
+        "gguf: pad the number of MLP channels with zeros to a multiple of N. llama.cpp's "
+        "quantizer needs 256 for its K formats, such as Q4_K_M.",
+        FORM,
+        "32",
     )
-    pad_channels_to: int = field(
-        default=32,
-        metadata={
-            "help": "gguf: MLP widths are padded with zeros to a multiple of this; 256 if the file "
-            "is to be quantized to a K-quant."
-        },
+    output: str | None = option(
+        None,
+        "File or directory to write.",
+        OUTPUT,
+        "beside the model, such as model-f16.gguf",
+        value="PATH",
     )
-    check: bool = field(
-        default=False,
-        metadata={"help": "Run the result in its engine and compare it with the model."},
+    check: bool = option(
+        False, "Run the result in its engine and compare its answers with the model's."
     )
 
     def __post_init__(self) -> None:
-        if self.pad_channels_to < 1:
+        if self.pad_channels_to is not None and self.pad_channels_to < 1:
             raise ValueError(f"pad_channels_to: expected at least 1, got {self.pad_channels_to}")
-        if self.gguf_parent is not None and self.format != "gguf":
-            raise ValueError("gguf_parent is for --format gguf only")
+        for name in ("gguf_parent", "precision", "pad_channels_to"):
+            if self.format != "gguf" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for --format gguf only, got --format {self.format}")
+
+    @property
+    def stored(self) -> Literal["f32", "f16", "bf16", "q8_0"]:
+        """Number format of a GGUF's matrices."""
+        return self.precision or "f16"
 
 
-def parse(arguments: list[str] | None) -> tuple[str, ExportOptions]:
-    """Command line -> model, options; a bad one exits with code 2 and one line."""
-    parser = OneLineParser(
-        cast(Any, (ExportOptions,)),
-        prog="python -m bonsai_fast.export",
-        description=__doc__,
-    )
-    parser.add_argument("model", help="A run's directory, or a saved model's.")
-    options, rest = parser.parse(arguments)
-    return rest.model, options
+COMMAND = Command(
+    "export",
+    __doc__,
+    (argument("model", str, "Directory of a run or of a saved model."),),
+    lambda _: options_of(ExportOptions),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    model, options = parse(arguments)
+    given, save_to = COMMAND.parse(arguments)
+    model = given.pop("model")
     reporter = Reporter()
     silence_transformers()
     try:
+        options = ExportOptions(**given)
+        save_config(save_to, model=model, **asdict(options))
         with reporter.busy(f"exporting {model}"):
             result = export(model, options)
     except (ValueError, OSError) as error:
@@ -125,20 +136,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(model: str, options: ExportOptions) -> Exported:
-    """Write the export that the options ask for.
+    """Write the export that the options describe.
 
     Raises:
-        ValueError, OSError: it cannot be; nothing is left behind.
+        ValueError, OSError: it cannot be written; nothing is left behind.
     """
     output = options.output or default_output(model_directory(model), options)
     if options.format == "padded":
         return to_padded(model, output)
     if options.format == "decilm":
         return to_decilm(model, output)
-    how = {"precision": options.precision, "pad_channels_to": options.pad_channels_to}
+    padding = 32 if options.pad_channels_to is None else options.pad_channels_to
     if options.gguf_parent is not None:
-        return to_gguf_from_parent(model, options.gguf_parent, output, **cast(Any, how))
-    return to_gguf(model, output, **cast(Any, how))
+        return to_gguf_from_parent(
+            model, options.gguf_parent, output, precision=options.stored, pad_channels_to=padding
+        )
+    return to_gguf(model, output, precision=options.stored, pad_channels_to=padding)
 
 
 def check(model: str, result: Exported, options: ExportOptions) -> Agreement:
@@ -146,20 +159,20 @@ def check(model: str, result: Exported, options: ExportOptions) -> Agreement:
 
     Raises:
         ModuleNotFoundError: the engine is not installed.
-        CheckError: it does not run it, or computes something else.
+        CheckError: the engine cannot run the export, or computes something else.
     """
     reference = reference_of(model)
     if options.format == "padded":
         return check_transformers(result.output, reference)
     if options.format == "decilm":
         return check_vllm(result.output, reference)
-    return check_llama_cpp(result.output, reference, tolerance=TOLERANCE[options.precision])
+    return check_llama_cpp(result.output, reference, tolerance=TOLERANCE[options.stored])
 
 
 def default_output(directory: Path, options: ExportOptions) -> Path:
-    """Beside the model: model-f16.gguf, model-padded."""
+    """A name beside the model: model-f16.gguf, model-padded."""
     directory = directory.resolve()
-    suffix = f"{options.precision}.gguf" if options.format == "gguf" else options.format
+    suffix = f"{options.stored}.gguf" if options.format == "gguf" else options.format
     return directory.with_name(f"{directory.name}-{suffix}")
 
 

@@ -1,8 +1,10 @@
-"""`python -m bonsai_fast.latency DIR [DIR ...]`: how fast models are, side by side.
+"""Time models side by side: prompt processing, decoding, memory.
 
-Models take turns, round after round; numbers are medians. Each DIR is a model's directory, a run's,
-or a hub name; what the others gain is relative to the first. The table and, as the last line, JSON
-go to stdout, progress to stderr. A request that cannot be met ends with one line and exit code 2.
+Models are timed alternately, so that background load affects all of them equally; the numbers are
+medians over rounds, and speed-ups are relative to the first model. The table and, as the last line,
+JSON are written to stdout, progress to stderr.
+
+    bonsai-fast latency PARENT runs/mine --batch 1,8
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +23,8 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, load_model
-from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.command_line import MODEL, Command, argument, option, options_of, save_config
+from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.latency.semi_structured import (
     BACKENDS,
     stored_bytes,
@@ -29,35 +32,27 @@ from bonsai_fast.latency.semi_structured import (
     use_semi_structured,
     why_not,
 )
-from bonsai_fast.latency.timing import ROUNDS, Latency, Workload, measure_latency
+from bonsai_fast.latency.timing import PROMPT, ROUNDS, Latency, Workload, measure_latency
 
 # of the table where stdout is no terminal
 WIDTH = 120
-
-
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+WORK = "What to time"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyOptions:
+class LatencyOptions(LoadingOptions):
     """What the models do while they are timed, and on what."""
 
-    batch: str = _option("1", "Sequences at once; several numbers, separated by commas, in turn.")
-    prompt: int | None = _option(
-        None, "Tokens of the prompt. Default: 512, or what the models have positions for."
+    batch: str = option("1", "Sequences at once; 1,8 times both 1 and 8.", WORK, value="N,N...")
+    prompt: int | None = option(
+        None, "Tokens of the prompt.", WORK, f"{PROMPT}, or fewer if a model has fewer positions"
     )
-    new: int = _option(32, "Tokens decoded behind the first.")
-    rounds: int = _option(ROUNDS, "Timed rounds; one more comes first and is not timed.")
-    threads: int | None = _option(None, "Threads on a CPU. Default: PyTorch's own.")
-    device: str = _option("auto", "auto (cuda if there is one), cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Precision of all models; auto keeps that of each checkpoint."
+    new: int = option(32, "Tokens that are decoded after the first one.", WORK)
+    rounds: int = option(ROUNDS, "Rounds that are timed, after one that is not.", WORK)
+    threads: int | None = option(None, "CPU threads.", MODEL, "PyTorch's")
+    semi_structured: Literal["auto", "off", "cusparselt", "cutlass"] = option(
+        "auto", "GPU kernels for models with 2:4 zeros. auto: the first that works here.", MODEL
     )
-    semi_structured: Literal["auto", "off", "cusparselt", "cutlass"] = _option(
-        "auto", "Kernels for models whose weights are 2:4; auto takes the first that runs here."
-    )
-    trust_remote_code: bool = _option(False, "Run model code that a checkpoint carries.")
 
     def __post_init__(self) -> None:
         for name in ("prompt", "new", "rounds", "threads"):
@@ -79,11 +74,19 @@ class LatencyOptions:
             )
         return sizes
 
-    @property
-    def loading(self) -> LoadingOptions:
-        """The part that says how a model is loaded."""
-        names = {option.name for option in fields(LoadingOptions)} & set(vars(self))
-        return LoadingOptions(**{name: getattr(self, name) for name in names})
+
+COMMAND = Command(
+    "latency",
+    __doc__,
+    (
+        argument(
+            "models",
+            list[str],
+            f"Model directories, run directories or hub names; {NAME} is the embedded model.",
+        ),
+    ),
+    lambda _: options_of(LatencyOptions),
+)
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,10 @@ class Measured:
 
     Attributes:
         model: as it was named on the command line.
-        parameters: of the whole model.
-        weight_bytes: as they are stored.
-        storage: "dense", "2:4 stored densely", or "2:4 by" the kernels' name.
-        latency: what was measured.
+        parameters: number of parameters of the whole model.
+        weight_bytes: size of the stored weights, bytes.
+        storage: "dense", "2:4 stored densely", or "2:4 by" the name of the kernels.
+        latency: the measured times.
     """
 
     model: str
@@ -106,33 +109,25 @@ class Measured:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Weights, and what a round takes beside them."""
+        """Bytes of the weights and of the memory that a round uses besides."""
         work = self.latency.work_bytes
         return None if work is None else self.weight_bytes + work
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = OneLineParser(
-        cast(Any, LatencyOptions),
-        prog="python -m bonsai_fast.latency",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="DIR",
-        help=f"Directory of a model or a run, or a hub name; {NAME} is the embedded model.",
-    )
-    options, rest = parser.parse(arguments)
+    given, save_to = COMMAND.parse(arguments)
+    names = given.pop("models")
     reporter = Reporter()
     silence_transformers()
     threads = torch.get_num_threads()
     try:
+        options = LatencyOptions(**given)
+        save_config(save_to, models=names, **asdict(options))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        with reporter.busy(f"loading {', '.join(rest.models)}"):
-            models = load_all(rest.models, options.loading)
+        with reporter.busy(f"loading {', '.join(names)}"):
+            models = load_all(names, options)
             storage = {name: store(model, options) for name, model in models.items()}
         results = measure(models, storage, options, reporter)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -158,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_all(names: list[str], options: LoadingOptions) -> dict[str, PreTrainedModel]:
-    """Load models by the names that were typed; a name that comes again gets a number.
+    """Load models by the names that were typed; a name that is repeated gets a number.
 
     Raises:
         ValueError, OSError: as `load_model`.
@@ -177,10 +172,10 @@ def load_all(names: list[str], options: LoadingOptions) -> dict[str, PreTrainedM
 
 
 def store(model: PreTrainedModel, options: LatencyOptions) -> str:
-    """Store a 2:4 model as the options ask for; returns `Measured.storage`.
+    """Store a 2:4 model as the options say; returns `Measured.storage`.
 
     Raises:
-        ValueError: kernels were asked for by name, and do not run here.
+        ValueError: kernels were asked for by name and do not work here.
     """
     if not two_of_four_linears(model):
         return "dense"
@@ -235,7 +230,7 @@ def measure(
 
 
 def as_table(results: list[Measured], protocol: Mapping[str, Any]) -> Table:
-    """What a person reads; a section for each batch size."""
+    """The table for people; a section for each batch size."""
     table = Table(title="latency")
     table.add_column("model", overflow="fold")
     with_storage = any(result.storage != "dense" for result in results)
@@ -264,8 +259,9 @@ def as_table(results: list[Measured], protocol: Mapping[str, Any]) -> Table:
     latency = results[0].latency
     table.caption = (
         f"{protocol['device']}, {protocol['threads']} threads, prompt {latency.prefill_tokens}, "
-        f"{latency.decode_tokens} new tokens; medians of {protocol['rounds']} rounds in turns, "
-        "± interquartile range; x: over the first model, in the same round"
+        f"{latency.decode_tokens} new tokens; medians of {protocol['rounds']} rounds, "
+        "models timed alternately, ± interquartile range; "
+        "x: speed-up over the first model, in the same round"
     )
     return table
 

@@ -1,51 +1,53 @@
-"""`python -m bonsai_fast.report RUN_DIR`: a run as one page of HTML that needs nothing else.
+"""Write the page of a run, RUN/report.html, again.
 
-A run writes its page itself when it ends; this writes it again, for a run that was interrupted too,
-with other prompts, or with what `bonsai_fast.latency` printed. Notes go to stderr; the last line of
-stdout is JSON. A request that cannot be met ends with one line and exit code 2.
+A finished run has a page already. This command writes one for an interrupted run, with other
+prompts, or with the timings of `bonsai-fast latency`. The page is one file that needs no other.
+Notes are written to stderr; the last line of stdout is JSON.
+
+    bonsai-fast report runs/mine --prompt "Once upon a time"
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoModelForCausalLM
 
 from bonsai_fast.checkpoints.embedded import NAME
-from bonsai_fast.checkpoints.load import DTYPES, LoadingOptions, load_parent
-from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.checkpoints.load import DTYPES, DeviceOptions, LoadingOptions, load_parent
+from bonsai_fast.command_line import (
+    OUTPUT,
+    Command,
+    argument,
+    option,
+    options_of,
+    save_config,
+)
+from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
 from bonsai_fast.report import RunRecord, write_report
 from bonsai_fast.runs.directory import fingerprint
 
+CONTENT = "What to show"
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """What the page shows beside what the run recorded, and where it goes."""
+class ReportOptions(DeviceOptions):
+    """What the page shows besides the record of the run, and where it is written."""
 
-    output: str | None = field(
-        default=None, metadata={"help": "File of the page; RUN_DIR/report.html by default."}
+    output: str | None = option(None, "File of the page.", OUTPUT, "RUN/report.html", value="FILE")
+    prompt: list[str] | None = option(
+        None, "Prompts that both models complete.", CONTENT, "three built-in ones"
     )
-    prompt: list[str] | None = field(
-        default=None,
-        metadata={"help": "Texts that both models go on from, in the place of the usual ones."},
+    no_samples: bool = option(
+        False, "Do not load the models; show the completions that are on record.", CONTENT
     )
-    no_samples: bool = field(
-        default=False, metadata={"help": "Load no model: show the completions that are recorded."}
-    )
-    latency: str | None = field(
-        default=None,
-        metadata={"help": "File with the JSON, or all output, of bonsai_fast.latency."},
-    )
-    device: str = field(
-        default="auto", metadata={"help": "Where models run: auto, cpu, cuda or cuda:N."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that a checkpoint carries."}
+    latency: str | None = option(
+        None, "File with the output of bonsai-fast latency, to be shown too.", CONTENT, value="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -53,17 +55,23 @@ class ReportOptions:
             raise ValueError("give prompt or no_samples, not both")
 
 
+COMMAND = Command(
+    "report",
+    __doc__,
+    (argument("run", str, "Directory of a run, finished or not."),),
+    lambda _: options_of(ReportOptions),
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = OneLineParser(
-        cast(Any, ReportOptions), prog="python -m bonsai_fast.report", description=__doc__
-    )
-    parser.add_argument("run", metavar="RUN_DIR", help="A run's directory, finished or not.")
-    options, rest = parser.parse(arguments)
+    given, save_to = COMMAND.parse(arguments)
+    directory = Path(given.pop("run"))
     reporter = Reporter()
     silence_transformers()
-    directory = Path(rest.run)
     try:
+        options = ReportOptions(**given)
+        save_config(save_to, run=str(directory), **asdict(options))
         run = RunRecord.read(directory)
         if options.prompt and not run.finished:
             raise ValueError(f"{directory} is not finished: there is no pruned model to prompt yet")
@@ -85,10 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sample(run: RunRecord, options: ReportOptions, reporter: Reporter) -> None:
-    """Record what both models write; without a parent at hand, only say so.
+    """Record completions of both models; only warn if a model cannot be loaded.
 
     Raises:
-        ValueError: prompts were given and the models are not at hand.
+        ValueError: prompts were given and a model cannot be loaded.
     """
     parent = run.manifest["parent"]
     name, dtype = parent["name"], parent["dtype"]
@@ -98,7 +106,7 @@ def _sample(run: RunRecord, options: ReportOptions, reporter: Reporter) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     try:
-        with reporter.busy(f"loading {name} and what was made of it"):
+        with reporter.busy(f"loading {name} and the pruned model"):
             dense, tokenizer = load_parent(None if name == NAME else name, loading)
             if fingerprint(dense) != parent["fingerprint"]:
                 raise ValueError(f"model {name} is not the one that was pruned: its weights differ")
@@ -112,7 +120,7 @@ def _sample(run: RunRecord, options: ReportOptions, reporter: Reporter) -> None:
         reporter.warn(f"no completions: {error}")
         return
     prompts = PROMPTS if options.prompt is None else tuple(options.prompt)
-    with reporter.busy("letting both models write"):
+    with reporter.busy("completing the prompts"):
         save_completions(run.path, complete(dense, pruned, tokenizer, prompts))
 
 

@@ -1,49 +1,58 @@
-"""`python -m bonsai_fast.surgery PARENT_DIR MASK OUT_DIR`: cut a checkpoint without loading it.
+"""Cut a checkpoint down to the units of a saved mask, without loading the model.
 
-MASK is the masks/NAME.safetensors of a run. Progress goes to stderr; the last line of stdout is
-JSON. A request that cannot be met ends with one line and exit code 2.
+MASK is masks/NAME.safetensors of a run. The weights are copied block by block, so a model of any
+size needs little memory. Progress is written to stderr; the last line of stdout is JSON.
+
+    bonsai-fast surgery PARENT runs/mine/masks/final.safetensors smaller
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import asdict
-from typing import Any, cast
+from dataclasses import asdict, dataclass
 
+from bonsai_fast.checkpoints.load import TrustOptions
 from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE
-from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.command_line import Command, argument, option, options_of, save_config
+from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.surgery.slice_checkpoint import slice_checkpoint
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; a bad one exits with code 2 and one line."""
-    parser = OneLineParser(cast(Any, ()), prog="python -m bonsai_fast.surgery", description=__doc__)
-    parser.add_argument("parent_dir", help="Directory of the model, in safetensors.")
-    parser.add_argument("mask", help="Keep mask: masks/NAME.safetensors of a run.")
-    parser.add_argument("output_dir", help="New directory for the smaller model.")
-    parser.add_argument(
-        "--max-shard-size", default=MAX_SHARD_SIZE, help="Largest weight file, such as 5GB."
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Run model code that the parent carries."
-    )
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class SurgeryOptions(TrustOptions):
+    """How the smaller model is written."""
+
+    max_shard_size: str = option(MAX_SHARD_SIZE, "Largest weight file, such as 5GB.", value="SIZE")
+
+
+COMMAND = Command(
+    "surgery",
+    __doc__,
+    (
+        argument("parent", str, "Directory of the model, in safetensors."),
+        argument("mask", str, "Saved mask: which units stay."),
+        argument("output", str, "New directory for the smaller model."),
+    ),
+    lambda _: options_of(SurgeryOptions),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parse(arguments)
+    given, save_to = COMMAND.parse(arguments)
+    places = {item.name: given.pop(item.name) for item in COMMAND.arguments}
+    options = SurgeryOptions(**given)
     reporter = Reporter()
     silence_transformers()
     try:
-        mask = load_mask(options.mask)
+        save_config(save_to, **places, **asdict(options))
+        mask = load_mask(places["mask"])
         result = slice_checkpoint(
-            options.parent_dir,
+            places["parent"],
             mask.keep,
-            options.output_dir,
+            places["output"],
             attention=mask.attention,
             sublayers=mask.sublayers,
             max_shard_size=options.max_shard_size,
@@ -57,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     if result.unknown_tensors:
         reporter.warn(
-            f"{len(result.unknown_tensors)} tensors are none of the model's and stay as they are, "
-            f"first {result.unknown_tensors[0]}"
+            f"{len(result.unknown_tensors)} tensors do not belong to the model and were copied "
+            f"unchanged, the first of them {result.unknown_tensors[0]}"
         )
     reporter.note(
         f"saved to {result.output}: {result.parameters:,} of {result.parameters_dense:,} "

@@ -23,7 +23,7 @@ from bonsai_fast.export import (
     to_gguf,
 )
 from bonsai_fast.export import __main__ as command
-from bonsai_fast.export.__main__ import main, parse
+from bonsai_fast.export.__main__ import COMMAND, ExportOptions, main
 from bonsai_fast.export.check import run_engine
 
 run = partial(run_command, main)
@@ -124,8 +124,9 @@ def test_commands_of_the_documentation_parse() -> None:
     commands = re.findall(r"python -m bonsai_fast\.export ([^`\n]+)", page.read_text())
     assert len(commands) >= 5
     for command_line in commands:
-        model, options = parse(command_line.split())
-        assert model == "RUN" and options.format in ("gguf", "padded", "decilm")
+        given, _ = COMMAND.parse(command_line.split())
+        assert given.pop("model") == "RUN"
+        assert ExportOptions(**given).format in ("gguf", "padded", "decilm")
 
 
 BAD = {
@@ -136,7 +137,11 @@ BAD = {
     "existing output": (["MODEL", "--output", "MODEL/config.json"], "config.json exists"),
     "parent of another format": (
         ["MODEL", "--format", "padded", "--gguf-parent", "none.gguf"],
-        "gguf_parent is for --format gguf only",
+        "gguf_parent is for --format gguf only, got --format padded",
+    ),
+    "precision of another format": (
+        ["MODEL", "--format", "decilm", "--precision", "f16"],
+        "precision is for --format gguf only, got --format decilm",
     ),
     "no parent": (["MODEL", "--gguf-parent", "none.gguf"], "none.gguf is not readable as GGUF"),
     "unwritable": (["MODEL", "--output", "MODEL/config.json/x.gguf"], "could not write"),

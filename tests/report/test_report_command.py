@@ -107,8 +107,8 @@ def broken(run: Path, where: Path, file: str, content: bytes) -> str:
 BAD = {
     "no directory": (lambda r, t: ["nowhere"], "expected a run directory of bonsai_fast"),
     "no run": (lambda r, t: [str(t)], "expected a run directory of bonsai_fast"),
-    "no arguments": (lambda r, t: [], "required"),
-    "unknown flag": (lambda r, t: [str(r["paper"]), "--promt", "x"], "--promt"),
+    "no arguments": (lambda r, t: [], "RUN is missing"),
+    "unknown flag": (lambda r, t: [str(r["paper"]), "--promt", "x"], "Did you mean --prompt?"),
     "no samples of a prompt": (
         lambda r, t: [str(r["paper"]), "--prompt", "x", "--no-samples"],
         "not both",
@@ -179,4 +179,4 @@ def test_another_parent_is_not_taken_for_the_one_that_was_pruned(
     (run / "samples.json").unlink()
     assert report.main([str(run)]) == 0
     assert "no completions: model" in capsys.readouterr().err
-    assert "Completions: no model" in page_of(run).words["left-out"]
+    assert "Completions: no completions were recorded" in page_of(run).words["left-out"]
