@@ -5,8 +5,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.hub import register
 from bonsai_fast.models.layout import Layout, Unit
 from bonsai_fast.prune.job import prune
-from bonsai_fast.prune.units import PruneResult
-from bonsai_fast.prune.weights import SparseResult
+from bonsai_fast.prune.run_result import PruneResult, SparseResult
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import remove_units, save_pretrained
 

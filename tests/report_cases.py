@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
 from bonsai_fast.methods import Search
-from bonsai_fast.prune import deliver, weights
+from bonsai_fast.prune import pruned_model
 from bonsai_fast.report import write_report
 
 # a name is whatever its author likes
@@ -55,8 +55,7 @@ def make_runs(folder: Path) -> dict[str, Path]:
 
 def without_fresh_processes(patch: pytest.MonkeyPatch) -> None:
     """Loading in a fresh process is tested elsewhere, and takes longer than all of a tiny run."""
-    for module in (deliver, weights):
-        patch.setattr(module, "verify_saved", lambda *_, **__: 0.0)
+    patch.setattr(pruned_model, "verify_saved", lambda *_, **__: 0.0)
 
 
 def prune(parent: str | Path, output: Path, name: str, **changes: object) -> None:

@@ -28,8 +28,7 @@ from bonsai_fast.files import write_atomically, write_json
 from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.allocation import TOLERANCE, Target
 from bonsai_fast.methods.equal_tokens import KNOBS, within_tokens
-from bonsai_fast.prune.deliver import pruned_model
-from bonsai_fast.prune.units import prepare
+from bonsai_fast.prune.units import prepare, pruned_model
 from bonsai_fast.report.chart import Panel, draw
 from bonsai_fast.runs.directory import open_run
 

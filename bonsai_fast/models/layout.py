@@ -150,6 +150,22 @@ class Layout(Sequence[Unit]):
         present = {group.kind for group in self.groups}
         return tuple(kind for kind in get_args(Kind) if kind in present)
 
+    @property
+    def num_by_kind(self) -> dict[Kind, int]:
+        """Number of units of each kind that occurs."""
+        return {
+            kind: sum(len(group) for group in self.groups if group.kind == kind)
+            for kind in self.kinds
+        }
+
+    def __repr__(self) -> str:
+        units = ", ".join(f"{count:,} {kind}" for kind, count in self.num_by_kind.items())
+        return (
+            f"Layout({self.decoder.model_type}, {self.decoder.num_layers} layers, units: "
+            f"{units or 'none'}; {self.num_decoder_parameters:,} of "
+            f"{self.num_model_parameters:,} parameters in the decoder)"
+        )
+
     # Masks ----------------------------------------------------------------------------------------
 
     def check_mask(self, keep: torch.Tensor, *, dims: int) -> None:

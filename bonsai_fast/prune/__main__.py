@@ -18,7 +18,8 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
 from bonsai_fast.methods import NotRecordedError
 from bonsai_fast.methods.weights import UnusableInputsError
-from bonsai_fast.prune.job import Result, job_of, table_of
+from bonsai_fast.prune.job import Result, job_of
+from bonsai_fast.prune.tables import result_table
 from bonsai_fast.runs.ledger import LedgerError
 
 
@@ -75,14 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {output}", file=sys.stderr)
+        print(f"interrupted; run the same command again to resume {output}", file=sys.stderr)
         return INTERRUPTED
     _print_result(result, reporter)
     return 0
 
 
 def _print_result(result: Result, reporter: Reporter) -> None:
-    reporter.table(table_of(result))
+    reporter.table(result_table(result))
     reporter.note(
         f"saved to {result.output}: AutoModelForCausalLM.from_pretrained({result.output!r})"
     )

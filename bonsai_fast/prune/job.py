@@ -1,4 +1,4 @@
-"""A request of either kind, units removed or weights zeroed, as the commands handle it."""
+"""A request to remove units or to zero weights: check it, show its plan, run it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
@@ -15,30 +14,31 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
-from bonsai_fast.prune.tables import estimate_seconds, plan_table, result_table
-from bonsai_fast.prune.units import PruneResult, execute, prepare
-from bonsai_fast.prune.weight_tables import sparse_table, weight_plan, weight_plan_table
-from bonsai_fast.prune.weights import SparseResult, execute_weights, prepare_weights
+from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
+from bonsai_fast.prune.run_result import PruneResult, SparseResult
+from bonsai_fast.prune.tables import plan_table, weight_plan_table
+from bonsai_fast.prune.units import execute, prepare
+from bonsai_fast.prune.weights import execute_weights, prepare_weights
 from bonsai_fast.runs.directory import open_run, open_weight_run
 
 Result = PruneResult | SparseResult
 
 
 class Job(Protocol):
-    """A request that has been checked."""
+    """A checked request."""
 
     @property
     def name(self) -> str:
-        """What is asked for, as a part of a file name."""
+        """The request as part of a file name."""
 
     def plan(self, reporter: Reporter) -> dict[str, Any]:
-        """Show what would be done, and return it for JSON."""
+        """Show the work of the run, and return it as values for JSON."""
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
-        """Start or resume it in a directory; what is returned does the work.
+        """Start or resume the run in a directory; the returned function does the work.
 
         Raises:
-            ValueError, OSError: the directory holds something else, or cannot be made.
+            ValueError, OSError: the directory holds something else, or cannot be created.
         """
 
 
@@ -92,24 +92,17 @@ class WeightJob:
 
 
 def job_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig
 ) -> Job:
-    """Check everything that can be refused, before any work is done.
+    """Check the whole request, before any work is done.
 
     Raises:
-        ValueError: in one line.
+        ValueError: the request cannot be met; one line.
     """
     if config.prunes_weights:
         return WeightJob(prepare_weights(model, tokenizer, config))
     task, evaluation = prepare(model, tokenizer, config)
     return UnitJob(task, tokenizer, evaluation)
-
-
-def table_of(result: Result) -> Table:
-    """The comparison that a person reads at the end."""
-    return result_table(result) if isinstance(result, PruneResult) else sparse_table(result)
 
 
 def prune(
@@ -125,16 +118,16 @@ def prune(
     Args:
         model: the parent; unchanged when this returns.
         tokenizer: its tokenizer, saved with the result.
-        config: what to do; the default configuration if None.
-        output_dir: the run's directory. The same call there resumes; another target there, once the
-            run has finished, is met from the recorded evaluations alone. The model is saved in its
-            folder `model`.
-        reporter: where progress is shown; stderr if None.
+        config: the options; defaults if None.
+        output_dir: directory of the run; the model is saved in its folder `model`. The same call
+            resumes an interrupted run. A finished run with another target selects again from its
+            recorded scores, without a forward pass of the search.
+        reporter: shows progress; on stderr if None.
     Returns:
         PruneResult, or SparseResult for a method that zeroes weights.
     Raises:
-        ValueError: anything about the request that cannot be met, before any work is done.
-        OSError: a file could not be written.
+        ValueError: the request cannot be met; raised before any work is done.
+        OSError: a file cannot be written.
     """
     job = job_of(model, tokenizer, config or PruneConfig())
     return job.open(Path(output_dir), reporter or Reporter())()

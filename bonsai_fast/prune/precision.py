@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from bonsai_fast.console import Reporter
+from bonsai_fast.methods import Task
 from bonsai_fast.methods.regression import kendall_tau
 from bonsai_fast.scoring.fused import Precision
 from bonsai_fast.scoring.scorer import MaskScorer
 
-# below this, what low precision saves is paid for with worse choices
+# below this, low precision is too likely to choose other units
 LEAST_TAU = 0.9
+# what precisions are compared on
+CHECKED_SUBMODELS, CHECKED_SEQUENCES = 12, 2
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,10 @@ class PrecisionCheck:
 
     Attributes:
         precision: the lower one.
-        tau: Kendall's, of mean losses; 1 if the order is the same.
+        tau: Kendall's tau of the mean losses; 1 if the order is the same.
         error: root mean square difference of mean losses, nats per token.
         spread: standard deviation of those in full precision.
-        submodels: how many there are.
+        submodels: number of sub-models compared.
     """
 
     precision: Precision
@@ -34,13 +38,13 @@ class PrecisionCheck:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the order is much the same."""
+        """Whether the order is nearly the same: tau is at least LEAST_TAU."""
         return self.tau >= LEAST_TAU
 
     def __str__(self) -> str:
         return (
             f"precision {self.precision}: Kendall's tau {self.tau:.3f} against full precision on "
-            f"{self.submodels} sub-models (losses differ by {self.error:.2g}, they spread by "
+            f"{self.submodels} sub-models (error of the losses {self.error:.2g}, their spread "
             f"{self.spread:.2g} nats per token)"
         )
 
@@ -52,7 +56,7 @@ def check_precision(
 
     Args:
         scorer: with `precision` "int8" or "fp8".
-        keep: bool [S, P], S >= 2; such as are going to be scored.
+        keep: bool [S, P], S >= 2; sub-models like those that will be scored.
         input_ids: int64 [B, T].
     Raises:
         ValueError: the scorer's precision is full, or there is nothing to rank.
@@ -72,3 +76,17 @@ def check_precision(
         spread=float(high.std()),
         submodels=len(keep),
     )
+
+
+def report_precision(task: Task, reporter: Reporter) -> None:
+    """Note, or warn, whether the requested precision ranks random sub-models as full precision."""
+    generator = torch.Generator().manual_seed(task.config.seed)
+    share = task.target.removal_budget(task.layout) / task.layout.num_decoder_parameters
+    draw = torch.rand(CHECKED_SUBMODELS, len(task.layout), generator=generator)
+    tokens = task.calibration.input_ids[:CHECKED_SEQUENCES]
+    with reporter.busy("comparing precisions"):
+        found = check_precision(task.scorer, draw >= share, tokens)
+    if found.is_sound:
+        reporter.note(str(found))
+    else:
+        reporter.warn(f"{found}: expect worse choices than in full precision")

@@ -65,6 +65,25 @@ def verify_saved(
     """
     logits = fresh_logits(directory, input_ids, expected_logits.device, attn_implementation)
     expected = expected_logits.detach().float().cpu()
+    return compare_logits(directory, logits, expected, tolerance=tolerance)
+
+
+def compare_logits(
+    directory: str | os.PathLike[str],
+    logits: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    tolerance: float,
+) -> float:
+    """The largest absolute difference between the logits of a saved model and the expected ones.
+
+    Args:
+        directory: of the saved model.
+        logits, expected: float32 [B, T, V] on the CPU.
+        tolerance: largest difference that is accepted.
+    Raises:
+        SavedModelError: the shapes differ, a logit is NaN, or the difference is above `tolerance`.
+    """
     if logits.shape != expected.shape:
         raise SavedModelError(
             f"{directory} gives logits of shape {tuple(logits.shape)}, "

@@ -13,7 +13,7 @@ import bonsai_fast as bf
 from bonsai_fast.console import Reporter
 from bonsai_fast.files import write_atomically
 from bonsai_fast.methods import METHODS, NotRecordedError, Search
-from bonsai_fast.prune.deliver import pruned_model
+from bonsai_fast.prune.units import pruned_model
 
 TEXT = torch.randint(2, 258, (4, 32), generator=torch.Generator().manual_seed(0))
 OPTIONS: dict[str, dict[str, object]] = {

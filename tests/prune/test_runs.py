@@ -20,7 +20,7 @@ import bonsai_fast as bf
 from bonsai_fast.console import Reporter
 from bonsai_fast.methods import METHODS, Search
 from bonsai_fast.methods.allocation import Target
-from bonsai_fast.prune import deliver
+from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.units import prepare
 from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.ledger import Ledger
@@ -45,7 +45,7 @@ def masks_of(run: Path) -> dict[str, bytes]:
 @pytest.fixture
 def not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs whose results other tests load in a fresh process, which takes longer than they."""
-    monkeypatch.setattr(deliver, "verify_saved", lambda *_, **__: 0.0)
+    monkeypatch.setattr(pruned_model, "verify_saved", lambda *_, **__: 0.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

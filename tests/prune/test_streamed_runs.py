@@ -75,7 +75,7 @@ def test_a_loaded_run_goes_on_streamed(
     other = [argument if argument != "0.2" else "0.3" for argument in SMALL]
     code = main([str(parent), "--stream", "--output", str(run), *other])
     result, err = last_line(capsys)
-    assert code == 0 and "from its ledger" in err
+    assert code == 0 and "from its recorded scores" in err
     assert result["submodels_scored"] == 0 and result["sparsity"] == pytest.approx(0.3, abs=0.02)
 
 

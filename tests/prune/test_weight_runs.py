@@ -26,11 +26,11 @@ from bonsai_fast.checkpoints.streaming import stream_layers
 from bonsai_fast.compare.__main__ import main as compare
 from bonsai_fast.config.weight_pattern import CompareWithin
 from bonsai_fast.console import Reporter
-from bonsai_fast.methods.weights import sweep
+from bonsai_fast.methods.weights import layer_by_layer, sweep
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer
-from bonsai_fast.prune import weights as weight_pipeline
+from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.__main__ import main
-from bonsai_fast.prune.weight_tables import weight_plan
+from bonsai_fast.prune.forecast import weight_plan
 from bonsai_fast.runs.directory import WeightRun
 
 QUIET = Reporter(quiet=True)
@@ -52,7 +52,7 @@ def verified_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return difference
 
     if request.function is not test_the_command_and_its_plan:
-        monkeypatch.setattr(weight_pipeline, "verify_saved", verify_saved)
+        monkeypatch.setattr(pruned_model, "verify_saved", verify_saved)
 
 
 def prune(output: Path, model: PreTrainedModel | None = None, **options: Any) -> bf.SparseResult:
@@ -212,7 +212,7 @@ def weights_in(run: Path) -> bytes:
     ("owner", "name", "calls"),
     [
         (WeightRun, "save_layer", 2),
-        (weight_pipeline, "save_pretrained", 0),
+        (pruned_model, "save_pretrained", 0),
         (WeightRun, "record", 1),
         (WeightRun, "drop_layers", 0),
     ],
@@ -264,7 +264,7 @@ def test_a_finished_run_is_measured_again_without_pruning(tmp_path: Path) -> Non
     assert again == first
     config = bf.PruneConfig(**{**SMALL, "evaluation_tokens": 512}, method="wanda")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, weight_pipeline, "prune_layers", 0)
+        interrupt(patch, layer_by_layer, "prune_layer", 0)
         other = bf.prune(tiny_llama(), byte_tokenizer(), config, output_dir=tmp_path / "run",
                          reporter=QUIET)  # fmt: skip
     assert other.protocol["tokens"] > first.protocol["tokens"]
@@ -356,7 +356,7 @@ def test_bad_requests_end_in_one_line(
 
 def test_streamed_models_are_refused(tmp_path: Path) -> None:
     model = stream_layers(tiny_llama(), device="cpu")
-    with pytest.raises(ValueError, match="method wanda: needs the model in memory"):
+    with pytest.raises(ValueError, match="method wanda: needs the whole model in memory"):
         prune(tmp_path / "run", model, method="wanda")
     assert not list(tmp_path.iterdir())
 

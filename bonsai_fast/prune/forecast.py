@@ -1,4 +1,4 @@
-"""What a person reads before and after weights are zeroed."""
+"""Work, memory and time of a run before it starts."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
+import torch
 
-from bonsai_fast.methods import WEIGHT_METHODS
+from bonsai_fast.methods import WEIGHT_METHODS, Plan, Task
 from bonsai_fast.methods.weights import Sweep
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, prune_layer
-from bonsai_fast.prune.tables import add_perplexity, new_comparison
-from bonsai_fast.prune.weights import SparseResult
+
+# sub-models of the batch that is timed
+TIMED_SUBMODELS = 16
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Work that a run is going to do.
+    """Work of a run that zeroes weights.
 
     Attributes:
-        layers: decoder layers.
-        weights, zeros: in their linear layers, and how many of those will be zero at least.
+        layers: number of decoder layers.
+        weights, zeros: number of weights in their linear layers, and of zeros among them at the
+            end, at least.
         tokens: forward tokens of calibration.
-        layer_bytes: of the largest layer, which is on the device while it is pruned.
-        statistics_bytes: of what is recorded of its inputs, at most, and what is made of that.
-        seconds: estimated from one batch through the first layer, evaluation not counted.
+        layer_bytes: size of the largest layer, which is on the device while it is pruned.
+        statistics_bytes: size of what is recorded about its inputs, at most, and of what is
+            computed from that.
+        seconds: estimated from one batch through the first layer, without evaluation.
     """
 
     layers: int
@@ -55,50 +58,24 @@ def weight_plan(task: WeightTask) -> WeightPlan:
             for layer in task.layers
         ),
         statistics_bytes={"nothing": 0, "moments": 8 * sum(widths), "gram": gram}[needs],
-        seconds=_estimate_seconds(task),
+        seconds=_seconds_by_layer(task),
     )
 
 
-def weight_plan_table(task: WeightTask, plan: WeightPlan) -> Table:
-    """What a run would do, before it does it."""
-    choice, text = task.choice, task.calibration
-    table = Table(title=f"plan for {task.config.method}, {choice.pattern}", show_header=False)
-    groups = f"{choice.pattern.group} neighbours" if choice.pattern.group else choice.within
-    table.add_row("weights", f"{plan.weights:,} in {plan.layers} layers")
-    table.add_row("zeros", f"{plan.zeros:,} ({plan.zeros / plan.weights:.2%}), within: {groups}")
-    table.add_row("the others", "make up for them" if choice.weight_update else "stay as they are")
-    table.add_row("calibration", f"{text.source}: {text.description}" if text else "none is read")
-    table.add_row("forward tokens", f"{plan.tokens:,}")
-    table.add_row(
-        "memory",
-        f"{plan.layer_bytes / 2**20:,.0f} MiB for a layer, "
-        f"{plan.statistics_bytes / 2**20:,.0f} MiB for statistics, "
-        f"{task.config.memory_budget or 'the default budget'} for text in flight",
-    )
-    table.add_row("time", f"about {plan.seconds / 60:.1f} minutes, from one layer timed here")
-    return table
-
-
-def sparse_table(result: SparseResult) -> Table:
-    """The comparison that a person reads at the end."""
-    table = new_comparison(f"dense and pruned: {result.method}, {result.pattern}")
-    table.add_row(
-        "zeros",
-        f"{result.zeros_dense:,}",
-        f"{result.zeros:,}",
-        f"{result.sparsity:.2%} of {result.weights:,} weights, "
-        f"{result.sparsity_total:.1%} of the model",
-    )
-    add_perplexity(table, result.dense_perplexity, result.pruned_perplexity, result.protocol)
-    table.caption = (
-        f"{table.caption}; "
-        "zeros take the room and time of other numbers wherever an engine does not know better"
-    )
-    return table
+def estimate_seconds(task: Task, plan: Plan) -> float:
+    """Time of the plan's forward passes on this machine, from one batch of sub-models."""
+    tokens = task.calibration.input_ids[:1]
+    rows = min(task.scorer.session(tokens).submodels_per_chunk, TIMED_SUBMODELS)
+    # all different, or an engine would run them once
+    different = torch.rand(rows, len(task.layout), generator=torch.Generator().manual_seed(0)) > 0.1
+    task.scorer.score(different[:1], tokens)
+    started = time.perf_counter()
+    task.scorer.score(different, tokens)
+    return (time.perf_counter() - started) / (rows * tokens.shape[1]) * plan.tokens
 
 
 def _planned_zeros(task: WeightTask, outputs: int, inputs: int) -> int:
-    """Weights of one matrix that go, from how its groups are cut."""
+    """Zeros of one matrix, from how its weights are grouped."""
     pattern, within = task.choice.pattern, task.choice.within
     if pattern.group is not None:
         return outputs * inputs // pattern.group * pattern.num_pruned(pattern.group)
@@ -111,7 +88,7 @@ def _planned_zeros(task: WeightTask, outputs: int, inputs: int) -> int:
     return whole * pattern.num_pruned(step * along) + pattern.num_pruned(rest * along)
 
 
-def _estimate_seconds(task: WeightTask) -> float:
+def _seconds_by_layer(task: WeightTask) -> float:
     started = time.perf_counter()
     if task.calibration is None:
         prune_layer(task, 0, None)

@@ -1,0 +1,88 @@
+"""Checks and texts that both kinds of run share, all before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bonsai_fast.checkpoints.streaming import named_weights, stream_of
+from bonsai_fast.config import PruneConfig
+from bonsai_fast.evaluation.tasks import check_tasks
+from bonsai_fast.evaluation.text import Sequences, calibration_sequences, evaluation_sequences
+
+# windows for calibration and evaluation are no longer than this unless requested
+MAX_LENGTH = 4096
+EVALUATION_LENGTH = 512
+# methods over units that differentiate, perturb or change the model itself
+NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
+
+
+def check_model(model: PreTrainedModel, config: PruneConfig) -> None:
+    """Refuse a model that the request cannot be met on.
+
+    Raises:
+        ValueError: its layers are streamed and the request needs all of them in memory, a weight is
+            NaN or Inf, or a task is unknown.
+    """
+    _check_streamed(model, config)
+    for name, parameter in named_weights(model):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
+    if config.tasks is not None:
+        check_tasks(config.task_names)
+
+
+def longest_window(model: PreTrainedModel) -> int:
+    """Tokens in a window of text, unless the request says otherwise."""
+    return min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
+
+
+def calibration_text(
+    config: PruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int
+) -> Sequences:
+    """Text that the method reads, in windows of `length` tokens.
+
+    Raises:
+        ValueError: the text is missing or too short.
+    """
+    assert config.num_sequences is not None
+    return calibration_sequences(
+        config.calibration,
+        tokenizer,
+        num_sequences=config.num_sequences,
+        length=length,
+        seed=config.seed,
+        model=model,
+    )
+
+
+def evaluation_text(
+    config: PruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Sequences:
+    """Text for perplexity; none of it is used for calibration.
+
+    Raises:
+        ValueError: the text is missing or too short.
+    """
+    return evaluation_sequences(
+        config.evaluation or ("builtin" if config.calibration == "self" else config.calibration),
+        tokenizer,
+        max_tokens=config.evaluation_tokens,
+        length=min(EVALUATION_LENGTH, longest_window(model), config.evaluation_tokens),
+        calibration=config.calibration,
+    )
+
+
+def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:
+    stream = stream_of(model)
+    if stream is None:
+        return
+    needs_model = {
+        f"method {config.method}": config.method in NEED_THE_MODEL or config.prunes_weights,
+        "calibration 'self'": config.calibration == "self",
+        "tasks": config.tasks is not None,
+    }
+    for what in (what for what, is_wanted in needs_model.items() if is_wanted):
+        raise ValueError(f"{what}: needs the whole model in memory, but its layers are streamed")
+    if stream.origin is None:
+        raise ValueError("expected a loaded model, or a streamed one from open_streamed(directory)")
