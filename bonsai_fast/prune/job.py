@@ -91,9 +91,7 @@ class WeightJob:
         return lambda: execute_weights(task, run, reporter)
 
 
-def job_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig
-) -> Job:
+def job_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Job:
     """Check the whole request, before any work is done.
 
     Raises:
