@@ -21,6 +21,7 @@ from bonsai_fast.methods.weights import UnusableInputsError
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.tables import result_table
 from bonsai_fast.runs.ledger import LedgerError
+from bonsai_fast.surgery.loading_code import loading_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _print_result(result: Result, reporter: Reporter) -> None:
     reporter.table(result_table(result))
-    reporter.note(
-        f"saved to {result.output}: AutoModelForCausalLM.from_pretrained({result.output!r})"
-    )
+    reporter.note(f"saved to {result.output}; load it with")
+    reporter.note(loading_code(Path(result.output), result.output))
     print(json.dumps(asdict(result)))
 
 

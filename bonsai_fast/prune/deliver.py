@@ -12,6 +12,7 @@ from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.latency.timing import Workload, measure_latency
 from bonsai_fast.prune.pruned_model import PrunedModel
 from bonsai_fast.runs.directory import Run
+from bonsai_fast.surgery.model_card import record_measurements
 
 VERIFIED_TOKENS = 64
 
@@ -53,7 +54,7 @@ class Delivery:
 def deliver(
     model: PrunedModel, run: Run, evaluation: Sequences, *, report: dict[str, Any], tasks: list[str]
 ) -> Delivery:
-    """Save, load again, compare logits, measure perplexity, speed, completions and tasks.
+    """Save, load again, compare logits, measure, and write the measurements into the model card.
 
     Args:
         model: the pruned model.
@@ -86,4 +87,11 @@ def deliver(
             found["pruned"] = evaluate_tasks(smaller, model.tokenizer, tasks)
     if tasks:
         found["dense"] = evaluate_tasks(parent, model.tokenizer, tasks)
+    measured = {
+        "parameters_dense": parent.num_parameters(),
+        "dense_perplexity": dense.value,
+        "pruned_perplexity": pruned.value,
+        "protocol": dense.protocol,
+    }
+    record_measurements(run.model_directory, measured)
     return Delivery(parameters, dense, pruned, latency, found, difference)

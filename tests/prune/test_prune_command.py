@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def test_last_line_of_stdout_is_json(
     assert wanted <= result.keys() and result["output"] == str(output / "model")
     for word in ("same logits", "perplexity", "decode", "window", str(output)):
         assert word in err
+    # the printed code, where a question could be answered by nobody
+    code = err[err.index("import bonsai_fast") :]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{code}\nprint(model.num_parameters())"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(result["parameters"]), done.stderr
+    card = (output / "model" / "README.md").read_text()
+    assert f"{result['pruned_perplexity']:.2f}" in card
     assert "Traceback" not in err
 
 
