@@ -11,10 +11,11 @@ appendices A.1, A.11.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from bonsai_fast.config.choices import Baseline
 
@@ -23,8 +24,8 @@ Masks = NDArray[np.bool_]
 
 # window T of the moving average
 WINDOW = 5
-# halvings of the interval in which a root lies: enough for the last bit of a float64
-BISECTIONS = 200
+# how exactly a shift meets the budget: one rounding of a number near 1
+SHIFT_TOLERANCE = 1e-15
 
 
 def sample(
@@ -83,8 +84,26 @@ def leave_out(losses: Array, size: int) -> Array:
     return found
 
 
+def largest_shift(size: Callable[[float], float], budget: float, low: float, high: float) -> float:
+    """The largest shift in [low, high], to rounding, whose size is within the budget.
+
+    Args:
+        size: expected size at a shift; it does not decrease. If it is above the budget even at
+            `low`, that is returned.
+    """
+    if size(low) >= budget:
+        return low
+    if size(high) <= budget:
+        return high
+    found = float(brentq(lambda shift: size(shift) - budget, low, high, xtol=SHIFT_TOLERANCE))
+    step = SHIFT_TOLERANCE
+    while size(found) > budget:  # the root may be a few roundings too far
+        found, step = found - step, 2 * step
+    return found
+
+
 def project(values: Array, costs: Array, budget: float) -> Array:
-    """The nearest point of the feasible set (theorem 1, by bisection).
+    """The nearest point of the feasible set (theorem 1).
 
         argmin sum_i c_i (s_i - z_i)^2  subject to  sum_i c_i s_i <= K,  s in [0, 1]^n
             = min(1, max(0, z - v)),  v >= 0
@@ -102,14 +121,13 @@ def project(values: Array, costs: Array, budget: float) -> Array:
     inside: Array = np.clip(values, 0.0, 1.0)
     if inside @ costs <= budget:
         return inside
-    low, high = 0.0, float(values.max())
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        if np.clip(values - middle, 0.0, 1.0) @ costs > budget:
-            low = middle
-        else:
-            high = middle
-    return np.clip(values - high, 0.0, 1.0)
+    shift = largest_shift(
+        lambda shift: float(np.clip(values + shift, 0.0, 1.0) @ costs),
+        budget,
+        -float(values.max()),
+        0.0,
+    )
+    return np.clip(values + shift, 0.0, 1.0)
 
 
 class BernoulliDescent:
@@ -217,14 +235,9 @@ def sigmoid_budget(
     Equation A10 starts at one half whatever the target is; this starts where descent shall end.
     """
     steep = sharpness * _normalised(metric, groups)
-    low, high = -50.0 - steep.max(), 50.0 - steep.min()
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        if sigmoid(steep + middle) @ costs > budget:
-            high = middle
-        else:
-            low = middle
-    return sigmoid(steep + low)
+    low, high = -50.0 - float(steep.max()), 50.0 - float(steep.min())
+    shift = largest_shift(lambda shift: float(sigmoid(steep + shift) @ costs), budget, low, high)
+    return sigmoid(steep + shift)
 
 
 def _normalised(metric: Array, groups: NDArray[np.int64]) -> Array:

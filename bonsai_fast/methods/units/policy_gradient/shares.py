@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from bonsai_fast.config.choices import Baseline
 from bonsai_fast.methods.units.policy_gradient.bernoulli import (
-    BISECTIONS,
     Array,
     BernoulliDescent,
     Masks,
+    largest_shift,
     sigmoid,
 )
 
@@ -95,15 +95,16 @@ class ShareDescent(BernoulliDescent):
 
     def _within(self, shares: Array, budget: float) -> Array:
         """Shares moved by the same amount until the expected size just fits the budget."""
-        low, high = LOWEST - shares.max(), HIGHEST - shares.min()
-        for _ in range(BISECTIONS):
-            middle = 0.5 * (low + high)
-            if self._probabilities(np.clip(shares + middle, LOWEST, HIGHEST)) @ self.costs > budget:
-                low = middle
-            else:
-                high = middle
-        found: Array = np.clip(shares + high, LOWEST, HIGHEST)
-        return found
+
+        def moved(less: float) -> Array:
+            found: Array = np.clip(shares - less, LOWEST, HIGHEST)
+            return found
+
+        def size(less: float) -> float:
+            return float(self._probabilities(moved(less)) @ self.costs)
+
+        low, high = shares.min() - HIGHEST, shares.max() - LOWEST
+        return moved(largest_shift(size, budget, low, high))
 
 
 def ranks(metric: Array, groups: NDArray[np.int64]) -> Array:
