@@ -14,7 +14,7 @@ from bonsai_fast.export.exported import Exported
 from bonsai_fast.export.gguf.architecture import check_model, choose
 from bonsai_fast.export.gguf.dense_gguf import PARENTS, DenseGGUF, KeptLayer
 from bonsai_fast.export.gguf.metadata import layer_fields, prefixed
-from bonsai_fast.export.gguf.names import BLOCK, TOP, SavedTensors
+from bonsai_fast.export.gguf.names import SavedTensors, tensor_names
 from bonsai_fast.export.gguf.tensors import pair_order, tensor_specs
 from bonsai_fast.export.gguf.write import Precision, write_gguf
 
@@ -117,13 +117,7 @@ def _compare(saved: SavedModel, dense: DenseGGUF) -> None:
     """Make sure that what is cut out is the model."""
     own = SavedTensors(saved)
     own.check_complete()
-    blocks = (
-        f"blk.{layer}.{role}.{kind}"
-        for layer in range(dense.num_layers)
-        for role in BLOCK
-        for kind in ("weight", "bias")
-    )
-    for name in (*TOP, *blocks):
+    for name in tensor_names(dense.num_layers):
         if own.has(name) != dense.has(name):
             raise ValueError(f"{dense.path} is of another model: only one of them has {name}")
         if not own.has(name):

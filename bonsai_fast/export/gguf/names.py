@@ -5,36 +5,19 @@ from __future__ import annotations
 import math
 import re
 
+import gguf
 import torch
 
 from bonsai_fast.checkpoints.saved_model import SavedModel
 from bonsai_fast.export.gguf.architecture import rope_of
 
-TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# where Phi-3 keeps them: the fused projection, and which of its parts
+# The block that has every tensor of those written here: SwiGLU, with norms of q and k.
+BLOCK = gguf.MODEL_ARCH.QWEN3
+SUFFIXES = (".weight", ".bias")
+# Phi-3's fused projections, which llama.cpp names otherwise: their parts, in order
 FUSED = {
-    "attn_q": ("self_attn.qkv_proj", 0),
-    "attn_k": ("self_attn.qkv_proj", 1),
-    "attn_v": ("self_attn.qkv_proj", 2),
-    "ffn_gate": ("mlp.gate_up_proj", 0),
-    "ffn_up": ("mlp.gate_up_proj", 1),
+    "self_attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
+    "mlp.gate_up_proj": ("ffn_gate", "ffn_up"),
 }
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -50,6 +33,7 @@ class SavedTensors:
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
         self.has_head_norms = model.family == "qwen3"
+        self._stored, self._unnamed = _stored(model)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -57,15 +41,21 @@ class SavedTensors:
             return bool(rope_of(self.model.config)["rope_type"] == "llama3")
         if name == "output.weight" and self.model.is_tied:
             return False
-        return self._stored(name)[0] in self.model.files
+        return name in self._stored
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor, as it is stored."""
         if name == ROPE_FACTORS:
             return rope_factors(self.model)
-        stored, sizes, part = self._stored(name)
+        stored, part = self._stored[name]
         tensor = self.model.tensor(stored)
-        return tensor if part is None else tensor.split(sizes)[part]
+        if part is None:
+            return tensor
+        shape = self.model.shapes[int(name.split(".")[1])]
+        query, key = shape.num_heads * self.head_dim, shape.num_kv_heads * self.head_dim
+        sizes = [query, key, key] if ".attn_" in name else [shape.channels] * 2
+        found: torch.Tensor = tensor.split(sizes)[part]
+        return found
 
     def check_complete(self) -> None:
         """Make sure that nothing of the model would be left out.
@@ -73,33 +63,44 @@ class SavedTensors:
         Raises:
             ValueError: the directory holds a tensor that has no name in llama.cpp.
         """
-        roles = (*BLOCK.values(), *(path for path, _ in FUSED.values()))
-        known = re.compile(rf"model\.layers\.\d+\.({'|'.join(map(re.escape, roles))})\.\w+")
-        for name in self.model.files:
-            if name not in TOP.values() and not known.fullmatch(name):
-                raise ValueError(f"{self.model.directory} holds {name}, which GGUF has no name for")
+        if self._unnamed:
+            raise ValueError(
+                f"{self.model.directory} holds {self._unnamed[0]}, which GGUF has no name for"
+            )
 
-    def _stored(self, name: str) -> tuple[str, list[int], int | None]:
-        """Name in the directory; of a fused tensor also the rows of its parts, and which it is."""
-        if name in TOP:
-            return TOP[name], [], None
-        found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        assert found is not None, name
-        layer, role, kind = int(found[1]), found[2], found[3]
-        prefix = f"model.layers.{layer}"
-        if self.model.family != "phi3" or role not in FUSED:
-            return f"{prefix}.{BLOCK[role]}.{kind}", [], None
-        shape = self.model.shapes[layer]
-        query, key = shape.num_heads * self.head_dim, shape.num_kv_heads * self.head_dim
-        sizes = [query, key, key] if role.startswith("attn") else [shape.channels] * 2
-        path, part = FUSED[role]
-        return f"{prefix}.{path}.{kind}", sizes, part
+
+def tensor_names(num_layers: int) -> list[str]:
+    """Every name that a weight or bias of such a model may have."""
+    patterns = [
+        gguf.TENSOR_NAMES[kind] + end for kind in gguf.MODEL_TENSORS[BLOCK] for end in SUFFIXES
+    ]
+    names = [name.format(bid=layer) for layer in range(num_layers) for name in patterns]
+    return [name for name in dict.fromkeys(names) if name != ROPE_FACTORS]
+
+
+def _stored(model: SavedModel) -> tuple[dict[str, tuple[str, int | None]], list[str]]:
+    """llama.cpp's name -> stored name, and which part of a fused tensor; then those without one."""
+    known = gguf.get_tensor_name_map(BLOCK, len(model.shapes))
+    found: dict[str, tuple[str, int | None]] = {}
+    unnamed = []
+    for name in model.files:
+        fused = re.fullmatch(r"model\.layers\.(\d+)\.(\w+\.\w+)(\.weight|\.bias)", name)
+        if fused and fused[2] in FUSED:
+            for part, role in enumerate(FUSED[fused[2]]):
+                found[f"blk.{fused[1]}.{role}{fused[3]}"] = (name, part)
+            continue
+        own = known.get_name(name, SUFFIXES)
+        if own is None or own in found or not own.endswith(SUFFIXES):
+            unnamed.append(name)
+        else:
+            found[own] = (name, None)
+    return found, unnamed
 
 
 def rope_factors(model: SavedModel) -> torch.Tensor:
-    """By what LLaMA 3 divides the frequencies of its rotary embedding: float32 [K / 2].
+    """What LLaMA 3's rotary embedding divides its frequencies by: float32 [K / 2].
 
-    Long wavelengths are divided by `factor`, short ones by 1, those between by something between.
+    `factor` at long wavelengths, 1 at short ones, in between at those in between.
     """
     rope = rope_of(model.config)
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim
