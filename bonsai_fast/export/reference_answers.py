@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bonsai_fast.checkpoints.saved_model import SavedModel, open_saved
+from bonsai_fast.evaluation.completions import greedy
 from bonsai_fast.export.gguf.architecture import context_length
 
 TEXTS = (
@@ -89,29 +90,22 @@ class Agreement:
         )
 
 
-@torch.inference_mode()
 def reference_of(directory: str | os.PathLike[str]) -> Reference:
-    """Run a run's or a directory's saved model here, in float32, on the CPU.
+    """Run the saved model of a run or a directory in float32 on the CPU.
 
     Raises:
         ValueError: no such model.
     """
     saved = open_saved(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(saved.directory, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(saved.directory, dtype=torch.float32)
     texts, prompts = _prompts(saved)
-    greedy, logprobs = [], []
-    for prompt in prompts:
-        found, rows, cache = [], [], None
-        ids = torch.tensor([prompt])
-        for _ in range(NUM_GREEDY_TOKENS):
-            answer = model(ids, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
-            rows.append(answer.logits[0, -1].float().log_softmax(-1))
-            found.append(int(rows[-1].argmax()))
-            ids = torch.tensor([found[-1:]])
-        greedy.append(tuple(found))
-        logprobs.append(torch.stack(rows))
-    return Reference(texts, prompts, tuple(greedy), tuple(logprobs))
+    answers = [greedy(model, torch.tensor([prompt]), NUM_GREEDY_TOKENS) for prompt in prompts]
+    return Reference(
+        texts,
+        prompts,
+        tuple(tuple(tokens) for tokens, _ in answers),
+        tuple(logits.float().log_softmax(-1) for _, logits in answers),
+    )
 
 
 def _prompts(saved: SavedModel) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
