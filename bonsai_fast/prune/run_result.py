@@ -81,14 +81,14 @@ class RunResult:
 
     def __repr__(self) -> str:
         rows = [Row("", "dense", "pruned", "change"), *self.rows]
-        label, dense, pruned, _ = (max(len(row[i]) for row in rows) for i in range(4))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [
-            f"  {row.label:<{label}}  {row.dense:>{dense}}  {row.pruned:>{pruned}}  {row.change}"
+            f"{row.label:<{widths[0]}}  {row.dense:>{widths[1]}}  {row.pruned:>{widths[2]}}  "
+            f"{row.change}"
             for row in rows
         ]
-        return "\n".join(
-            [f"{type(self).__name__}: {self.title}", *lines, f"  {self.caption}", self.output]
-        )
+        lines += [self.caption, f"saved in {self.output}"]
+        return "\n  ".join([f"{type(self).__name__}: {self.title}", *lines])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -84,6 +84,15 @@ class MaskScorer:
         self._nll = SequenceNLL(model, logit_bytes=logit_bytes_within(self.memory_budget))
         self.engine = self._make_engine(engine, route)
 
+    def __repr__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        precision = "" if self.precision == "full" else f", products in {self.precision}"
+        return (
+            f"MaskScorer({type(self.model).__name__}, {len(self.layout):,} units, "
+            f"engine {self.engine.name}, {dtype} on {self.device}{precision}, "
+            f"memory budget {self.memory_budget / 2**20:,.0f} MiB)"
+        )
+
     @property
     def device(self) -> torch.device:
         """Device of the model's LM head; masks and tokens are moved there."""
