@@ -82,7 +82,7 @@ class Timed:
 
 def pruned(model: PreTrainedModel) -> PreTrainedModel:
     """What is left after at most 30 % of the decoder."""
-    layout = Layout.of(model, attention="kv_group")
+    layout = Layout.of(model, attention="kv-group")
     keep = torch.ones(len(layout), dtype=torch.bool)
     channels = [group for group in layout.groups if layout[group.start].kind == "channel"]
     for group in layout.groups:

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
-from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import Search, Task
 from bonsai_fast.methods.allocation import Target
+from bonsai_fast.methods.configure import config_of_record
 from bonsai_fast.methods.units.policy_gradient.bernoulli import (
     WINDOW,
     Array,
@@ -55,8 +55,9 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
     """The steps of a run, from its record."""
     parent, _ = load_parent(model, LoadingOptions())
     state = json.loads((run / "run.json").read_text())
-    config = PruneConfig(**{**state["config"], "target": state["request"]["target"]})
-    layout = Layout.of(parent, attention="kv_group" if config.attention == "kv-group" else "head")
+    config = config_of_record({**state["config"], "target": state["request"]["target"]})
+    options = config.options
+    layout = Layout.of(parent, attention=options.attention)
     ledger = Ledger(run / "ledger", len(layout))
     nothing = Sequences(torch.zeros(1, 2, dtype=torch.int64), "", "")
     scorer = MaskScorer(parent, layout=layout)
@@ -64,12 +65,11 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
     directory = RunDirectory(run, {}, {}, "retarget", ledger, layout)
     search = Search(task, directory, Reporter(quiet=True))
     everything = torch.ones(len(layout), dtype=torch.bool)
-    prior = search.prior("parent", everything, nothing.input_ids)
-    assert config.granularity is not None and config.rounds is not None
-    variables = Variables.of(layout, config.granularity, prior)
+    prior = search.prior(options.prior, "parent", everything, nothing.input_ids)
+    variables = Variables.of(layout, options.granularity, prior)
     descent, allowed = PolicyGradient().first(search, variables, prior), budgets(task, variables)
     steps = []
-    for number in range(config.rounds):
+    for number in range(options.rounds):
         if not search.has_recorded(f"step-{number:05d}"):
             break
         masks = descent.masks()
@@ -77,7 +77,7 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
         assert torch.equal(keep, torch.from_numpy(masks)[:, variables.of_unit])
         mean = losses.mean(dim=1, dtype=torch.float64).numpy()
         steps.append((masks, mean, descent.probabilities))
-        descent.update(masks, mean, allowed[number * len(allowed) // config.rounds])
+        descent.update(masks, mean, allowed[number * len(allowed) // options.rounds])
     return steps, variables
 
 

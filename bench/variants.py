@@ -96,7 +96,7 @@ def keep_mask(layout: Layout, sparsity: float) -> torch.Tensor:
 
 
 def _layout(parent: PreTrainedModel, sublayers: bool) -> Layout:
-    return Layout.of(parent, attention="kv_group", sublayers=sublayers)
+    return Layout.of(parent, attention="kv-group", sublayers=sublayers)
 
 
 def _pruned(sparsity: float, *, sublayers: bool):

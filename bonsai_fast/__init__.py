@@ -3,6 +3,7 @@
 from bonsai_fast.checkpoints.streaming import open_streamed, stream_layers
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.hub import register
+from bonsai_fast.methods import configure
 from bonsai_fast.models.layout import Layout, Unit
 from bonsai_fast.prune.job import prune
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
@@ -17,6 +18,7 @@ __all__ = [
     "PruneResult",
     "SparseResult",
     "Unit",
+    "configure",
     "open_streamed",
     "prune",
     "remove_units",

@@ -110,7 +110,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     input_ids = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids
-    scorer = bf.MaskScorer(model, layout=bf.Layout.of(model, attention="kv_group"))
+    scorer = bf.MaskScorer(model, layout=bf.Layout.of(model, attention="kv-group"))
     mask, found = search(
         scorer,
         input_ids[:, : arguments.tokens],

@@ -82,7 +82,7 @@ def save_pruned(
 ) -> PreTrainedModel:
     """Prune a tiny model by whole KV groups, save it, and return it."""
     parent = windowless(FAMILIES[family]())
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     keep = keep_mask(layout, case)
     return save_masked(directory, parent, layout, keep, tokenizer=tokenizer)
 
@@ -110,14 +110,14 @@ def save_masked(
 def save_dense(directory: Path, family: str) -> PreTrainedModel:
     """The parent of `save_pruned`'s models."""
     parent = windowless(FAMILIES[family]())
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     return save_masked(directory, parent, layout, torch.ones(len(layout), dtype=torch.bool))
 
 
 def save_biased(directory: Path, family: str, case: str = "widths") -> PreTrainedModel:
     """The same with random biases in its output projections, also of removed sub-layers."""
     parent = windowless(FAMILIES[family]())
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     smaller = remove_units(parent, layout, keep_mask(layout, case))
     smaller.base_model.add_output_biases()
     generator = torch.Generator().manual_seed(0)

@@ -49,10 +49,10 @@ def llama(size):
 
 LAYOUTS = [
     ("llama", "head", False),
-    ("llama", "kv_group", False),
+    ("llama", "kv-group", False),
     ("llama", "head", True),
     ("gpt_neox", "head", False),
-    ("gpt_neox", "kv_group", True),
+    ("gpt_neox", "kv-group", True),
 ]
 any_layout = st.sampled_from(LAYOUTS).map(lambda key: layout(*key))
 seeds = st.integers(0, 2**31)

@@ -60,7 +60,7 @@ def without_fresh_processes(patch: pytest.MonkeyPatch) -> None:
 
 def prune(parent: str | Path, output: Path, name: str, **changes: object) -> None:
     """A run by the name of its kind, or the same with changes."""
-    config = bf.PruneConfig(**{**SMALL, **CONFIGS[name], **changes})  # type: ignore[arg-type]
+    config = bf.configure(**{**SMALL, **CONFIGS[name], **changes})
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(parent)
     bf.prune(model, tokenizer, config, output_dir=output, reporter=Reporter(quiet=True))

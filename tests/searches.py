@@ -8,10 +8,9 @@ import torch
 from surgery_cases import tokens
 from transformers import PreTrainedModel
 
-from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import Search, Task
+from bonsai_fast.methods import Search, Task, configure, resolve
 from bonsai_fast.methods.allocation import Target
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import open_run
@@ -27,13 +26,11 @@ def new_search(
     **options: object,
 ) -> Search:
     """A start of a run in `output` on random tokens."""
-    config = PruneConfig(**options).resolved()  # type: ignore[arg-type]
-    attention = "kv_group" if config.attention == "kv-group" else "head"
-    layout = Layout.of(model, attention=attention, sublayers=config.sublayers)
+    config = resolve(configure(**options))
+    own = config.options
+    layout = Layout.of(model, attention=own.attention, sublayers=own.sublayers)
     text = Sequences(tokens(12) if input_ids is None else input_ids, "random", "random tokens")
-    scorer = MaskScorer(
-        model, layout=layout, route=config.route or "auto", memory_budget=config.memory_budget
-    )
+    scorer = MaskScorer(model, layout=layout, route=own.route, memory_budget=config.memory_budget)
     task = Task(model, scorer, text, config, Target.parse(config.target_text))
     run = open_run(output, config, layout, model, text.sha256)
     return Search(task, run, Reporter(quiet=quiet))

@@ -78,10 +78,10 @@ def test_shapley_heads_is_a_program(tmp_path: Path) -> None:
 
 def test_layer_widths_is_a_program(tmp_path: Path) -> None:
     lines = run(tmp_path, "layer_widths", "--generations", "1", "--sparsity", "0.3")
-    assert len(lines) == 3 and lines[0].startswith("layer  0 kv_group: ")
+    assert len(lines) == 3 and lines[0].startswith("layer  0 kv-group: ")
     assert "nats per token after" in lines[2]
     mask = load_mask(tmp_path / "widths.safetensors")
-    assert mask.attention == "kv_group" and 0.5 < float(mask.keep.float().mean()) < 0.8
+    assert mask.attention == "kv-group" and 0.5 < float(mask.keep.float().mean()) < 0.8
 
 
 def test_widths_meet_the_budget_and_take_the_least_important_first() -> None:

@@ -9,10 +9,9 @@ import torch
 from tiny import byte_tokenizer
 from transformers import PreTrainedModel
 
-from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import WEIGHT_METHODS, Choice
+from bonsai_fast.methods import WEIGHT_METHODS, Choice, configure, resolve
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
 from bonsai_fast.runs.directory import WeightRun, open_weight_run
 
@@ -25,10 +24,9 @@ def random_text(vocabulary: int, sequences: int = 5, length: int = 12) -> Sequen
 
 def task_of(model: PreTrainedModel, text: Sequences | None = None, **options: Any) -> WeightTask:
     """A task on text, or on random tokens of the model's vocabulary."""
-    config = PruneConfig(**options).resolved()
+    config = resolve(configure(**options))
     method = WEIGHT_METHODS[config.method]
-    update = method.weight_update if config.weight_update is None else config.weight_update
-    choice = Choice(config.weight_pattern, config.compare_within or method.within, update)
+    choice = Choice.of(config)
     text = text or random_text(model.config.vocab_size)
     calibration = None if method.needs(choice) == "nothing" else text
     layers = linears_by_layer(model)

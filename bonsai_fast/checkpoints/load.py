@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from bonsai_fast.checkpoints.memory import (
     weight_bytes,
 )
 from bonsai_fast.checkpoints.streaming import open_streamed, stream_layers
-from bonsai_fast.config import PruneConfig
+from bonsai_fast.config.choices import ModelDtype
 from bonsai_fast.console import Reporter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +56,7 @@ class DeviceOptions(TrustOptions):
 class LoadingOptions(DeviceOptions):
     """Where a model is put, and how it is read."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+    dtype: ModelDtype = field(
         default="auto",
         metadata={"help": "Number format of the weights. auto: that of the checkpoint."},
     )
@@ -107,26 +107,29 @@ def _loading(name: str | None) -> Iterator[None]:
 
 def open_parent(
     name: str | None,
-    config: PruneConfig,
     options: LoadingOptions,
     reporter: Reporter,
     *,
+    memory_budget: str | None = None,
+    by_layer: bool = False,
     stream: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the parent, or stream its layers if that is asked for or it does not fit.
 
     Args:
         name: hub name or directory; None for the embedded model.
-        config: its memory budget, and whether its method needs only one layer at a time.
         options: device, dtype, and whether code of the checkpoint may run.
         reporter: told if layers are streamed unasked.
+        memory_budget: memory to leave beside the weights; the device's default if None.
+        by_layer: the caller computes one layer at a time, so that a model that is too large for the
+            GPU may stay in the host's memory.
         stream: stream from disk, whether or not the model fits.
     Raises:
         ValueError, OSError: as `load_parent`.
     """
-    directory = _streamed_from(name, config, options, stream)
-    if directory is None and config.prunes_weights:
-        return _load_or_stream_from_host(name, config, options, reporter)
+    directory = _streamed_from(name, memory_budget, options, stream)
+    if directory is None and by_layer:
+        return _load_or_stream_from_host(name, memory_budget, options, reporter)
     if directory is None:
         return load_parent(name, options)
     trust = options.trust_remote_code
@@ -147,7 +150,7 @@ def open_parent(
 
 
 def _load_or_stream_from_host(
-    name: str | None, config: PruneConfig, options: LoadingOptions, reporter: Reporter
+    name: str | None, memory_budget: str | None, options: LoadingOptions, reporter: Reporter
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the parent on a GPU, or on the CPU if it is too large to be streamed to the GPU.
 
@@ -155,26 +158,25 @@ def _load_or_stream_from_host(
     """
     device = find_device(options.device)
     model, tokenizer = load_parent(name, replace(options, device="cpu"))
-    needed = sum(x.nbytes for x in model.parameters()) + _budget(config, device)
+    needed = sum(x.nbytes for x in model.parameters()) + _budget(memory_budget, device)
     if device.type != "cuda" or needed <= device_memory(device):
         return cast(PreTrainedModel, cast(Any, model).to(device)), tokenizer
     reporter.note(f"{name or NAME} does not fit on the GPU: its layers are streamed from memory")
     return stream_layers(model, device=device), tokenizer
 
 
-def _budget(config: PruneConfig, device: torch.device) -> int:
-    asked = config.memory_budget
+def _budget(asked: str | None, device: torch.device) -> int:
     return default_budget(device) if asked is None else parse_bytes(asked)
 
 
 def _streamed_from(
-    name: str | None, config: PruneConfig, options: LoadingOptions, stream: bool
+    name: str | None, memory_budget: str | None, options: LoadingOptions, stream: bool
 ) -> Path | None:
     """The directory to stream a parent from; None if it is to be loaded."""
     path, device = _path(name), find_device(options.device)
     if stream:
         return local_directory(path, download=True)
-    budget = _budget(config, device)  # may be malformed
+    budget = _budget(memory_budget, device)  # may be malformed
     try:
         directory = local_directory(path, download=False)
         needed = weight_bytes(directory, DTYPES.get(options.dtype)) + budget

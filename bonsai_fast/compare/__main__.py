@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
-from bonsai_fast.compare.comparison import Comparison, as_table
-from bonsai_fast.config import PruneConfig
-from bonsai_fast.config.choices import AttentionGranularity, HeadLayout
+from bonsai_fast.compare.comparison import SHARED, Comparison, as_table
 from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.methods import configure
+from bonsai_fast.methods.configure import all_options
 from bonsai_fast.runs.ledger import LedgerError
 
 METHODS = "random,magnitude-l1,wanda-sp,flap,bonsai"
@@ -30,8 +30,8 @@ def _option(default: Any, help_text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """What is compared, and on what; names are those of `bonsai_fast.prune`."""
+class CompareOptions(LoadingOptions):
+    """What is compared; the options that methods share are those of `bonsai_fast.prune`."""
 
     methods: str = _option(
         METHODS, "Methods, separated by commas; METHOD[:paper][:OPTION=VALUE]..."
@@ -41,36 +41,6 @@ class CompareOptions:
     search_tokens: int | None = _option(
         None, "Forward tokens for each search. Default: what Bonsai's default plans."
     )
-    calibration: str = _option("builtin", "Calibration text.")
-    evaluation: str | None = _option(None, "Text for perplexity.")
-    evaluation_tokens: int = _option(8192, "How many tokens of it are read.")
-    num_sequences: int | None = _option(None, "Calibration sequences.")
-    sequence_length: int | None = _option(None, "Tokens in each of them.")
-    attention: AttentionGranularity | None = _option(None, "Query heads, or KV groups.")
-    head_layout: HeadLayout | None = _option(None, "'rectangular' or 'free'.")
-    round_to: str | None = _option(None, "MLP widths become multiples of this.")
-    seed: int = _option(0, "Seed of everything that is drawn.")
-    memory_budget: str | None = _option(None, "Memory for scoring beside the weights.")
-    tasks: str | None = _option(None, "Zero-shot tasks, separated by commas.")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Precision.")
-    trust_remote_code: bool = _option(False, "Run model code that a checkpoint carries.")
-
-    def base(self) -> PruneConfig:
-        """What all methods share."""
-        return PruneConfig(
-            calibration=self.calibration,
-            evaluation=self.evaluation,
-            evaluation_tokens=self.evaluation_tokens,
-            num_sequences=self.num_sequences,
-            sequence_length=self.sequence_length,
-            attention=self.attention,
-            head_layout=self.head_layout,
-            round_to=self.round_to,
-            seed=self.seed,
-            memory_budget=self.memory_budget,
-            tasks=self.tasks,
-        )
 
     def cells(self) -> list[tuple[str, float]]:
         """(method, sparsity) in the order in which they are run.
@@ -90,31 +60,40 @@ class CompareOptions:
         return [(name, sparsity) for sparsity in sparsities for name in names]
 
 
+def _shared_flags() -> type:
+    """A field for every option that methods share; None means that it is not given."""
+    options = all_options()
+    return make_dataclass(
+        "SharedFlags",
+        [
+            (name, option.hint | None, field(default=None, metadata={"help": option.help}))
+            for name, option in options.items()
+            if name in SHARED
+        ],
+        kw_only=True,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = OneLineParser(
-        cast(Any, CompareOptions),
+        cast(Any, (CompareOptions, _shared_flags())),
         prog="python -m bonsai_fast.compare",
         description=__doc__,
     )
     parser.add_argument(
         "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
     )
-    options, rest = parser.parse(arguments)
+    options, shared, rest = parser.parse(arguments)
     reporter = Reporter()
     silence_transformers()
     output = Path(options.output or f"runs/compare-{Path(rest.model or NAME).name}")
-    loading = LoadingOptions(
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
     try:
         wanted = options.cells()
         with reporter.busy(f"loading {rest.model or NAME} and its text"):
-            model, tokenizer = load_parent(rest.model, loading)
+            model, tokenizer = load_parent(rest.model, options)
             comparison = Comparison(
-                model, tokenizer, options.base(), output,
+                model, tokenizer, configure(**vars(shared)), output,
                 search_tokens=options.search_tokens, reporter=reporter,
             )  # fmt: skip
         # all that can be refused is refused before any work is done

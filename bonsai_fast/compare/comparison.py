@@ -13,11 +13,12 @@ import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.compare.equal_tokens import KNOBS, within_tokens
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.peak_memory import PeakMemory
@@ -25,25 +26,21 @@ from bonsai_fast.evaluation.perplexity import Perplexity, perplexity
 from bonsai_fast.evaluation.tasks import evaluate_tasks
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.files import write_atomically, write_json
-from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task
+from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task, configure, resolve
 from bonsai_fast.methods.allocation import TOLERANCE, Target
-from bonsai_fast.methods.equal_tokens import KNOBS, within_tokens
+from bonsai_fast.methods.configure import all_options, common_options
+from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.prune.units import prepare, pruned_model
 from bonsai_fast.report.chart import Panel, draw
 from bonsai_fast.runs.directory import open_run
 
-# what every method shares; a preset decides about the rest
-SHARED = (
-    *("num_sequences", "sequence_length", "attention", "head_layout", "round_to", "sublayers"),
-    *(
-        "uniform",
-        "calibration",
-        "evaluation",
-        "evaluation_tokens",
-        "seed",
-        "memory_budget",
-        "tasks",
-    ),
+# a cell has these for itself
+OWN = ("sparsity", "target", "method", "preset", "route", "precision")
+# what all methods share; a preset decides about the rest
+SHARED = tuple(
+    name
+    for name in (*common_options(), *(item.name for item in fields(UnitOptions)))
+    if name not in OWN
 )
 
 
@@ -110,31 +107,31 @@ class Comparison:
             raise ValueError(f"search_tokens: expected at least 1, got {search_tokens}")
         self.output, self.search_tokens, self.reporter = output, search_tokens, reporter
         self.model, self.tokenizer = model, tokenizer
-        self.base = base.resolved()
+        self.base = resolve(base)
         self._task, self.evaluation = prepare(model, tokenizer, base)
         self.cells: list[Cell] = []
 
-    def task_of(self, name: str, sparsity: float) -> Task:
+    def task_of(self, name: str, sparsity: float) -> Task[Any]:
         """The task of a cell; `name` is METHOD[:PRESET][:OPTION=VALUE]..., as `variant` reads it.
 
         Raises:
             ValueError: unknown method, preset or option, one that zeroes weights, or an impossible
                 sparsity.
         """
-        shared = {field: getattr(self.base, field) for field in SHARED}
+        shared = {name: value for name, value in self.base.values().items() if name in SHARED}
         values = variant(name)
         method = values["method"]
         if method in WEIGHT_METHODS:
             raise ValueError(
                 f"methods: expected methods that remove units, {method} zeroes weights"
             )
-        config = PruneConfig(**{**shared, **values, "sparsity": sparsity}).resolved()
+        config = resolve(configure(**shared, **values, sparsity=sparsity))
         target = Target(sparsity=sparsity)
         target.removal_budget(self._task.layout)
         task = replace(self._task, config=config, target=target)
         tokens = self.search_tokens
         if tokens is None:
-            usual = PruneConfig(**shared, sparsity=sparsity).resolved()
+            usual = resolve(configure(**shared, sparsity=sparsity))
             tokens = METHODS["bonsai"].plan(replace(task, config=usual)).tokens
         if KNOBS.get(method) in values:
             return task  # as many as it is told
@@ -153,7 +150,7 @@ class Comparison:
         write_json(path, asdict(found))
         return found
 
-    def run(self, name: str, task: Task) -> Cell:
+    def run(self, name: str, task: Task[Any]) -> Cell:
         """Prune and measure, or read what a former start measured.
 
         Raises:
@@ -209,34 +206,28 @@ class Comparison:
     def _tasks(self, smaller: PreTrainedModel) -> dict[str, dict[str, float]]:
         if self.base.tasks is None:
             return {}
-        names = [name.strip() for name in self.base.tasks.split(",")]
-        return evaluate_tasks(smaller, self.tokenizer, names)
+        return evaluate_tasks(smaller, self.tokenizer, self.base.task_names)
 
 
 def variant(name: str) -> dict[str, Any]:
     """Configuration of a method as a comparison names it: METHOD[:PRESET][:OPTION=VALUE]...
 
-    Options are those of `PruneConfig` that methods do not share.
+    Options are those that methods do not share; their values are text.
 
     Raises:
-        ValueError: an option is none of these, or its value cannot be one.
+        ValueError: an option is none of these.
     """
     method, *parts = name.split(":")
-    values: dict[str, Any] = {"method": method}
+    values = {"method": method}
     if parts and "=" not in parts[0]:
         values["preset"] = parts.pop(0)
-    hints = get_type_hints(PruneConfig)
-    taken = (*SHARED, *values, "preset", "sparsity", "target")
+    taken = (*SHARED, "method", "preset", "sparsity", "target")
     for part in parts:
         option, _, text = part.partition("=")
         option = option.replace("-", "_")
-        if option not in hints or option in taken:
+        if option not in all_options() or option in taken:
             raise ValueError(f"methods: expected METHOD[:PRESET][:OPTION=VALUE], got {name!r}")
-        kinds = [kind for kind in (int, float) if kind in get_args(hints[option])]
-        try:
-            values[option] = kinds[0](text) if kinds else text
-        except ValueError as error:
-            raise ValueError(f"{option}: expected a number, got {text!r}") from error
+        values[option] = text
     return values
 
 

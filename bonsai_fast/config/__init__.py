@@ -1,5 +1,5 @@
 """What a run is asked to do: options, their allowed values, presets."""
 
-from bonsai_fast.config.run import PruneConfig
+from bonsai_fast.config.run import PruneConfig, ResolvedConfig
 
-__all__ = ["PruneConfig"]
+__all__ = ["PruneConfig", "ResolvedConfig"]

@@ -1,13 +1,10 @@
-"""The values that options may take."""
+"""The values that options may take, each set once."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-WeightMethodName = Literal["magnitude", "wanda", "sparsegpt"]
-
-
-Method = Literal[
+UnitMethodName = Literal[
     "bonsai",
     "wanda-sp",
     "magnitude-l1",
@@ -18,49 +15,30 @@ Method = Literal[
     "taylor",
     "policy-gradient",
     "mini-llm",
-    "magnitude",
-    "wanda",
-    "sparsegpt",
 ]
+WeightMethodName = Literal["magnitude", "wanda", "sparsegpt"]
+MethodName = Literal[UnitMethodName, WeightMethodName]
+PresetName = Literal["default", "paper"]
 
-
-Preset = Literal["default", "paper"]
-
-
-AttentionGranularity = Literal["head", "kv-group"]
-
-
-RouteName = Literal["dense", "slice", "gather", "pack", "tail", "split"]
-
-
-Route = Literal["auto", RouteName]
-
-
-EngineName = Literal["auto", "hooks", "fused"]
-
-
+# what is removed
+AttentionUnit = Literal["head", "kv-group"]
 HeadLayout = Literal["rectangular", "free"]
+CompareWithin = Literal["layer", "input", "input-128", "output", "output-128"]
 
-
+# how it is found
 RegressionName = Literal["groups", "ridge", "paper"]
-
-
-PriorChoice = Literal["wanda", "activation", "fluctuation", "uniform"]
-
-
-Granularity = Literal["units", "blocks", "shares", "layers"]
-
-
+PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
+Granularity = Literal["units", "blocks", "layers"]
+GranularityOrShares = Literal[Granularity, "shares"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]
-
-
-Precision = Literal["int8", "fp8"]
-
-
 Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
-
-
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
-
-
 Perturbation = Literal["weights", "weights-divided", "gates"]
+
+# how it is computed
+EngineName = Literal["auto", "hooks", "fused"]
+ConcreteRoute = Literal["dense", "slice", "gather"]
+Route = Literal["auto", ConcreteRoute, "pack", "tail", "split"]
+Precision = Literal["full", "int8", "fp8"]
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+GGUFPrecision = Literal["f32", "f16", "bf16", "q8_0"]

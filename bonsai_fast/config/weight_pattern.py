@@ -1,13 +1,11 @@
-"""Patterns of zeros in a weight matrix, and which weights compete for the places that stay."""
+"""Patterns of zeros in a weight matrix, and how many of each group go."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
-CompareWithin = Literal["layer", "input", "input-128", "output", "output-128"]
 UNSTRUCTURED = "unstructured"
 DEFAULT_SPARSITY = 0.5
 

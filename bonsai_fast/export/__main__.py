@@ -17,6 +17,7 @@ from typing import Literal
 
 from bonsai_fast.checkpoints.saved_model import model_directory
 from bonsai_fast.command_line import OUTPUT, Command, argument, option, options_of, save_config
+from bonsai_fast.config.choices import GGUFPrecision
 from bonsai_fast.console import (
     INTERRUPTED,
     WRONG_RESULT,
@@ -60,7 +61,7 @@ class ExportOptions:
         FORM,
         value="FILE",
     )
-    precision: Literal["f32", "f16", "bf16", "q8_0"] | None = option(
+    precision: GGUFPrecision | None = option(
         None, "gguf: number format of the weight matrices.", FORM, "f16"
     )
     pad_channels_to: int | None = option(

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
 
+from bonsai_fast.config.choices import PresetName
+from bonsai_fast.config.presets import Preset
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.unit_options import UnitOptions
+
+OptionsT = TypeVar("OptionsT", bound=UnitOptions)
 
 
 @runtime_checkable
 class Compensates(Protocol):
     """A method that makes up for what is gone, in the model that is left."""
 
-    def compensate(self, search: Search, smaller: PreTrainedModel, keep: torch.Tensor) -> None:
+    def compensate(self, search: Search[Any], smaller: PreTrainedModel, keep: torch.Tensor) -> None:
         """Change the smaller model, made with the keep mask bool [P], in place."""
 
 
-class Method(Protocol):
+class Method(Protocol[OptionsT]):
     """A pruning method."""
 
-    def plan(self, task: Task) -> Plan:
+    @property
+    def presets(self) -> Mapping[PresetName, Preset[OptionsT]]:
+        """Values for what the user leaves out."""
+
+    def plan(self, task: Task[OptionsT]) -> Plan:
         """Work that `find` is going to do."""
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[OptionsT]) -> torch.Tensor:
         """Which units stay, bool [P]; target, head layout and width rounding are met."""

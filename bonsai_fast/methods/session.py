@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Generic
 
 import torch
 from safetensors.torch import load_file, save
 
+from bonsai_fast.config.choices import PriorName
 from bonsai_fast.console import Reporter
 from bonsai_fast.files import write_atomically
 from bonsai_fast.methods.allocation import Target, finish
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.methods.regression import Regression, save_regression
-from bonsai_fast.methods.task import Task
+from bonsai_fast.methods.task import O_co, Task
+from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import RunDirectory
 from bonsai_fast.runs.ledger import text_hash
@@ -32,7 +34,7 @@ class NotRecordedError(ValueError):
 
 
 @dataclass
-class Search:
+class Search(Generic[O_co]):
     """One start of one run.
 
     Attributes:
@@ -42,7 +44,7 @@ class Search:
         submodels_scored, tokens_scored: work of this start; what the ledger held is not counted.
     """
 
-    task: Task
+    task: Task[O_co]
     run: RunDirectory
     reporter: Reporter
     submodels_scored: int = field(default=0, init=False)
@@ -130,18 +132,22 @@ class Search:
                 advance(len(chunk.keep))
         return torch.cat(found)
 
-    def prior(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def prior(
+        self, name: PriorName, stage: str, keep: torch.Tensor, input_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Prior of every unit from one pass over the text under `keep`: float64 [P]; recorded too.
 
+        Args:
+            name: which one.
+            stage, keep, input_ids: as `losses`.
         Raises:
             NotRecordedError: the run is only re-targeted and has no such prior.
         """
 
         def prior() -> torch.Tensor:
             task = self.task
-            assert task.config.prior is not None
             statistics = collect_statistics(task.scorer, keep, input_ids)
-            return unit_prior(task.config.prior, task.model, task.layout, statistics)
+            return unit_prior(name, task.model, task.layout, statistics)
 
         return self.importance(stage, prior, input_ids.numel())
 
@@ -225,21 +231,19 @@ class Search:
 
 
 def finished(
-    search: Search, keep: torch.Tensor, relevance: torch.Tensor, target: Target
+    search: Search[Any], keep: torch.Tensor, relevance: torch.Tensor, target: Target
 ) -> torch.Tensor:
     """The last step of every method: see `allocation.finish`."""
     task = search.task
-    config = task.config
-    assert config.head_layout is not None and config.round_to is not None
-    round_to: int | Literal["auto"] = "auto" if config.round_to == "auto" else int(config.round_to)
+    options: UnitOptions = task.options
     return finish(
         task.layout,
         keep,
         relevance,
         target,
-        head_layout=config.head_layout,
-        round_to=round_to,
-        uniform=config.uniform,
+        head_layout=options.head_layout,
+        round_to=options.width_multiple,
+        uniform=options.uniform,
     )[0]
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from bonsai_fast.config.choices import AttentionUnit
 from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
 
-Kind = Literal["head", "kv_group", "channel", "attention", "mlp"]
-AttentionUnit = Literal["head", "kv_group"]
+Kind = Literal[AttentionUnit, "channel", "attention", "mlp"]
 # kinds whose units are parts of an attention sub-layer, or all of it
-ATTENTION: tuple[Kind, ...] = ("head", "kv_group", "attention")
+ATTENTION: tuple[Kind, ...] = ("head", "kv-group", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Unit:
 
     Attributes:
         layer: index of its decoder layer.
-        kind: "head", "kv_group", "channel", "attention" or "mlp".
+        kind: "head", "kv-group", "channel", "attention" or "mlp".
         index: its number among the units of that kind in that layer; for a head its query head, for
             a KV group its KV head.
         num_parameters: parameters that go with it when the rest of its sub-layer stays.
@@ -107,7 +107,7 @@ class Layout(Sequence[Unit]):
         Args:
             model: a causal language model, dense or pruned before.
             attention: "head" removes query heads one by one (a KV head goes with its last query
-                head); "kv_group" removes a KV head with all its query heads. The same thing where
+                head); "kv-group" removes a KV head with all its query heads. The same thing where
                 every query head has its own KV head.
             sublayers: also list whole attention and MLP sub-layers as units.
         Raises:
@@ -285,6 +285,16 @@ class Layout(Sequence[Unit]):
         return self.removed_from_block(block, keep)
 
 
+def recorded_kind(kind: str) -> str:
+    """A kind of unit as files spell it: "kv_group"."""
+    return kind.replace("-", "_")
+
+
+def read_kind(text: str) -> str:
+    """The opposite of `recorded_kind`."""
+    return text.replace("_", "-")
+
+
 def describe_layout(layout: Layout) -> dict[str, Any]:
     """Plain values, for JSON: all that a reader without the model needs to draw its units.
 
@@ -292,7 +302,7 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
     `kv_of_head` tells which KV head each query head of its layer reads, where it is about heads.
     """
     return {
-        "attention": layout.attention,
+        "attention": recorded_kind(layout.attention),
         "sublayers": layout.sublayers,
         "num_layers": layout.decoder.num_layers,
         "num_decoder_parameters": layout.num_decoder_parameters,
@@ -300,7 +310,7 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
         "groups": [
             {
                 "layer": group.layer,
-                "kind": group.kind,
+                "kind": recorded_kind(group.kind),
                 "num_units": len(group),
                 "num_parameters": group.num_parameters,
                 **(

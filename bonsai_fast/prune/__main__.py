@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, open_parent
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
-from bonsai_fast.methods import NotRecordedError
+from bonsai_fast.methods import WEIGHT_METHODS, NotRecordedError, configure
+from bonsai_fast.methods.configure import all_options, preset_values
 from bonsai_fast.methods.weights import UnusableInputsError
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.tables import result_table
@@ -42,17 +43,36 @@ class CommandOptions(LoadingOptions):
     )
 
 
+def _flags() -> type:
+    """A field for every option of every method; None means that it is not given."""
+    rows = []
+    for option in all_options().values():
+        is_switch = bool(option.methods) and all(
+            preset_values(method)[option.name] is False for method in option.methods
+        )
+        hint = option.hint if is_switch else option.hint | None
+        default = False if is_switch else None
+        rows.append((option.name, hint, field(default=default, metadata={"help": option.help})))
+    return make_dataclass("Flags", rows, kw_only=True)
+
+
 def parse(arguments: list[str] | None) -> tuple[str | None, PruneConfig, CommandOptions]:
     """Command line -> model, configuration, options; a bad one exits with code 2 and one line."""
     parser = OneLineParser(
-        cast(Any, (PruneConfig, CommandOptions)),
+        cast(Any, (_flags(), CommandOptions)),
         prog="python -m bonsai_fast.prune",
         description=__doc__,
     )
     parser.add_argument(
         "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
     )
-    config, options, rest = parser.parse(arguments)
+    flags, options, rest = parser.parse(arguments)
+    left = {item.name: item.default for item in fields(flags)}
+    given = {name: value for name, value in vars(flags).items() if value is not left[name]}
+    try:
+        config = configure(**given)
+    except ValueError as error:
+        parser.error(str(error))
     return rest.model, config, options
 
 
@@ -63,7 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     silence_transformers()
     try:
         with reporter.busy(f"loading {name or NAME} and its text"):
-            model, tokenizer = open_parent(name, config, options, reporter, stream=options.stream)
+            model, tokenizer = open_parent(
+                name,
+                options,
+                reporter,
+                memory_budget=config.memory_budget,
+                by_layer=config.method in WEIGHT_METHODS,
+                stream=options.stream,
+            )
             job = job_of(model, tokenizer, config)
         if options.plan:
             print(json.dumps(job.plan(reporter)))

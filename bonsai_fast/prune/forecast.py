@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def weight_plan(task: WeightTask) -> WeightPlan:
     )
 
 
-def estimate_seconds(task: Task, plan: Plan) -> float:
+def estimate_seconds(task: Task[Any], plan: Plan) -> float:
     """Time of the plan's forward passes on this machine, from one batch of sub-models."""
     tokens = task.calibration.input_ids[:1]
     rows = min(task.scorer.session(tokens).submodels_per_chunk, TIMED_SUBMODELS)

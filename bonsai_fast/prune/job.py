@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import METHODS, Search, Task
+from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
@@ -46,7 +46,7 @@ class Job(Protocol):
 class UnitJob:
     """Units are removed."""
 
-    task: Task
+    task: Task[Any]
     tokenizer: PreTrainedTokenizerBase
     evaluation: Sequences
 
@@ -97,7 +97,7 @@ def job_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: P
     Raises:
         ValueError: the request cannot be met; one line.
     """
-    if config.prunes_weights:
+    if config.method in WEIGHT_METHODS:
         return WeightJob(prepare_weights(model, tokenizer, config))
     task, evaluation = prepare(model, tokenizer, config)
     return UnitJob(task, tokenizer, evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def check_precision(
     )
 
 
-def report_precision(task: Task, reporter: Reporter) -> None:
+def report_precision(task: Task[Any], reporter: Reporter) -> None:
     """Note, or warn, whether the requested precision ranks random sub-models as full precision."""
     generator = torch.Generator().manual_seed(task.config.seed)
     share = task.target.removal_budget(task.layout) / task.layout.num_decoder_parameters

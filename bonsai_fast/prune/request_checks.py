@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.checkpoints.streaming import named_weights, stream_of
-from bonsai_fast.config import PruneConfig
+from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.evaluation.tasks import check_tasks
 from bonsai_fast.evaluation.text import Sequences, calibration_sequences, evaluation_sequences
+from bonsai_fast.methods import WEIGHT_METHODS
 
 # windows for calibration and evaluation are no longer than this unless requested
 MAX_LENGTH = 4096
@@ -17,7 +20,7 @@ EVALUATION_LENGTH = 512
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
 
 
-def check_model(model: PreTrainedModel, config: PruneConfig) -> None:
+def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
     """Refuse a model that the request cannot be met on.
 
     Raises:
@@ -38,14 +41,16 @@ def longest_window(model: PreTrainedModel) -> int:
 
 
 def calibration_text(
-    config: PruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int
+    config: ResolvedConfig[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    length: int,
 ) -> Sequences:
     """Text that the method reads, in windows of `length` tokens.
 
     Raises:
         ValueError: the text is missing or too short.
     """
-    assert config.num_sequences is not None
     return calibration_sequences(
         config.calibration,
         tokenizer,
@@ -57,7 +62,7 @@ def calibration_text(
 
 
 def evaluation_text(
-    config: PruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    config: ResolvedConfig[Any], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> Sequences:
     """Text for perplexity; none of it is used for calibration.
 
@@ -73,12 +78,13 @@ def evaluation_text(
     )
 
 
-def _check_streamed(model: PreTrainedModel, config: PruneConfig) -> None:
+def _check_streamed(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
     stream = stream_of(model)
     if stream is None:
         return
     needs_model = {
-        f"method {config.method}": config.method in NEED_THE_MODEL or config.prunes_weights,
+        f"method {config.method}": config.method in NEED_THE_MODEL
+        or config.method in WEIGHT_METHODS,
         "calibration 'self'": config.calibration == "self",
         "tasks": config.tasks is not None,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from bonsai_fast.checkpoints.streaming import stream_of
@@ -21,7 +23,7 @@ def result_table(result: RunResult) -> Table:
     return table
 
 
-def plan_table(task: Task, plan: Plan, seconds: float) -> Table:
+def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
     """Work of a run that removes units.
 
     Args:

@@ -12,7 +12,7 @@ from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import METHODS, Compensates, Search, Task
+from bonsai_fast.methods import METHODS, Compensates, Search, Task, resolve
 from bonsai_fast.methods.allocation import Achieved, Target
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.prune.deliver import deliver
@@ -31,8 +31,8 @@ from bonsai_fast.surgery import kept_positions, remove_units
 
 
 def prepare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig
-) -> tuple[Task, Sequences]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: PruneConfig
+) -> tuple[Task[Any], Sequences]:
     """Check the whole request, before any work is done.
 
     Returns:
@@ -40,13 +40,10 @@ def prepare(
     Raises:
         ValueError: the request cannot be met; one line.
     """
-    config = config.resolved()
+    config = resolve(request)
+    options = config.options
     check_model(model, config)
-    layout = Layout.of(
-        model,
-        attention="kv_group" if config.attention == "kv-group" else "head",
-        sublayers=config.sublayers,
-    )
+    layout = Layout.of(model, attention=options.attention, sublayers=options.sublayers)
     target = Target.parse(config.target_text)
     target.removal_budget(layout)  # refuses the impossible
     length = config.sequence_length or longest_window(model)
@@ -55,11 +52,11 @@ def prepare(
     scorer = MaskScorer(
         model,
         layout=layout,
-        route=config.route or "auto",
-        precision=config.precision or "full",
+        route=options.route,
+        precision=options.precision,
         memory_budget=config.memory_budget,
     )
-    if config.route is not None and scorer.engine.name != "fused":
+    if options.route != "auto" and scorer.engine.name != "fused":
         raise ValueError(
             f"route: routes exist only in the fused engine, which does not support "
             f"{type(model).__name__}; omit --route"
@@ -69,7 +66,7 @@ def prepare(
 
 
 def execute(
-    search: Search, tokenizer: PreTrainedTokenizerBase, evaluation: Sequences
+    search: Search[Any], tokenizer: PreTrainedTokenizerBase, evaluation: Sequences
 ) -> PruneResult:
     """Run a prepared task in its run directory.
 
@@ -84,7 +81,7 @@ def execute(
         return recorded_result(run, PruneResult, reporter)
     _announce(search)
     warnings_before = len(reporter.warnings)
-    if task.config.precision is not None and run.start == "new":
+    if task.options.precision != "full" and run.start == "new":
         report_precision(task, reporter)
     with PeakMemory(task.model.device) as peak:
         keep = METHODS[task.config.method].find(search)
@@ -116,7 +113,7 @@ def execute(
     return result
 
 
-def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
+def pruned_model(search: Search[Any], keep: torch.Tensor) -> PreTrainedModel:
     """The smaller model of a keep mask bool [P], with what its method compensates for."""
     smaller = remove_units(search.task.model, search.task.layout, keep)
     method = METHODS[search.task.config.method]
@@ -125,7 +122,9 @@ def pruned_model(search: Search, keep: torch.Tensor) -> PreTrainedModel:
     return smaller
 
 
-def _pruned(search: Search, keep: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> PrunedModel:
+def _pruned(
+    search: Search[Any], keep: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> PrunedModel:
     model, stream = search.task.model, stream_of(search.task.model)
     common = (model, tokenizer, search.run.model_directory, search.reporter)
     if stream is None:
@@ -134,7 +133,7 @@ def _pruned(search: Search, keep: torch.Tensor, tokenizer: PreTrainedTokenizerBa
     return StreamedModel(*common, search.task.layout, keep, stream.origin)
 
 
-def _announce(search: Search) -> None:
+def _announce(search: Search[Any]) -> None:
     """Say what is pruned, on which text, and what is already recorded."""
     task, run, note = search.task, search.run, search.reporter.note
     note(
@@ -151,7 +150,7 @@ def _announce(search: Search) -> None:
         )
 
 
-def _warn_about_shape(search: Search, keep: torch.Tensor) -> None:
+def _warn_about_shape(search: Search[Any], keep: torch.Tensor) -> None:
     """Warn of a missed target and of widths that engines run slowly."""
     task, warn = search.task, search.reporter.warn
     achieved = Achieved.of(task.layout, keep, task.target.removal_budget(task.layout))
@@ -160,12 +159,12 @@ def _warn_about_shape(search: Search, keep: torch.Tensor) -> None:
             f"{achieved.removed:,} parameters are removed, {achieved.asked:,} were requested: "
             "the layers allow no finer steps"
         )
-    if task.config.round_to == "1":
+    if task.options.round_to == "1":
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
 
 
 def _trajectory(
-    search: Search, names: list[str], final: torch.Tensor, evaluation: Sequences
+    search: Search[Any], names: list[str], final: torch.Tensor, evaluation: Sequences
 ) -> list[dict[str, Any]]:
     """Perplexity after each round, measured on sub-models of the parent."""
     layout, found = search.task.layout, []
@@ -185,10 +184,12 @@ def _trajectory(
     return found
 
 
-def _report(task: Task, keep: torch.Tensor) -> dict[str, Any]:
+def _report(task: Task[Any], keep: torch.Tensor) -> dict[str, Any]:
     """What bonsai_report.json says: the request, and what is kept in each layer."""
-    names = ("target_text", "method", "preset", "head_layout", "round_to", "seed")
+    values = task.config.values()
+    names = ("method", "preset", "head_layout", "round_to", "seed")
     return {
-        **{name: getattr(task.config, name) for name in names},
+        "target_text": task.config.target_text,
+        **{name: values[name] for name in names},
         "kept": {str(layer): x for layer, x in enumerate(kept_positions(task.layout, keep))},
     }

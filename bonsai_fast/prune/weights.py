@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import open_streamed, weight
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
-from bonsai_fast.methods import WEIGHT_METHODS, Choice
+from bonsai_fast.methods import WEIGHT_METHODS, Choice, resolve
 from bonsai_fast.methods.weights import check_memory
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
 from bonsai_fast.prune.deliver import deliver
@@ -35,25 +34,16 @@ CALIBRATION_LENGTH = 2048
 def prepare_weights(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: PruneConfig,
+    request: PruneConfig,
 ) -> WeightTask:
     """Check the whole request, before any work is done.
 
     Raises:
         ValueError: the request cannot be met; one line.
     """
-    config = config.resolved()
+    config = resolve(request)
     method = WEIGHT_METHODS[config.method]
-    pattern = config.weight_pattern
-    update = method.weight_update if config.weight_update is None else config.weight_update
-    choice = Choice(pattern, config.compare_within or method.within, update)
-    config = replace(
-        config,
-        sparsity=float(pattern.sparsity),
-        pattern=str(pattern).partition(" ")[0],
-        compare_within=None if pattern.group else choice.within,
-        weight_update=update,
-    )
+    choice = Choice.of(config)
     check_model(model, config)
     layers = linears_by_layer(model)
     _check_shapes(layers, choice)
@@ -106,7 +96,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         report={
             "method": task.config.method,
             "pattern": str(task.choice.pattern),
-            "compare_within": task.config.compare_within,
+            "compare_within": None if task.choice.pattern.group else task.choice.within,
             "weight_update": task.choice.weight_update,
             "seed": task.config.seed,
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bonsai_fast.files import write_atomically
+from bonsai_fast.methods import WEIGHT_METHODS
 from bonsai_fast.report import headline, speed
 from bonsai_fast.report import number_format as words
 from bonsai_fast.report.chart import DARK, LIGHT
@@ -108,7 +109,9 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
         "completions": run.completions,
         "manifest": run.manifest,
         "command": command_line(run.manifest),
-        "settings": {name: value for name, value in asdict(config).items() if value is not None},
+        "settings": {
+            name: value for name, value in config.values_read().items() if value is not None
+        },
         "left_out": left_out,
     }
 
@@ -135,7 +138,7 @@ def _kept(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     found = run.kept
     if run.layout is None or found is None:
         why = "no round has been recorded yet."
-        if recorded_config(run.manifest).prunes_weights:
+        if run.manifest["config"]["method"] in WEIGHT_METHODS:
             why = "single weights were zeroed; every layer keeps its shape."
         left_out.append(LeftOut("What each layer keeps", why))
         return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
 from typing import Any
 
 from bonsai_fast.checkpoints.embedded import NAME
-from bonsai_fast.config import PruneConfig
+from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.methods.configure import config_of_record, preset_values
 
 # always shown, even if they are the default
 SAID = ("target", "method", "preset", "seed")
@@ -20,16 +20,15 @@ def command_line(manifest: dict[str, Any]) -> list[str]:
     What the preset sets is left to it; `prune.parse` reads the same configuration back.
     """
     config = recorded_config(manifest)
-    usual = PruneConfig(method=config.method, preset=config.preset).resolved()
+    usual = preset_values(config.method, config.preset)
     parent = manifest["parent"]
     words = [["python", "-m", "bonsai_fast.prune"]]
     if parent["name"] != NAME:
         words[0].append(str(parent["name"]) or "MODEL")
-    for item in fields(PruneConfig):
-        value = getattr(config, item.name)
-        if value is None or (value == getattr(usual, item.name) and item.name not in SAID):
+    for name, value in config.values_read().items():
+        if value is None or (value == usual[name] and name not in SAID):
             continue
-        flag = "--" + item.name.replace("_", "-")
+        flag = "--" + name.replace("_", "-")
         words.append([flag] if value is True else [flag, str(value)])
     if parent["dtype"] in DTYPES:
         words.append(["--dtype", parent["dtype"]])
@@ -37,8 +36,6 @@ def command_line(manifest: dict[str, Any]) -> list[str]:
     return [shlex.join(chunk) for chunk in words]
 
 
-def recorded_config(manifest: dict[str, Any]) -> PruneConfig:
-    """The resolved configuration of a run."""
-    known = {item.name for item in fields(PruneConfig)}
-    values = {**manifest["config"], **manifest["request"]}
-    return PruneConfig(**{name: value for name, value in values.items() if name in known})
+def recorded_config(manifest: dict[str, Any]) -> ResolvedConfig[Any]:
+    """The whole configuration of a run, with its preset filled in."""
+    return config_of_record({**manifest["config"], **manifest["request"]})

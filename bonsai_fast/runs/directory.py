@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import named_weights
-from bonsai_fast.config.run import PruneConfig, as_dict
+from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.files import write_atomically, write_json
 from bonsai_fast.models.layout import Layout, describe_layout
 from bonsai_fast.runs.ledger import Ledger, LedgerError
@@ -54,6 +54,14 @@ FORMAT = 1
 LAST_STEP = ("head_layout", "round_to", "uniform")
 MEASURED = ("evaluation", "evaluation_tokens", "tasks")
 NOT_IDENTITY = ("sparsity", "target", *LAST_STEP, *MEASURED)
+# what earlier versions recorded as null
+FORMER_NULLS = {
+    "route": "auto",
+    "precision": "full",
+    "spare_first": 0,
+    "spare_last": 0,
+    "submodels_per_round": 200,
+}
 # a parameter is told from another by this many of its values
 FINGERPRINT_VALUES = 4096
 
@@ -160,7 +168,11 @@ class WeightRun(Run):
 
 
 def open_run(
-    path: Path, config: PruneConfig, layout: Layout, model: PreTrainedModel, calibration_sha256: str
+    path: Path,
+    config: ResolvedConfig[Any],
+    layout: Layout,
+    model: PreTrainedModel,
+    calibration_sha256: str,
 ) -> RunDirectory:
     """Start, resume or re-target a run that removes units.
 
@@ -170,7 +182,7 @@ def open_run(
     """
     identity = run_identity(config, NOT_IDENTITY, model, calibration_sha256)
     identity["parent"]["num_units"] = len(layout)
-    options = as_dict(config)
+    options = config.values()
     request = {
         "target": config.target_text,
         **{name: options[name] for name in (*LAST_STEP, *MEASURED)},
@@ -185,7 +197,10 @@ def open_run(
 
 
 def open_weight_run(
-    path: Path, config: PruneConfig, model: PreTrainedModel, calibration_sha256: str | None
+    path: Path,
+    config: ResolvedConfig[Any],
+    model: PreTrainedModel,
+    calibration_sha256: str | None,
 ) -> WeightRun:
     """Start, resume or measure again a run that zeroes weights.
 
@@ -195,7 +210,7 @@ def open_weight_run(
         ValueError: as `open_run`; another sparsity or pattern is another run.
     """
     identity = run_identity(config, MEASURED, model, calibration_sha256)
-    options = as_dict(config)
+    options = config.values()
     request = {name: options[name] for name in MEASURED}
     run = WeightRun(path, identity, request, _open(path, identity, request))
     if run.start in ("new", "resume"):
@@ -221,14 +236,16 @@ def _open(path: Path, identity: dict[str, Any], request: dict[str, Any]) -> Star
 
 
 def run_identity(
-    config: PruneConfig,
+    config: ResolvedConfig[Any],
     without: Sequence[str],
     model: PreTrainedModel,
     calibration_sha256: str | None,
 ) -> dict[str, Any]:
     """What the losses or weights of a run depend on: all of its configuration but some options."""
     return {
-        "config": {name: value for name, value in as_dict(config).items() if name not in without},
+        "config": {
+            name: value for name, value in config.values_read().items() if name not in without
+        },
         "parent": {
             "name": model.config.name_or_path,
             "fingerprint": fingerprint(model),
@@ -295,9 +312,10 @@ def _compare(
 
 def _differences(found: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     rows = [("calibration tokens", found.get("calibration_sha256"), identity["calibration_sha256"])]
-    for section in ("config", "parent"):
-        before, now = found.get(section, {}), identity[section]
-        rows += [
-            (name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())
-        ]
+    before, now = found.get("config", {}), identity["config"]
+    for name in sorted(now):  # earlier versions recorded options that the method does not read
+        value = before.get(name)
+        rows.append((name, FORMER_NULLS.get(name) if value is None else value, now[name]))
+    before, now = found.get("parent", {}), identity["parent"]
+    rows += [(name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())]
     return rows

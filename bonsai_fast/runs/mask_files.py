@@ -6,14 +6,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from bonsai_fast.config.choices import AttentionUnit
 from bonsai_fast.files import write_atomically
-from bonsai_fast.models.layout import AttentionUnit, Layout
+from bonsai_fast.models.layout import Layout, read_kind, recorded_kind
 from bonsai_fast.models.submodels import pack, unpack
 
 
@@ -47,7 +48,7 @@ def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) 
     layout.check_mask(keep, dims=1)
     about = {
         "num_units": len(layout),
-        "attention": layout.attention,
+        "attention": recorded_kind(layout.attention),
         "sublayers": layout.sublayers,
         "removed": layout.num_removed_parameters(keep),
     }
@@ -66,10 +67,14 @@ def load_mask(path: str | os.PathLike[str]) -> SavedMask:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["layout"])
             keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
-            if about["attention"] not in get_args(AttentionUnit):
+            attention = read_kind(about["attention"])
+            if attention not in get_args(AttentionUnit):
                 raise ValueError(f"attention is {about['attention']!r}")
             return SavedMask(
-                keep, about["attention"], bool(about["sublayers"]), int(about["removed"])
+                keep,
+                cast(AttentionUnit, attention),
+                bool(about["sublayers"]),
+                int(about["removed"]),
             )
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: expected a mask written by bonsai_fast: {error}") from error

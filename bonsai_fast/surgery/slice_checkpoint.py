@@ -22,8 +22,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from bonsai_fast.checkpoints.meta_model import ParentOnDisk, names_on_disk, open_parent
 from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
 from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE, write_model_weights
+from bonsai_fast.config.choices import AttentionUnit
 from bonsai_fast.console import Reporter
-from bonsai_fast.models.layout import AttentionUnit, Layout
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.ops.native import take
 from bonsai_fast.surgery.kept import Kept, kept_by, kept_positions
 from bonsai_fast.surgery.remove_units import move_in

@@ -21,7 +21,7 @@ from bonsai_fast.models.layout import Layout
 def save_with_all_heads(directory: Path, case: str, family: str = "llama3") -> PreTrainedModel:
     """Channels and whole sub-layers go, query heads stay."""
     parent = windowless(FAMILIES[family]())
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     keep = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < 0.6
     for group in layout.groups:
         attention = isinstance(group.block, AttentionBlock)

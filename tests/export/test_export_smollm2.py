@@ -35,7 +35,7 @@ def mild_mask(layout: Layout, sparsity: float) -> torch.Tensor:
 def test_pruned_by_a_fifth(tmp_path: Path) -> None:
     directory = embedded_model()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    layout = Layout.of(model, attention="kv_group")
+    layout = Layout.of(model, attention="kv-group")
     keep = mild_mask(layout, 0.2)
     sparsity = layout.num_removed_parameters(keep) / layout.num_decoder_parameters
     assert 0.17 < sparsity < 0.25

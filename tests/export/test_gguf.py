@@ -91,7 +91,7 @@ def test_architectures(family: str, tmp_path: Path) -> None:
 
 def test_whole_layers_gone_leave_a_uniform_model(tmp_path: Path) -> None:
     parent = windowless(FAMILIES["llama3"]())
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     keep = torch.ones(len(layout), dtype=torch.bool)
     for group in layout.groups:
         if group.layer == 1:
@@ -170,7 +170,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
 def test_windows_limit_the_context(tmp_path: Path) -> None:
     """llama.cpp's blocks attend to everything: up to the window's width that is the same."""
     parent = FAMILIES["mistral"]()
-    layout = Layout.of(parent, attention="kv_group")
+    layout = Layout.of(parent, attention="kv-group")
     save_masked(tmp_path / "model", parent, layout, keep_mask(layout, "widths"))
     result = to_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert "limited to 5" in result.notes[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import bonsai_fast as bf
 from bonsai_fast.console import Reporter
 from bonsai_fast.files import write_atomically
 from bonsai_fast.methods import METHODS, NotRecordedError, Search
+from bonsai_fast.methods.configure import all_options
 from bonsai_fast.prune.units import pruned_model
 
 TEXT = torch.randint(2, 258, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -157,6 +159,24 @@ def test_another_target_costs_nothing(method: str, tmp_path: Path) -> None:
         close(again)
 
 
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    """It recorded every option of every method, most of them as null."""
+    for method in ("policy-gradient", "flap"):
+        path = tmp_path / method
+        search_in(path, method)
+        manifest = json.loads((path / "run.json").read_text())
+        defaults = {"route": "auto", "precision": "full", "spare_first": 0, "spare_last": 0}
+        assert defaults.items() <= manifest["config"].items()
+        nothing = dict.fromkeys((*all_options(), "no_longer_there"))
+        manifest["config"] = {**nothing, **manifest["config"], **dict.fromkeys(defaults)}
+        if method == "flap":
+            manifest["config"] |= {"prior": "wanda", "regression": "groups"}
+        (path / "run.json").write_text(json.dumps(manifest))
+        assert search_in(path, method).run.start == "resume"
+        with pytest.raises(ValueError, match="spare_first: 0 there, 1 here"):
+            search_in(path, method, spare_first=1)
+
+
 def test_what_is_not_on_record_is_not_made_up(tmp_path: Path) -> None:
     search = search_in(tmp_path / "run", "flap")
     close(search)
@@ -178,6 +198,6 @@ def test_flap_from_end_to_end(tmp_path: Path) -> None:
         reporter=Reporter(quiet=True),
     )
     assert 0.92 * 0.3 <= result.sparsity <= 0.3
-    layout = bf.Layout.of(parent, attention="kv_group")
+    layout = bf.Layout.of(parent, attention="kv-group")
     cut = layout.num_model_parameters - layout.num_removed_parameters(result.keep_mask)
     assert result.parameters == cut + 2 * 4 * 48

@@ -136,7 +136,7 @@ def test_draws_are_the_same_on_every_machine():
     ]
 
 
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 def test_sublayer_units_take_part(attention):
     of = layout(attention, True)
     masks = sample_submodels(

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bonsai_fast.checkpoints.load import load_parent
 from bonsai_fast.config import PruneConfig
+from bonsai_fast.methods import configure
 from bonsai_fast.prune import __main__ as command
 from bonsai_fast.prune import job
 from bonsai_fast.prune.__main__ import main, parse
@@ -213,7 +214,7 @@ def test_flags_are_the_fields_of_the_configuration() -> None:
     flags = "--sparsity 0.3 --attention kv-group --sublayers --rounds 2 --output out"
     model, config, options = parse(["some/model", *flags.split()])
     assert model == "some/model" and options.output == "out"
-    assert config == PruneConfig(sparsity=0.3, attention="kv-group", sublayers=True, rounds=2)
+    assert config == configure(sparsity=0.3, attention="kv-group", sublayers=True, rounds=2)
     assert parse([])[0] is None and parse([])[1] == PruneConfig()
 
 

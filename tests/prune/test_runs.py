@@ -34,7 +34,7 @@ PRESETS = {
 
 
 def prune(output: Path, **options: object) -> bf.PruneResult:
-    config = bf.PruneConfig(**options)  # type: ignore[arg-type]
+    config = bf.configure(**options)
     return bf.prune(tiny_llama(), byte_tokenizer(), config, output_dir=output, reporter=QUIET)
 
 
@@ -51,7 +51,7 @@ def not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_meets_its_target_and_says_what_it_did(preset: str, tmp_path: Path) -> None:
     result = prune(tmp_path / "run", sparsity=0.3, **PRESETS[preset])
-    layout = bf.Layout.of(tiny_llama(), attention="kv_group" if preset == "default" else "head")
+    layout = bf.Layout.of(tiny_llama(), attention="kv-group" if preset == "default" else "head")
     removed = layout.num_removed_parameters(result.keep_mask)
     # 0.5 % of so small a model is less than its smallest step
     assert 0.92 * 0.3 <= result.sparsity <= 0.3
@@ -72,7 +72,7 @@ def test_a_run_meets_its_target_and_says_what_it_did(preset: str, tmp_path: Path
 def test_same_seed_same_masks_other_seed_other_masks(preset: str, tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("a", "b", "c")}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        config = bf.PruneConfig(sparsity=0.2, seed=seed, **PRESETS[preset])
+        config = bf.configure(sparsity=0.2, seed=seed, **PRESETS[preset])
         task, _ = prepare(tiny_llama(), byte_tokenizer(), config)
         run = open_run(runs[name], task.config, task.layout, task.model, task.calibration.sha256)
         run.save_mask("final", METHODS["bonsai"].find(Search(task, run, QUIET)))

@@ -24,7 +24,7 @@ from weight_cases import pruned_weights, task_of
 import bonsai_fast as bf
 from bonsai_fast.checkpoints.streaming import stream_layers
 from bonsai_fast.compare.__main__ import main as compare
-from bonsai_fast.config.weight_pattern import CompareWithin
+from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.console import Reporter
 from bonsai_fast.methods.weights import layer_by_layer, sweep
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer
@@ -56,7 +56,7 @@ def verified_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def prune(output: Path, model: PreTrainedModel | None = None, **options: Any) -> bf.SparseResult:
-    config = bf.PruneConfig(**SMALL, **options)
+    config = bf.configure(**SMALL, **options)
     model = model or tiny_llama()
     result = bf.prune(model, byte_tokenizer(), config, output_dir=output, reporter=QUIET)
     assert isinstance(result, bf.SparseResult)
@@ -328,15 +328,21 @@ BAD = {
     "pattern turned round": ("--method wanda --pattern 4:2", "N:M with 0 < N < M"),
     "pattern in words": ("--method wanda --pattern half", "expected unstructured or N:M"),
     "pattern that does not divide": ("--method wanda --pattern 3:7", "that 7 divides, got 48"),
-    "pattern of units": ("--method bonsai --pattern 2:4", "bonsai removes units"),
-    "pattern without a method": ("--pattern 2:4", "pattern is for methods that remove weights"),
+    "pattern of units": (
+        "--method bonsai --pattern 2:4",
+        "method bonsai does not read it",
+    ),
+    "pattern without a method": ("--pattern 2:4", "it is read by magnitude, wanda, sparsegpt"),
     "groups of a pattern": (
         "--method wanda --pattern 2:4 --compare-within output",
-        "compares 4 neighbours",
+        "method wanda with pattern=2:4 does not read it",
     ),
     "unknown groups": ("--method wanda --compare-within row", "invalid choice: 'row'"),
-    "units of wanda": ("--method wanda --rounds 3", "rounds is for methods that remove units"),
-    "target of wanda": ("--method wanda --target params=50K", "target is for methods"),
+    "units of wanda": ("--method wanda --rounds 3", "rounds: method wanda does not read it"),
+    "target of wanda": (
+        "--method wanda --target params=50K",
+        "method wanda zeroes weights",
+    ),
     "sparsity of 1": ("--method sparsegpt --sparsity 1", "expected a fraction in (0, 1)"),
     "tiny budget": ("--method wanda --memory-budget 1KB", "one sequence of"),
     "no text": ("--method wanda --calibration none.txt", "no such file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import fields
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +12,8 @@ import pytest
 import torch
 from report_pages import value
 
-from bonsai_fast.config.run import PruneConfig, as_dict
+from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.methods import WEIGHT_METHODS, configure, resolve
 from bonsai_fast.methods.regression import fit_paper, fit_ridge, kendall_tau
 from bonsai_fast.prune.__main__ import parse
 from bonsai_fast.report import number_format as words
@@ -25,15 +26,17 @@ from bonsai_fast.runs.directory import MEASURED, NOT_IDENTITY
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def manifest_of(config: PruneConfig, name: str, dtype: str = "bfloat16") -> dict[str, object]:
+def manifest_of(
+    config: ResolvedConfig[Any], name: str, dtype: str = "bfloat16"
+) -> dict[str, object]:
     """What run.json holds of a configuration."""
-    values = as_dict(config.resolved())
-    without = MEASURED if config.prunes_weights else NOT_IDENTITY
+    values, zeroes_weights = config.values(), config.method in WEIGHT_METHODS
+    without = MEASURED if zeroes_weights else NOT_IDENTITY
     request = {name: values[name] for name in without if name not in ("sparsity", "target")}
-    if not config.prunes_weights:
+    if not zeroes_weights:
         request["target"] = config.target_text
     return {
-        "config": {name: item for name, item in values.items() if name not in without},
+        "config": {n: item for n, item in config.values_read().items() if n not in without},
         "request": request,
         "parent": {"name": name, "dtype": dtype, "device": "cpu"},
     }
@@ -54,18 +57,16 @@ def manifest_of(config: PruneConfig, name: str, dtype: str = "bfloat16") -> dict
     ids=str,
 )
 def test_the_command_of_a_run_asks_for_the_same(options: dict[str, object]) -> None:
-    config = PruneConfig(**options)  # type: ignore[arg-type]
+    config = resolve(configure(**options))
     for name in ("SmolLM2-135M-Instruct", "my models/it's"):
         typed = shlex.split(" ".join(command_line(manifest_of(config, name))))
         assert typed[:3] == ["python", "-m", "bonsai_fast.prune"]
         model, asked, how = parse(typed[3:])
         assert model == (None if name.startswith("Smol") else name)
         assert how.dtype == "bfloat16" and how.device == "cpu"
-        found, wanted = asked.resolved(), config.resolved()
-        for item in fields(PruneConfig):
-            if item.name not in ("sparsity", "target"):
-                assert getattr(found, item.name) == getattr(wanted, item.name), item.name
-        assert found.target_text == wanted.target_text
+        found = resolve(asked)
+        same = {**found.values(), "sparsity": config.sparsity, "target": config.target}
+        assert same == config.values() and found.target_text == config.target_text
     assert recorded_config(manifest_of(config, "x")).target_text == config.target_text
 
 

@@ -16,12 +16,12 @@ from bonsai_fast.runs.mask_files import load_mask, save_mask
 
 
 def test_masks_say_their_layout(tmp_path: Path) -> None:
-    layout = Layout.of(tiny_llama(), attention="kv_group")
+    layout = Layout.of(tiny_llama(), attention="kv-group")
     keep = MASKS["half"](layout)
     save_mask(tmp_path / "mask", layout, keep)
     found = load_mask(tmp_path / "mask")
     assert torch.equal(found.keep, keep)
-    assert (found.attention, found.sublayers) == ("kv_group", False)
+    assert (found.attention, found.sublayers) == ("kv-group", False)
     save_mask(tmp_path / "again", layout, keep)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "mask").read_bytes()
     with pytest.raises(ValueError, match="expected shape"):

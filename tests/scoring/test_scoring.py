@@ -40,7 +40,7 @@ def llama3() -> PreTrainedModel:
     return FAMILIES["llama3"]()
 
 
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_slow_masked_forward_and_pruned_model(family: str, attention: str) -> None:
     model, input_ids = FAMILIES[family](), tokens()

@@ -20,6 +20,7 @@ from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import bonsai_fast as bf
+from bonsai_fast.methods import resolve
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.mask_files import save_mask
@@ -71,7 +72,7 @@ def test_other_layouts_and_a_parent_that_was_pruned_before(family: str, tmp_path
     units = Layout.of(model)
     pruned = remove_units(model, units, MASKS["most"](units))
     save_pretrained(pruned, tmp_path / "parent")
-    options = {"attention": "kv_group", "sublayers": True}
+    options = {"attention": "kv-group", "sublayers": True}
     keep = keep_for(pruned, "half", **options)
     expected = the_long_way(tmp_path / "parent", "half", tmp_path / "long", **options)
     slice_checkpoint(tmp_path / "parent", keep, tmp_path / "short", report=REPORT, **options)
@@ -316,11 +317,11 @@ def test_a_stop_in_the_middle_leaves_nothing(
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The mask of a run cuts the run's parent."""
     parent = save_tiny_parent(tmp_path / "parent")
-    options = {"attention": "kv_group", "sublayers": True}
+    options = {"attention": "kv-group", "sublayers": True}
     expected = the_long_way(parent, "most", tmp_path / "long", **options)
     model = AutoModelForCausalLM.from_pretrained(parent)
     layout = Layout.of(model, **options)
-    run = open_run(tmp_path / "run", bf.PruneConfig().resolved(), layout, model, "text")
+    run = open_run(tmp_path / "run", resolve(bf.PruneConfig()), layout, model, "text")
     run.save_mask("final", MASKS["most"](layout))
     mask = tmp_path / "run" / "masks" / "final.safetensors"
     assert command.main([str(parent), str(mask), str(tmp_path / "short")]) == 0

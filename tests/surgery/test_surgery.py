@@ -22,7 +22,7 @@ from bonsai_fast.models import AttentionBlock, family_of
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import kept_positions, remove_units
 
-GRANULARITIES = ("head", "kv_group")
+GRANULARITIES = ("head", "kv-group")
 # One family of every kind of attention and of mask lookup, where all of them would take too long.
 KINDS = ("llama3", "mistral", "qwen2", "phi3", "opt", "bloom", "gpt_neox")
 

@@ -14,7 +14,7 @@ from bonsai_fast.surgery import remove_units
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uniform_results_are_stock_where_the_family_can_say_so(family: str) -> None:
     model = FAMILIES[family]()
-    layout = Layout.of(model, attention="kv_group")
+    layout = Layout.of(model, attention="kv-group")
     keep = torch.tensor([unit.kind != "channel" or unit.index % 4 != 0 for unit in layout])
     child = remove_units(model, layout, keep)
     assert (child.config.model_type == model.config.model_type) == ("bloom" not in family)

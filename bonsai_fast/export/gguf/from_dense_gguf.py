@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bonsai_fast.checkpoints.saved_model import SavedModel, open_saved
+from bonsai_fast.config.choices import GGUFPrecision
 from bonsai_fast.export.exported import Exported
 from bonsai_fast.export.gguf.architecture import check_model, choose
 from bonsai_fast.export.gguf.dense_gguf import PARENTS, DenseGGUF, KeptLayer
 from bonsai_fast.export.gguf.metadata import layer_fields, prefixed
 from bonsai_fast.export.gguf.names import SavedTensors, tensor_names
 from bonsai_fast.export.gguf.tensors import pair_order, tensor_specs
-from bonsai_fast.export.gguf.write import Precision, write_gguf
+from bonsai_fast.export.gguf.write import write_gguf
 
 # how far the parent's rounding may be from the model's: a share of a tensor's norm
 SAME_WEIGHTS = 0.02
@@ -28,7 +29,7 @@ def slice_gguf(
     kept: Sequence[KeptLayer],
     output: str | os.PathLike[str],
     *,
-    precision: Precision = "f16",
+    precision: GGUFPrecision = "f16",
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:
@@ -61,7 +62,7 @@ def to_gguf_from_parent(
     parent: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    precision: Precision = "f16",
+    precision: GGUFPrecision = "f16",
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:

@@ -7,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bonsai_fast.checkpoints.saved_model import open_saved
+from bonsai_fast.config.choices import GGUFPrecision
 from bonsai_fast.export.exported import Exported
 from bonsai_fast.export.gguf.architecture import plan_gguf
 from bonsai_fast.export.gguf.metadata import hyperparameters
 from bonsai_fast.export.gguf.names import SavedTensors
 from bonsai_fast.export.gguf.tensors import tensor_specs
 from bonsai_fast.export.gguf.tokenizer import tokenizer_fields
-from bonsai_fast.export.gguf.write import Precision, write_gguf
+from bonsai_fast.export.gguf.write import write_gguf
 
 
 def to_gguf(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    precision: Precision = "f16",
+    precision: GGUFPrecision = "f16",
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from bonsai_fast.config.choices import GGUFPrecision
 from bonsai_fast.export.gguf.tensors import TensorSpec
 
-Precision = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -81,7 +81,7 @@ def write_gguf(
     architecture: str,
     fields: Fields,
     tensors: Iterable[TensorSpec],
-    precision: Precision,
+    precision: GGUFPrecision,
     advance: Callable[[], None] = lambda: None,
 ) -> int:
     """Write a file; norms and biases stay in float32, as llama.cpp wants them.
@@ -142,7 +142,7 @@ def _pairs(
     return zip(specs, types, strict=True)
 
 
-def _type_of(spec: TensorSpec, precision: Precision) -> GGMLQuantizationType:
+def _type_of(spec: TensorSpec, precision: GGUFPrecision) -> GGMLQuantizationType:
     kind = TYPES[precision][0]
     if len(spec.shape) < 2:
         return GGMLQuantizationType.F32

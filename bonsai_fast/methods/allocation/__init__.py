@@ -2,7 +2,7 @@
 
 from bonsai_fast.methods.allocation.finish import TOLERANCE, Achieved, finish
 from bonsai_fast.methods.allocation.parameter_count import RemovedCount, group_costs
-from bonsai_fast.methods.allocation.rectangular_heads import HeadLayout, make_rectangular
+from bonsai_fast.methods.allocation.rectangular_heads import make_rectangular
 from bonsai_fast.methods.allocation.relevance import equal_shares, spare_layers, standardised
 from bonsai_fast.methods.allocation.round_widths import auto_multiple, round_widths
 from bonsai_fast.methods.allocation.select import Order, plan_mask, select_units
@@ -12,7 +12,6 @@ from bonsai_fast.methods.allocation.uniform import make_uniform
 __all__ = [
     "TOLERANCE",
     "Achieved",
-    "HeadLayout",
     "Order",
     "RemovedCount",
     "Target",

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bonsai_fast.config.choices import HeadLayout
 from bonsai_fast.methods.allocation.attention_shapes import (
     has_shared_heads,
     rectangles,
     removed_from_group,
 )
 from bonsai_fast.methods.allocation.parameter_count import attention_groups, channel_groups
-from bonsai_fast.methods.allocation.rectangular_heads import HeadLayout
 from bonsai_fast.methods.allocation.round_widths import round_down, round_up, width_ladder
 from bonsai_fast.methods.allocation.select import check_relevance
 from bonsai_fast.models.layout import Group, Layout

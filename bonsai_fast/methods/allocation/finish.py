@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 import torch
 
+from bonsai_fast.config.choices import HeadLayout
 from bonsai_fast.methods.allocation.exchange import fill
 from bonsai_fast.methods.allocation.parameter_count import drop_empty
-from bonsai_fast.methods.allocation.rectangular_heads import HeadLayout, make_rectangular
+from bonsai_fast.methods.allocation.rectangular_heads import make_rectangular
 from bonsai_fast.methods.allocation.round_widths import auto_multiple, round_widths
 from bonsai_fast.methods.allocation.select import check_within
 from bonsai_fast.methods.allocation.target import Target

@@ -16,7 +16,7 @@ def group_costs(layout: Layout) -> torch.Tensor:
 
 def attention_groups(layout: Layout) -> list[Group]:
     """The groups whose units are heads or KV groups."""
-    return [group for group in layout.groups if group.kind in ("head", "kv_group")]
+    return [group for group in layout.groups if group.kind in ("head", "kv-group")]
 
 
 def channel_groups(layout: Layout) -> list[Group]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from typing import Literal
 
 import torch
 
@@ -16,8 +15,6 @@ from bonsai_fast.methods.allocation.attention_shapes import (
 from bonsai_fast.methods.allocation.parameter_count import attention_groups, drop_empty
 from bonsai_fast.methods.allocation.select import check_relevance, check_within
 from bonsai_fast.models.layout import Layout
-
-HeadLayout = Literal["rectangular", "free"]
 
 
 def make_rectangular(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.config.choices import PriorName
 from bonsai_fast.methods.importance.statistics import BlockStatistics, Statistics
 from bonsai_fast.models import Block
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.ops.native import column_mean_abs
-
-PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
 
 
 def unit_prior(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from bonsai_fast.methods.method import Method
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.bonsai_default import GroupedBonsai
+from bonsai_fast.methods.units.bonsai_options import BONSAI_PRESETS, BonsaiOptions
 from bonsai_fast.methods.units.bonsai_paper import PaperBonsai
 
 
 class Bonsai:
     """Chooses by what the regression estimates: groups of units, or every unit."""
 
-    def plan(self, task: Task) -> Plan:
+    presets = BONSAI_PRESETS
+
+    def plan(self, task: Task[BonsaiOptions]) -> Plan:
         """Work that `find` is going to do."""
         return self._variant(task).plan(task)
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[BonsaiOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
         return self._variant(search.task).find(search)
 
-    def _variant(self, task: Task) -> Method:
-        return GroupedBonsai() if task.config.regression == "groups" else PaperBonsai()
+    def _variant(self, task: Task[BonsaiOptions]) -> GroupedBonsai | PaperBonsai:
+        return GroupedBonsai() if task.options.regression == "groups" else PaperBonsai()

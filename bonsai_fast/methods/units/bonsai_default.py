@@ -27,6 +27,7 @@ import torch
 from bonsai_fast.methods.allocation import Target, plan_mask, select_units
 from bonsai_fast.methods.session import Search, finished
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
 from bonsai_fast.models.layout import ATTENTION, Group, Kind, Layout
 
 # a stage removes at most this fraction of the decoder
@@ -35,7 +36,7 @@ STEP = 0.25
 REACH: dict[Kind, float] = {
     "channel": 0.6,
     "head": 1 / 3,
-    "kv_group": 1 / 3,
+    "kv-group": 1 / 3,
     "attention": 1.0,
     "mlp": 1.0,
 }
@@ -71,7 +72,7 @@ class _Proposal:
 class GroupedBonsai:
     """Stages toward the target, each with probes and scored plans."""
 
-    def plan(self, task: Task) -> Plan:
+    def plan(self, task: Task[BonsaiOptions]) -> Plan:
         """Probes and plans of every stage, and a pass for the prior in each."""
         stages = len(_goals(task))
         curves = 2 * len(EXPONENTS) * len(ATTENTION_FACTORS) * len(TEMPERATURES)
@@ -81,7 +82,7 @@ class GroupedBonsai:
         tokens += task.calibration.input_ids.numel()
         return Plan(stages, stages * (early + FINALISTS), stages * tokens)
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[BonsaiOptions]) -> torch.Tensor:
         """Run the stages; a re-targeted run selects by the relevance that was recorded."""
         task, layout = search.task, search.task.layout
         keep = torch.ones(len(layout), dtype=torch.bool)
@@ -98,11 +99,16 @@ class GroupedBonsai:
         return keep
 
     def _stage(
-        self, search: Search, stage: str, keep: torch.Tensor, before: torch.Tensor, goal: int
+        self,
+        search: Search[BonsaiOptions],
+        stage: str,
+        keep: torch.Tensor,
+        before: torch.Tensor,
+        goal: int,
     ) -> _Proposal:
         task, layout = search.task, search.task.layout
         first, second = _texts(task)
-        prior = search.prior(stage, keep, task.calibration.input_ids)
+        prior = search.prior(task.options.prior, stage, keep, task.calibration.input_ids)
         target = Target(params=layout.num_model_parameters - goal)
         costs = _probe(search, f"{stage}/probes", keep, prior, first)
 
@@ -126,7 +132,7 @@ class GroupedBonsai:
         return _best(search, f"{stage}/finalists", best, second, 1)[0]
 
 
-def _texts(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+def _texts(task: Task[BonsaiOptions]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences for the search and, from elsewhere in the text, those for the finalists."""
     input_ids = task.calibration.input_ids
     stride = max(1, len(input_ids) // max(SEARCH_SEQUENCES, FINALIST_SEQUENCES))
@@ -135,11 +141,11 @@ def _texts(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return first.contiguous(), second.contiguous()
 
 
-def _goals(task: Task) -> list[int]:
+def _goals(task: Task[BonsaiOptions]) -> list[int]:
     """Parameters removed at the end of each round."""
     budget = task.target.removal_budget(task.layout)
     steps = math.ceil(round(budget / task.layout.num_decoder_parameters / STEP, 6))
-    rounds = task.config.rounds or steps
+    rounds = task.options.rounds or steps
     return [budget * number // rounds for number in range(1, rounds + 1)]
 
 
@@ -152,7 +158,11 @@ class _Cost:
 
 
 def _probe(
-    search: Search, stage: str, keep: torch.Tensor, prior: torch.Tensor, input_ids: torch.Tensor
+    search: Search[BonsaiOptions],
+    stage: str,
+    keep: torch.Tensor,
+    prior: torch.Tensor,
+    input_ids: torch.Tensor,
 ) -> list[_Cost | None]:
     """Thin out each group of `keep`; None for a group that is gone."""
     layout = search.task.layout
@@ -227,7 +237,7 @@ def _relevance(
 
 
 def _select(
-    search: Search,
+    search: Search[BonsaiOptions],
     keep: torch.Tensor,
     relevance: torch.Tensor,
     target: Target,
@@ -240,7 +250,11 @@ def _select(
 
 
 def _best(
-    search: Search, stage: str, proposals: list[_Proposal], input_ids: torch.Tensor, count: int
+    search: Search[BonsaiOptions],
+    stage: str,
+    proposals: list[_Proposal],
+    input_ids: torch.Tensor,
+    count: int,
 ) -> list[_Proposal]:
     """Score complete plans, each once, and return the best ones."""
     distinct: dict[bytes, _Proposal] = {}

@@ -10,11 +10,11 @@ from bonsai_fast.methods.allocation import Target, select_units
 from bonsai_fast.methods.regression import Regression, fit_paper, fit_ridge
 from bonsai_fast.methods.session import Search, finished, group_of_unit
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
 from bonsai_fast.models.submodels import sample_submodels
 
-# p_iter and ns_sub-models of table 9
+# p_iter of table 9
 STEP_SPARSITY = 0.05
-NUM_SUBMODELS = 200
 
 
 class PaperBonsai:
@@ -24,13 +24,13 @@ class PaperBonsai:
     p_iter, so that runs to different targets share their first rounds.
     """
 
-    def plan(self, task: Task) -> Plan:
+    def plan(self, task: Task[BonsaiOptions]) -> Plan:
         """Rounds of sub-models, and a pass for the prior in each."""
         rounds = len(_goals(task))
-        submodels = rounds * (task.config.submodels_per_round or NUM_SUBMODELS)
+        submodels = rounds * task.options.submodels_per_round
         return Plan(rounds, submodels, (submodels + rounds) * task.calibration.input_ids.numel())
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[BonsaiOptions]) -> torch.Tensor:
         """Run the rounds; a re-targeted run walks through the recorded ones."""
         task, layout = search.task, search.task.layout
         keep = torch.ones(len(layout), dtype=torch.bool)
@@ -67,11 +67,16 @@ class PaperBonsai:
         return finished(search, keep, relevance, task.target)
 
     def _score(
-        self, search: Search, stage: str, number: int, keep: torch.Tensor, step: float
+        self,
+        search: Search[BonsaiOptions],
+        stage: str,
+        number: int,
+        keep: torch.Tensor,
+        step: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         task = search.task
-        input_ids, config = task.calibration.input_ids, task.config
-        prior = search.prior(stage, keep, input_ids)
+        input_ids, options = task.calibration.input_ids, task.options
+        prior = search.prior(options.prior, stage, keep, input_ids)
         if search.recorded_only:
             return *search.recorded(stage), prior
         masks = sample_submodels(
@@ -79,29 +84,31 @@ class PaperBonsai:
             prior,
             keep,
             step_sparsity=min(0.5, step),
-            num_submodels=config.submodels_per_round or NUM_SUBMODELS,
-            seed=(config.seed, number),
+            num_submodels=options.submodels_per_round,
+            seed=(task.config.seed, number),
         )
         return masks, search.losses(stage, masks, input_ids), prior
 
 
-def _goals(task: Task) -> list[int]:
+def _goals(task: Task[BonsaiOptions]) -> list[int]:
     """Parameters removed after each round: multiples of p_iter, or equal steps if asked for."""
     budget, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
-    if task.config.rounds is not None:
-        return [
-            budget * number // task.config.rounds for number in range(1, task.config.rounds + 1)
-        ]
+    if (rounds := task.options.rounds) is not None:
+        return [budget * number // rounds for number in range(1, rounds + 1)]
     rounds = max(1, math.ceil(round(budget / (STEP_SPARSITY * decoder), 6)))
     return [*(int(number * STEP_SPARSITY * decoder) for number in range(1, rounds)), budget]
 
 
 def _regress(
-    task: Task, number: int, masks: torch.Tensor, losses: torch.Tensor, prior: torch.Tensor
+    task: Task[BonsaiOptions],
+    number: int,
+    masks: torch.Tensor,
+    losses: torch.Tensor,
+    prior: torch.Tensor,
 ) -> tuple[Regression, torch.Tensor, str]:
     """The regression, the utilities that it was fitted to, float64 [S], and what they are."""
     mean_loss = losses.mean(dim=1, dtype=torch.float64)
-    if task.config.regression == "paper":
+    if task.options.regression == "paper":
         # the published utility; a sub-model whose perplexity overflows is left out by the fit
         utility = -mean_loss.exp()
         fit = fit_paper(masks, utility, seed=task.config.seed + number)

@@ -23,25 +23,30 @@ from bonsai_fast.methods.importance.prior import column_importance
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
-from bonsai_fast.methods.units.one_shot import cut
+from bonsai_fast.methods.units.one_shot import ONE_SHOT_PRESETS, cut
+from bonsai_fast.methods.units.unit_options import SparingOptions
 from bonsai_fast.models import family_of
 
 
 class Flap:
     """Statistics, a cut, and biases."""
 
-    def plan(self, task: Task) -> Plan:
+    presets = ONE_SHOT_PRESETS
+
+    def plan(self, task: Task[SparingOptions]) -> Plan:
         """A pass over the text."""
         return Plan(1, 0, task.calibration.input_ids.numel())
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[SparingOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
         layout = search.task.layout
         asked = search.task.target.removal_budget(layout) + _num_new_biases(search.task)
         target = Target(params=layout.num_model_parameters - asked)
         return cut(search, _measured(search)["relevance"], target)
 
-    def compensate(self, search: Search, smaller: PreTrainedModel, keep: torch.Tensor) -> None:
+    def compensate(
+        self, search: Search[SparingOptions], smaller: PreTrainedModel, keep: torch.Tensor
+    ) -> None:
         """Add to every output projection's bias what the columns that went gave on average."""
         measured, layout, parent = _measured(search), search.task.layout, search.task.model
         model_type = smaller.config.model_type
@@ -68,7 +73,7 @@ class Flap:
             )
 
 
-def _measured(search: Search) -> dict[str, torch.Tensor]:
+def _measured(search: Search[SparingOptions]) -> dict[str, torch.Tensor]:
     """Relevance, and the mean of every column that an output projection reads."""
     task = search.task
     layout, input_ids = task.layout, task.calibration.input_ids
@@ -85,9 +90,9 @@ def _measured(search: Search) -> dict[str, torch.Tensor]:
     return search.measured("parent", measure, input_ids.numel())
 
 
-def _num_new_biases(task: Task) -> int:
+def _num_new_biases(task: Task[SparingOptions]) -> int:
     """Parameters that compensation adds, if the result's class takes them."""
-    if task.config.uniform or not takes_output_biases(task.model.config.model_type):
+    if task.options.uniform or not takes_output_biases(task.model.config.model_type):
         return 0
     outputs = [
         cast(nn.Linear, task.model.get_submodule(block.output))

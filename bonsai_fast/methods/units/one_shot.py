@@ -5,21 +5,30 @@ They compare units inside a group (layer, kind) alone, and thin out all groups a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.config.choices import PresetName
+from bonsai_fast.config.presets import Preset
 from bonsai_fast.methods.allocation import Target, equal_shares, select_units, spare_layers
 from bonsai_fast.methods.importance.coupled import coupled_importance
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.methods.session import Search, finished
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, SparingOptions
 from bonsai_fast.models import Cut
+
+ONE_SHOT_PRESETS: Mapping[PresetName, Preset[SparingOptions]] = {
+    "default": Preset(SparingOptions()),
+    "paper": Preset(SparingOptions(**PUBLISHED_SHAPE), 32, None),
+}
 
 
 @dataclass(frozen=True)
@@ -29,16 +38,20 @@ class OneShot:
     Attributes:
         importance: finds it, float64 [P].
         reads_text: whether it reads the calibration text.
+        presets: as of every method.
     """
 
-    importance: Callable[[Search], torch.Tensor]
+    importance: Callable[[Search[Any]], torch.Tensor]
     reads_text: bool
+    presets: Mapping[PresetName, Preset[SparingOptions]] = field(
+        default_factory=lambda: ONE_SHOT_PRESETS
+    )
 
-    def plan(self, task: Task) -> Plan:
+    def plan(self, task: Task[SparingOptions]) -> Plan:
         """A pass over the text at most."""
         return Plan(1, 0, task.calibration.input_ids.numel() if self.reads_text else 0)
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[SparingOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
         task = search.task
         tokens = task.calibration.input_ids.numel() if self.reads_text else 0
@@ -46,7 +59,7 @@ class OneShot:
         return cut(search, equal_shares(task.layout, importance), task.target)
 
 
-def cut(search: Search, relevance: torch.Tensor, target: Target) -> torch.Tensor:
+def cut(search: Search[SparingOptions], relevance: torch.Tensor, target: Target) -> torch.Tensor:
     """Select by relevance for each parameter, and finish.
 
     Args:
@@ -55,7 +68,7 @@ def cut(search: Search, relevance: torch.Tensor, target: Target) -> torch.Tensor
         bool [P].
     """
     task = search.task
-    first, last = task.config.spare_first or 0, task.config.spare_last or 0
+    first, last = task.options.spare_first, task.options.spare_last
     if first or last:
         relevance = spare_layers(task.layout, relevance, first=first, last=last)
     everything = torch.ones(len(task.layout), dtype=torch.bool)
@@ -67,7 +80,7 @@ def cut(search: Search, relevance: torch.Tensor, target: Target) -> torch.Tensor
     return keep
 
 
-def wanda(search: Search) -> torch.Tensor:
+def wanda(search: Search[SparingOptions]) -> torch.Tensor:
     """|W| times the norm of what flows in, averaged over the output projection.
 
     Source: An et al., arXiv:2312.11983, who made Sun et al., arXiv:2306.11695, structured.
@@ -78,7 +91,7 @@ def wanda(search: Search) -> torch.Tensor:
     return unit_prior("wanda", task.model, task.layout, statistics)
 
 
-def magnitude(search: Search, *, power: int) -> torch.Tensor:
+def magnitude(search: Search[SparingOptions], *, power: int) -> torch.Tensor:
     """Sum of |w| ** power over all weights that go with a unit.
 
     Source: the baselines of Ma et al., arXiv:2305.11627.
@@ -94,7 +107,7 @@ def magnitude(search: Search, *, power: int) -> torch.Tensor:
     return coupled_importance(task.layout, of_cut, reduction="sum")
 
 
-def chance(search: Search) -> torch.Tensor:
+def chance(search: Search[SparingOptions]) -> torch.Tensor:
     """Importance by lot."""
     rng = np.random.Generator(np.random.PCG64(search.task.config.seed))
     return torch.from_numpy(rng.random(len(search.task.layout)))

@@ -9,17 +9,20 @@ Source: Ma et al., arXiv:2305.11627, equation 3 element by element, importance s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
+from bonsai_fast.config.choices import PresetName
+from bonsai_fast.config.presets import Preset
 from bonsai_fast.methods.allocation import equal_shares
 from bonsai_fast.methods.importance.coupled import coupled_importance
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.one_shot import cut
+from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, SparingOptions
 from bonsai_fast.models import Cut
 from bonsai_fast.models.layout import Layout
 
@@ -30,11 +33,16 @@ SEQUENCES = 10
 class Taylor:
     """Gradients on a few sequences, and a cut."""
 
-    def plan(self, task: Task) -> Plan:
+    presets: Mapping[PresetName, Preset[SparingOptions]] = {
+        "default": Preset(SparingOptions()),
+        "paper": Preset(SparingOptions(**PUBLISHED_SHAPE, spare_first=4, spare_last=2), 32, None),
+    }
+
+    def plan(self, task: Task[SparingOptions]) -> Plan:
         """A forward and a backward pass; the backward one counts as two."""
         return Plan(1, 0, 3 * task.calibration.input_ids[:SEQUENCES].numel())
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[SparingOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
         task = search.task
         input_ids = task.calibration.input_ids[:SEQUENCES]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bonsai_fast.config.choices import Granularity
+from bonsai_fast.config.choices import GranularityOrShares
 from bonsai_fast.methods.session import group_of_unit
 from bonsai_fast.methods.units.layerwise import layer_of_unit
 from bonsai_fast.methods.units.policy_gradient.bernoulli import Array
@@ -33,7 +33,7 @@ class Variables:
     costs: Array
 
     @classmethod
-    def of(cls, layout: Layout, granularity: Granularity, prior: torch.Tensor) -> Variables:
+    def of(cls, layout: Layout, granularity: GranularityOrShares, prior: torch.Tensor) -> Variables:
         """Variables of a layout.
 
         Args:

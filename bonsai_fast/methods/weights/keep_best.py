@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bonsai_fast.config.weight_pattern import CompareWithin, Pattern
+from bonsai_fast.config.choices import CompareWithin
+from bonsai_fast.config.weight_pattern import Pattern
 from bonsai_fast.ops.native import wanda_keep
 
 BLOCK = 128

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.checkpoints.streaming import exchanged_weights, weight
-from bonsai_fast.config import PruneConfig
+from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.methods.weights import InputRecorder, LinearInputs, Sweep
+from bonsai_fast.methods.weights.weight_options import WeightOptions
 from bonsai_fast.models import find_decoder
 from bonsai_fast.runs.directory import WeightRun
 
@@ -23,7 +24,7 @@ class WeightTask:
 
     Attributes:
         model, tokenizer: the parent, in memory or streamed.
-        config: resolved configuration.
+        config: what was asked for, with the preset filled in.
         choice: the options of the method.
         calibration: the text that is read; None if the method reads none.
         evaluation: text for perplexity.
@@ -33,7 +34,7 @@ class WeightTask:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    config: PruneConfig
+    config: ResolvedConfig[WeightOptions]
     choice: Choice
     calibration: Sequences | None
     evaluation: Sequences

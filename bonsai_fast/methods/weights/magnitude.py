@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bonsai_fast.config.weight_pattern import CompareWithin
 from bonsai_fast.methods.weights import LinearInputs, Needs
 from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst
+from bonsai_fast.methods.weights.weight_options import weight_presets
 from bonsai_fast.ops import native
 
 
 class Magnitude:
     """Scores |W_ij|."""
 
-    within: CompareWithin = "layer"
-    weight_update = False
+    presets = weight_presets("layer", weight_update=False)
 
     def needs(self, choice: Choice) -> Needs:
         """Nothing, unless the other weights are to make up for the zeros."""

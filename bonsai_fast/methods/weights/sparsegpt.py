@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bonsai_fast.config.weight_pattern import CompareWithin
 from bonsai_fast.methods.weights import LinearInputs, Needs
 from bonsai_fast.methods.weights.brain_surgeon import BLOCK, prune_columns
 from bonsai_fast.methods.weights.keep_best import keep_best
 from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst
+from bonsai_fast.methods.weights.weight_options import weight_presets
 
 
 class SparseGPT:
     """Scores w_ij^2 / [H^-1]_jj."""
 
-    within: CompareWithin = "input-128"
-    weight_update = True
+    presets = weight_presets("input-128", weight_update=True)
 
     def needs(self, choice: Choice) -> Needs:
         """The Gram matrix."""

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bonsai_fast.config.weight_pattern import CompareWithin
 from bonsai_fast.methods.weights import LinearInputs, Needs
 from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst
+from bonsai_fast.methods.weights.weight_options import weight_presets
 from bonsai_fast.ops import native
 
 
 class Wanda:
     """Scores |W_ij| ||X_j||_2."""
 
-    within: CompareWithin = "output"
-    weight_update = False
+    presets = weight_presets("output", weight_update=False)
 
     def needs(self, choice: Choice) -> Needs:
         """Moments; the Gram matrix where the other weights are to make up for the zeros."""

@@ -6,15 +6,20 @@ pruned as soon as those before it are, and a method sees one matrix and its inpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from bonsai_fast.config.weight_pattern import CompareWithin, Pattern
+from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.config.choices import CompareWithin, PresetName
+from bonsai_fast.config.presets import Preset
+from bonsai_fast.config.weight_pattern import Pattern
 from bonsai_fast.methods.weights import LinearInputs, Needs
 from bonsai_fast.methods.weights.brain_surgeon import BLOCK, InverseHessian, prune_columns
 from bonsai_fast.methods.weights.keep_best import keep_best
+from bonsai_fast.methods.weights.weight_options import WeightOptions
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,20 @@ class Choice:
     within: CompareWithin
     weight_update: bool
 
+    @classmethod
+    def of(cls, config: ResolvedConfig[WeightOptions]) -> Choice:
+        """What a configuration says."""
+        options = config.options
+        pattern = Pattern.parse(options.pattern, config.sparsity)
+        return cls(pattern, options.compare_within, options.weight_update)
+
 
 class WeightMethod(Protocol):
     """A method that zeroes weights of one matrix at a time."""
 
     @property
-    def within(self) -> CompareWithin:
-        """Which weights compete, unless asked otherwise."""
-
-    @property
-    def weight_update(self) -> bool:
-        """Whether the other weights change, unless asked otherwise."""
+    def presets(self) -> Mapping[PresetName, Preset[WeightOptions]]:
+        """Values for what the user leaves out."""
 
     def needs(self, choice: Choice) -> Needs:
         """What it must know of a matrix's inputs."""

@@ -7,12 +7,9 @@ gather what is kept, or these for its candidates alone; and whether it is packed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from bonsai_fast.config.choices import Route
+from bonsai_fast.config.choices import ConcreteRoute, Route
 from bonsai_fast.scoring.fused.gpu_rates import Rates
-
-ConcreteRoute = Literal["dense", "slice", "gather"]
 
 # A CPU copies a weight in the time in which it multiplies so many tokens by it. A table, not a
 # measurement at run time: an interrupted run must go on with the same routes, or its last bits

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.checkpoints.streaming import stream_of
-from bonsai_fast.config.choices import Route
+from bonsai_fast.config.choices import Precision, Route
 from bonsai_fast.files import write_json
 from bonsai_fast.models import MLPBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.divergence import ParentReference
-from bonsai_fast.scoring.fused.arithmetic.products import Precision, products
+from bonsai_fast.scoring.fused.arithmetic.products import products
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 from bonsai_fast.scoring.fused.choose_route import cheapest, without_logits
 from bonsai_fast.scoring.fused.foreign_hooks import has_foreign_hooks

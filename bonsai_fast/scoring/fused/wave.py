@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bonsai_fast.config.choices import Route
+from bonsai_fast.config.choices import ConcreteRoute, Route
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.scoring.fused.arithmetic.products import Multiply, full
 from bonsai_fast.scoring.fused.arithmetic.row_masks import WHOLE, MaskTable, RowMasks
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
-from bonsai_fast.scoring.fused.choose_route import ConcreteRoute, choose
+from bonsai_fast.scoring.fused.choose_route import choose
 from bonsai_fast.scoring.fused.mask_tree import MaskTree, Node
 from bonsai_fast.scoring.fused.operands.gather import Bank, gathers
 from bonsai_fast.scoring.fused.operands.operands import Operands, dense

@@ -69,7 +69,7 @@ def test_rectangular_heads_keep_the_most_relevant():
     assert heads_by_kv(of, make_rectangular(of, keep, relevance)) == [[3, 3], [3], [3, 3]]
 
 
-@pytest.mark.parametrize("key", [("llama", "kv_group", False), ("gpt_neox", "head", False)])
+@pytest.mark.parametrize("key", [("llama", "kv-group", False), ("gpt_neox", "head", False)])
 def test_rectangular_is_nothing_to_do_without_shared_heads(key):
     of = layout(*key)
     relevance = random_relevance(of, 0)
@@ -164,7 +164,7 @@ def test_finish(of, seed, sparsity, head_layout, round_to):
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35, 0.5])
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 def test_a_real_size_ends_within_half_a_percent(attention, sparsity):
     of, target = layout("smollm2", attention), Target(sparsity=sparsity)
     for seed in range(2):

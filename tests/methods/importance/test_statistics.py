@@ -46,7 +46,7 @@ def test_moments_over_all_tokens(family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 @pytest.mark.parametrize("family", ["llama3", "phi3", "opt", "bloom"])
 def test_priors_are_those_of_appendix_f(family: str, attention: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(BATCH)

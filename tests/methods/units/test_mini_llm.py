@@ -127,7 +127,7 @@ def test_two_losses_give_the_slope_of_autograd(family: str) -> None:
 
 def test_gates_scale_what_units_contribute(tmp_path: Path) -> None:
     model, input_ids = FAMILIES["llama3"](), tokens(3)
-    layout = Layout.of(model, attention="kv_group", sublayers=True)
+    layout = Layout.of(model, attention="kv-group", sublayers=True)
     plain = mean_loss(model, input_ids)
     with scaled_gates(model, layout, torch.ones(len(layout))):
         assert mean_loss(model, input_ids) == pytest.approx(plain, rel=1e-6)
@@ -212,7 +212,7 @@ def test_the_score_is_weight_times_gradient_times_activation(
 
 
 def test_blocks_hold_channels_of_neighbouring_prior() -> None:
-    layout = Layout.of(FAMILIES["llama3"](), attention="kv_group")
+    layout = Layout.of(FAMILIES["llama3"](), attention="kv-group")
     prior = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)).double()
     variables = Variables.of(layout, "blocks", prior)
     assert int(variables.of_unit.max()) + 1 == len(variables.costs) == len(variables.groups)

@@ -79,9 +79,9 @@ def test_query_heads_share_what_their_kv_head_is_worth(search_of: NewSearch) -> 
     model = FAMILIES["llama3"]()
     by_head = magnitude(search_of(model, attention="head"), power=1)
     by_group = magnitude(search_of(model, attention="kv-group"), power=1)
-    heads, groups = Layout.of(model), Layout.of(model, attention="kv_group")
+    heads, groups = Layout.of(model), Layout.of(model, attention="kv-group")
     for few, many in zip(groups.groups, heads.groups, strict=True):
-        if few.kind == "kv_group":
+        if few.kind == "kv-group":
             sums = torch.zeros(len(few), dtype=torch.float64).index_add_(
                 0, few.part_of_unit, by_head[many.start : many.stop]
             )
@@ -90,7 +90,7 @@ def test_query_heads_share_what_their_kv_head_is_worth(search_of: NewSearch) -> 
 
 def test_the_largest_structure_counts() -> None:
     model = FAMILIES["llama3"]()
-    layout = Layout.of(model, attention="kv_group")
+    layout = Layout.of(model, attention="kv-group")
     found = coupled_importance(
         layout,
         lambda cut: model.get_parameter(cut.parameter).detach().abs().sum(dim=1 - cut.dim),
@@ -111,7 +111,7 @@ def test_the_largest_structure_counts() -> None:
 def test_taylor_is_weight_times_gradient(family: str) -> None:
     """Truth: put |w dL/dw| in the place of the weights, and see what a cut takes away."""
     model, input_ids = FAMILIES[family](), tokens(3)
-    layout = Layout.of(model, attention="kv_group")
+    layout = Layout.of(model, attention="kv-group")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     mine = torch.ones_like(model.get_input_embeddings().weight)
     model.get_input_embeddings().weight.grad = mine

@@ -11,7 +11,7 @@ import torch
 from searches import new_search
 from tiny import tiny_llama
 
-from bonsai_fast.methods import METHODS, Search
+from bonsai_fast.methods import METHODS, Search, configure
 from bonsai_fast.methods.units.policy_gradient.bernoulli import (
     WINDOW,
     BernoulliDescent,
@@ -333,7 +333,7 @@ def test_whole_runs(variant: str, tmp_path: Path) -> None:
     assert 0.92 * 0.4 <= sparsity <= 0.4
     plan = METHODS["policy-gradient"].plan(search.task)
     assert (plan.submodels, plan.tokens) == (search.submodels_scored, search.tokens_scored)
-    if "layers" in variant and search.task.config.granularity == "layers":
+    if "layers" in variant and search.task.options.granularity == "layers":
         by_layer = [
             float(keep[[unit.layer == layer for unit in layout]].float().mean())
             for layer in range(4)
@@ -349,5 +349,5 @@ def test_sublayers_are_refused() -> None:
 def test_shares_are_refused_where_they_mean_nothing() -> None:
     with pytest.raises(ValueError, match="another start than layerwise-ppl"):
         start(Path("unused"), initial="layerwise-ppl", granularity="shares")
-    with pytest.raises(ValueError, match="another than shares for mini-llm"):
-        start(Path("unused"), method="mini-llm", granularity="shares")
+    with pytest.raises(ValueError, match="expected one of units, blocks, layers, got 'shares'"):
+        configure(method="mini-llm", perturbation="gates", granularity="shares")

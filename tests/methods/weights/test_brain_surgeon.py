@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bonsai_fast.config.weight_pattern import CompareWithin, Pattern
+from bonsai_fast.config.choices import CompareWithin
+from bonsai_fast.config.weight_pattern import Pattern
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.methods.weights import LinearInputs
 from bonsai_fast.methods.weights.brain_surgeon import InverseHessian, prune_columns

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from bonsai_fast.config.weight_pattern import CompareWithin, Pattern
+from bonsai_fast.config.choices import CompareWithin
+from bonsai_fast.config.weight_pattern import Pattern
 from bonsai_fast.methods import WEIGHT_METHODS, Choice
 from bonsai_fast.methods.weights import LinearInputs
 from bonsai_fast.methods.weights.keep_best import keep_best

@@ -13,9 +13,9 @@ from weight_cases import pruned_run, random_text, task_of
 
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
 from bonsai_fast.checkpoints.streaming import exchanged_weights
-from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
+from bonsai_fast.methods import configure
 from bonsai_fast.methods.weights import sweep_perplexity
 from bonsai_fast.methods.weights.layer_by_layer import prune_layers
 from bonsai_fast.prune.weights import prepare_weights
@@ -87,14 +87,14 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     small = {"num_sequences": 4, "sequence_length": 256, "evaluation_tokens": 1024}
 
     def measured(method: str) -> float:
-        config = PruneConfig(method=method, pattern="2:4", **small)  # type: ignore[arg-type]
+        config = configure(method=method, pattern="2:4", **small)
         task = prepare_weights(model, tokenizer, config)
         run = open_weight_run(tmp_path / method, task.config, model, None)
         prune_layers(task, run, QUIET)
         with exchanged_weights(model, run.layer):
             return sweep_perplexity(model, task.evaluation, folder=tmp_path).value
 
-    config = PruneConfig(method="wanda", **small)  # type: ignore[arg-type]
+    config = configure(method="wanda", **small)
     text: Sequences = prepare_weights(model, tokenizer, config).evaluation
     dense = sweep_perplexity(model, text, folder=tmp_path).value
     wanda, magnitude = measured("wanda"), measured("magnitude")

@@ -15,7 +15,7 @@ from searches import new_search
 from surgery_cases import tokens
 from tiny import byte_tokenizer, tiny_llama
 
-from bonsai_fast.config import PruneConfig
+from bonsai_fast.methods import configure
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.prune.units import prepare
 from bonsai_fast.scoring import MaskScorer
@@ -220,7 +220,7 @@ def test_a_run_is_scored_by_the_route_that_was_asked_for(tmp_path: Path, routes)
 
 
 def test_a_route_for_a_model_without_routes_is_refused(tmp_path: Path) -> None:
-    config = PruneConfig(route="gather", num_sequences=2, sequence_length=16, evaluation_tokens=64)
+    config = configure(route="gather", num_sequences=2, sequence_length=16, evaluation_tokens=64)
     with pytest.raises(
         ValueError,
         match="routes exist only in the fused engine, which does not support OPTForCausalLM",

@@ -60,7 +60,7 @@ def test_auto_is_fused_where_that_is_supported(family: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 @pytest.mark.parametrize("family", FUSED)
 def test_equals_hooks_and_the_pruned_model(family: str, attention: str, route: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(3)

@@ -57,7 +57,7 @@ def gathering(model: PreTrainedModel, layout: Layout | None = None) -> MaskScore
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("attention", ["head", "kv_group"])
+@pytest.mark.parametrize("attention", ["head", "kv-group"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_hooks_and_the_pruned_model(name: str, attention: str) -> None:
     model, input_ids = MODELS[name](), tokens(3)

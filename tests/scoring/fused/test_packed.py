@@ -65,7 +65,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["llama3", "llama_bias", "qwen2", "qwen3", "gemma", "phi3"])
 def test_equals_hooks_and_the_pruned_model(family: str, route: str) -> None:
     model, input_ids = FAMILIES[family](), tokens(3)
-    for attention in ("head", "kv_group"):
+    for attention in ("head", "kv-group"):
         layout = Layout.of(model, attention=attention)
         masks = round_masks(layout)
         scorer = MaskScorer(model, layout=layout, engine="fused", route=route)

@@ -32,6 +32,7 @@ from bonsai_fast.methods.allocation import equal_shares
 from bonsai_fast.methods.importance.coupled import coupled_importance
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.mini_llm.mini_llm_options import MINI_LLM_PRESETS, MiniLLMOptions
 from bonsai_fast.methods.units.mini_llm.spsa import (
     Directions,
     perturbed_weights,
@@ -47,37 +48,39 @@ from bonsai_fast.scoring.sequence_nll import evaluation_mode
 
 # calibration sequences that the gradient is estimated on
 SEQUENCES = 10
-SCALES = {"weights": 1e-3, "weights-divided": 1e-3, "gates": 0.05}
 GATES = "gates"
 
 
 class MiniLLM:
     """Two losses for each direction, the activations, and a cut."""
 
-    def plan(self, task: Task) -> Plan:
+    presets = MINI_LLM_PRESETS
+
+    def plan(self, task: Task[MiniLLMOptions]) -> Plan:
         """Two perturbed models for each direction, and a pass for the activations."""
-        assert task.config.directions is not None
-        submodels, input_ids = 2 * task.config.directions, task.calibration.input_ids
+        submodels, input_ids = 2 * task.options.directions, task.calibration.input_ids
         tokens = submodels * input_ids[:SEQUENCES].numel()
         return Plan(1, submodels, tokens + input_ids.numel())
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[MiniLLMOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
         task, layout = search.task, search.task.layout
         everything = torch.ones(len(layout), dtype=torch.bool)
-        if task.config.perturbation == GATES:
-            prior = search.prior("parent", everything, task.calibration.input_ids)
+        if task.options.perturbation == GATES:
+            prior = search.prior(
+                task.options.prior, "parent", everything, task.calibration.input_ids
+            )
             importance = gate_sensitivity(search, prior)
         else:
             importance = weight_sensitivity(search)
         return cut(search, equal_shares(layout, importance), task.target)
 
 
-def weight_sensitivity(search: Search) -> torch.Tensor:
+def weight_sensitivity(search: Search[MiniLLMOptions]) -> torch.Tensor:
     """Largest sum of |W g X| over the coupled structures of every unit, float64 [P]."""
     task = search.task
-    model, layout, config = task.model, task.layout, task.config
-    directions = Directions(prunable_weights(layout), config.seed)
+    model, layout = task.model, task.layout
+    directions = Directions(prunable_weights(layout), task.config.seed)
 
     def perturbed(number: int, scale: float) -> AbstractContextManager[None]:
         return perturbed_weights(model, layout, directions, number, scale)
@@ -89,7 +92,7 @@ def weight_sensitivity(search: Search) -> torch.Tensor:
         gradient = torch.zeros_like(weight, dtype=torch.float32)
         for number, slope in enumerate(slopes):
             z = directions.draw(number, found.parameter, weight.shape, weight.device)
-            if config.perturbation == "weights-divided":
+            if task.options.perturbation == "weights-divided":
                 z = z.reciprocal()
             gradient.add_(z, alpha=slope / len(slopes))
         score = (gradient * weight).abs()
@@ -107,15 +110,14 @@ def weight_sensitivity(search: Search) -> torch.Tensor:
     return search.importance("sensitivity", measure, 0)
 
 
-def gate_sensitivity(search: Search, prior: torch.Tensor) -> torch.Tensor:
+def gate_sensitivity(search: Search[MiniLLMOptions], prior: torch.Tensor) -> torch.Tensor:
     """Size of the estimated gradient by each unit's gate, float64 [P].
 
     Units that share a gate are told apart by the prior.
     """
-    task, config = search.task, search.task.config
-    assert config.granularity is not None
-    variables = Variables.of(task.layout, config.granularity, prior)
-    directions = Directions([GATES], config.seed)
+    task = search.task
+    variables = Variables.of(task.layout, task.options.granularity, prior)
+    directions = Directions([GATES], task.config.seed)
     count, cpu = len(variables.costs), torch.device("cpu")
 
     def perturbed(number: int, scale: float) -> AbstractContextManager[None]:
@@ -131,11 +133,10 @@ def gate_sensitivity(search: Search, prior: torch.Tensor) -> torch.Tensor:
     return gradient.abs()[variables.of_unit] + tie * share
 
 
-def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untyped-def]
+def _slopes(search: Search[MiniLLMOptions], perturbed) -> list[float]:  # type: ignore[no-untyped-def]
     """(L(x + e z) - L(x - e z)) / 2e for every direction, from recorded losses."""
-    task, config = search.task, search.task.config
-    assert config.directions is not None and config.perturbation is not None
-    scale = config.perturbation_scale or SCALES[config.perturbation]
+    task, options = search.task, search.task.options
+    scale = options.scale
     input_ids = task.calibration.input_ids[:SEQUENCES]
     nll = SequenceNLL(task.model)
     batches = input_ids.split(task.scorer.rows_per_batch(input_ids.shape[1]))
@@ -149,14 +150,16 @@ def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untype
                 )[None]
 
         everything = torch.ones(1, len(task.layout), dtype=torch.bool)
-        measure = f"{config.perturbation}, seed {config.seed}, direction {number}, {step:+g}: "
+        measure = (
+            f"{options.perturbation}, seed {task.config.seed}, direction {number}, {step:+g}: "
+        )
         stage = f"direction-{number:05d}"
         found = search.evaluations(measure, evaluate, stage, everything, session, silent=True)
         return float(found.mean(dtype=torch.float64))
 
     slopes = []
-    with search.reporter.bar("directions", total=config.directions) as advance:
-        for number in range(config.directions):
+    with search.reporter.bar("directions", total=options.directions) as advance:
+        for number in range(options.directions):
             slope = (loss(number, scale) - loss(number, -scale)) / (2 * scale)
             # a direction in which the model overflows says nothing
             slopes.append(slope if math.isfinite(slope) else 0.0)
@@ -164,7 +167,7 @@ def _slopes(search: Search, perturbed) -> list[float]:  # type: ignore[no-untype
     return slopes
 
 
-def _input_norms(task: Task) -> dict[str, torch.Tensor]:
+def _input_norms(task: Task[MiniLLMOptions]) -> dict[str, torch.Tensor]:
     """Root mean square of every input column of every prunable projection, by path."""
     model, input_ids = task.model, task.calibration.input_ids
     weights = [name for name in prunable_weights(task.layout) if name.endswith(".weight")]

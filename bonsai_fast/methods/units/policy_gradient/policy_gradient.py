@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bonsai_fast.config import PruneConfig
 from bonsai_fast.methods.allocation import equal_shares
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
@@ -32,6 +31,10 @@ from bonsai_fast.methods.units.policy_gradient.bernoulli import (
     score_const,
     sigmoid_budget,
     sigmoid_norm,
+)
+from bonsai_fast.methods.units.policy_gradient.policy_options import (
+    POLICY_GRADIENT_PRESETS,
+    PolicyGradientOptions,
 )
 from bonsai_fast.methods.units.policy_gradient.shares import ShareDescent, ranks
 from bonsai_fast.methods.units.variables import BLOCKS, Variables
@@ -51,22 +54,23 @@ TIE = 1e-9
 class PolicyGradient:
     """Descent on keep probabilities; the units of highest probability stay."""
 
-    def plan(self, task: Task) -> Plan:
+    presets = POLICY_GRADIENT_PRESETS
+
+    def plan(self, task: Task[PolicyGradientOptions]) -> Plan:
         """Steps of sub-models, and what the start needs to know."""
-        config = task.config
-        assert config.rounds is not None and config.submodels_per_round is not None
+        options = task.options
         sequences, length = task.calibration.input_ids.shape
-        submodels = config.rounds * config.submodels_per_round
+        submodels = options.rounds * options.submodels_per_round
         tokens = submodels * _batch_size(task) * length
         if _needs_prior(task):
             tokens += sequences * length
-        if config.initial == "layerwise-ppl":
+        if options.initial == "layerwise-ppl":
             layers = task.layout.decoder.num_layers
             submodels += layers
             tokens += layers * min(SEQUENCES, sequences) * length
-        return Plan(config.rounds, submodels, tokens)
+        return Plan(options.rounds, submodels, tokens)
 
-    def find(self, search: Search) -> torch.Tensor:
+    def find(self, search: Search[PolicyGradientOptions]) -> torch.Tensor:
         """Which units stay, bool [P]; a re-targeted run ranks by the recorded probabilities."""
         task, layout = search.task, search.task.layout
         if search.recorded_only:
@@ -74,9 +78,10 @@ class PolicyGradient:
         everything = torch.ones(len(layout), dtype=torch.bool)
         prior = torch.zeros(len(layout), dtype=torch.float64)
         if _needs_prior(task):
-            prior = search.prior("parent", everything, task.calibration.input_ids)
-        assert task.config.granularity is not None
-        variables = Variables.of(layout, task.config.granularity, prior)
+            prior = search.prior(
+                task.options.prior, "parent", everything, task.calibration.input_ids
+            )
+        variables = Variables.of(layout, task.options.granularity, prior)
         levels = self._descend(search, variables, self.first(search, variables, prior))
         inside = equal_shares(layout, prior) / layout.num_parameters_per_unit
         level = torch.from_numpy(levels - levels.min())[variables.of_unit] + TIE * inside
@@ -84,75 +89,78 @@ class PolicyGradient:
         search.record_relevance(relevance)
         return cut(search, relevance, task.target)
 
-    def first(self, search: Search, variables: Variables, prior: torch.Tensor) -> BernoulliDescent:
+    def first(
+        self, search: Search[PolicyGradientOptions], variables: Variables, prior: torch.Tensor
+    ) -> BernoulliDescent:
         """The descent before its first step."""
-        config = search.task.config
-        assert config.rounds and config.submodels_per_round
-        assert config.learning_rate is not None and config.baseline is not None
+        task, options = search.task, search.task.options
         metric = self._metric(search, variables, prior)
-        options: dict[str, Any] = {
-            "count": config.submodels_per_round,
-            "learning_rate": config.learning_rate,
-            "baseline": config.baseline,
-            "seed": config.seed,
+        common: dict[str, Any] = {
+            "count": options.submodels_per_round,
+            "learning_rate": options.learning_rate,
+            "baseline": options.baseline,
+            "seed": task.config.seed,
         }
-        budget = budgets(search.task, variables)[0]
-        if config.granularity != "shares":
-            start = self._start(config, variables, metric, budget)
-            return BernoulliDescent(start, variables.costs, **options)
-        attention = [group.kind in ATTENTION for group in search.task.layout.groups]
+        budget = budgets(task, variables)[0]
+        if options.granularity != "shares":
+            start = self._start(options, variables, metric, budget)
+            return BernoulliDescent(start, variables.costs, **common)
+        attention = [group.kind in ATTENTION for group in task.layout.groups]
         return ShareDescent(
             ranks(metric, variables.groups),
             variables.groups,
             variables.costs,
             budget,
             start=np.where(attention, -ATTENTION_LAG, 0.0),
-            steps=config.rounds,
-            **options,
+            steps=options.rounds,
+            **common,
         )
 
-    def _metric(self, search: Search, variables: Variables, prior: torch.Tensor) -> Array:
+    def _metric(
+        self, search: Search[PolicyGradientOptions], variables: Variables, prior: torch.Tensor
+    ) -> Array:
         """What variables are ranked by before the first step, [n]."""
-        task, config = search.task, search.task.config
-        if config.initial == "layerwise-ppl":
+        task, initial = search.task, search.task.options.initial
+        if initial == "layerwise-ppl":
             losses = layer_losses(search)
             worst = losses[losses.isfinite()].max() if losses.isfinite().any() else 0.0
             losses = losses.nan_to_num(posinf=float(worst))
             return variables.mean(losses[layer_of_unit(task.layout)])
-        if config.initial == "wanda-sp":
+        if initial == "wanda-sp":
             return variables.mean(prior)
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((config.seed, 0, 1))))
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((task.config.seed, 0, 1))))
         return rng.standard_normal(len(variables.costs))
 
     def _start(
-        self, config: PruneConfig, variables: Variables, metric: Array, budget: float
+        self, options: PolicyGradientOptions, variables: Variables, metric: Array, budget: float
     ) -> Array:
         """Probabilities before the first step (appendices A.11 and A.12)."""
         groups = variables.groups
-        if config.initial == "layerwise-ppl":
+        if options.initial == "layerwise-ppl":
             groups = np.zeros_like(groups)
-        if config.projection == "sigmoid-norm":
+        if options.projection == "sigmoid-norm":
             return sigmoid_norm(metric, groups)
-        if config.projection == "score-const":
+        if options.projection == "score-const":
             order = np.argsort(-sigmoid_norm(metric, groups), kind="stable")
             kept = np.zeros(len(metric), dtype=np.bool_)
             kept[order] = np.cumsum(variables.costs[order]) <= budget
             return score_const(kept)
         return sigmoid_budget(metric, groups, variables.costs, budget, sharpness=SHARPNESS)
 
-    def _descend(self, search: Search, variables: Variables, descent: BernoulliDescent) -> Array:
+    def _descend(
+        self, search: Search[PolicyGradientOptions], variables: Variables, descent: BernoulliDescent
+    ) -> Array:
         """Levels after the last step, [n]; see `BernoulliDescent.levels`."""
-        task, config = search.task, search.task.config
-        assert config.rounds is not None
+        task, rounds = search.task, search.task.options.rounds
         allowed = budgets(task, variables)
-        with search.reporter.bar("steps", total=config.rounds) as advance:
-            for step in range(config.rounds):
+        with search.reporter.bar("steps", total=rounds) as advance:
+            for step in range(rounds):
                 masks = descent.masks()
                 keep = torch.from_numpy(masks)[:, variables.of_unit]
                 losses = search.losses(
                     f"step-{step:05d}", keep, _batch(task, step), silent=True
                 ).mean(dim=1, dtype=torch.float64)
-                budget = allowed[step * len(allowed) // config.rounds]
+                budget = allowed[step * len(allowed) // rounds]
                 descent.update(masks, losses.numpy(), budget)
                 advance(1)
         s = descent.probabilities
@@ -163,16 +171,15 @@ class PolicyGradient:
         return descent.levels
 
 
-def _needs_prior(task: Task) -> bool:
-    return task.config.initial == "wanda-sp" or task.config.granularity in BLOCKS
+def _needs_prior(task: Task[PolicyGradientOptions]) -> bool:
+    return task.options.initial == "wanda-sp" or task.options.granularity in BLOCKS
 
 
-def _batch_size(task: Task) -> int:
-    assert task.config.batch_size is not None
-    return min(task.config.batch_size, len(task.calibration.input_ids))
+def _batch_size(task: Task[PolicyGradientOptions]) -> int:
+    return min(task.options.batch_size, len(task.calibration.input_ids))
 
 
-def _batch(task: Task, step: int) -> torch.Tensor:
+def _batch(task: Task[PolicyGradientOptions], step: int) -> torch.Tensor:
     """Sequences of one step, int64 [B, T]: the text in a new random order each time through."""
     input_ids, size = task.calibration.input_ids, _batch_size(task)
     per_epoch = len(input_ids) // size
@@ -182,11 +189,11 @@ def _batch(task: Task, step: int) -> torch.Tensor:
     return input_ids[order[place * size : (place + 1) * size]]
 
 
-def budgets(task: Task, variables: Variables) -> list[float]:
+def budgets(task: Task[PolicyGradientOptions], variables: Variables) -> list[float]:
     """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
     removal, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
     stages = 1
-    if task.config.initial == "random-progressive":
+    if task.options.initial == "random-progressive":
         stages = max(1, math.ceil(round(removal / (PROGRESS * decoder), 6)))
     total = float(variables.costs.sum())
     removals = [min(removal, PROGRESS * decoder * number) for number in range(1, stages)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bonsai_fast.config.choices import Precision
 from bonsai_fast.scoring.fused.arithmetic.eight_bits import (
     FP8,
     Scaled,
@@ -19,7 +19,6 @@ from bonsai_fast.scoring.fused.arithmetic.eight_bits import (
 )
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 
-Precision = Literal["full", "int8", "fp8"]
 # b [K, N] and where to put a b, [M, N]
 Pair = tuple[Weight, Tensor]
 # a [M, K] by every b; what lies between is put into the workspace

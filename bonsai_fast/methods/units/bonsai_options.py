@@ -1,0 +1,44 @@
+"""Options of method "bonsai"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bonsai_fast.config.choices import PresetName, PriorName, RegressionName
+from bonsai_fast.config.options import SEARCH, option
+from bonsai_fast.config.presets import Preset
+from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, UnitOptions, prior_option
+
+
+@dataclass(frozen=True, kw_only=True)
+class BonsaiOptions(UnitOptions):
+    """Of both variants: groups of units, or every unit."""
+
+    regression: RegressionName = option(
+        "groups",
+        "How relevance is estimated: one unknown for each layer and kind of unit (groups), or one "
+        "for each unit.",
+        group=SEARCH,
+    )
+    prior: PriorName = prior_option()
+    rounds: int | None = option(
+        None,
+        "Rounds of scoring and removal. By default as many as the target needs.",
+        group=SEARCH,
+        minimum=1,
+    )
+    submodels_per_round: int = option(
+        200,
+        "Sub-models to score in each round.",
+        group=SEARCH,
+        minimum=1,
+        read_with={"regression": ("ridge", "paper")},
+    )
+
+
+BONSAI_PRESETS: Mapping[PresetName, Preset[BonsaiOptions]] = {
+    "default": Preset(BonsaiOptions()),
+    # tables 8 and 9; one round removes p_iter = 0.05, so `rounds` follows from the target
+    "paper": Preset(BonsaiOptions(**PUBLISHED_SHAPE, regression="paper"), 32, None),
+}

@@ -1,0 +1,79 @@
+"""Options of method "policy-gradient"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bonsai_fast.config.choices import (
+    Baseline,
+    GranularityOrShares,
+    Initial,
+    PresetName,
+    PriorName,
+    Projection,
+)
+from bonsai_fast.config.options import SEARCH, option
+from bonsai_fast.config.presets import Preset
+from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, SparingOptions, prior_option
+from bonsai_fast.methods.units.variables import BLOCKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientOptions(SparingOptions):
+    """Of the descent on keep probabilities."""
+
+    rounds: int = option(20, "Steps of the descent.", group=SEARCH, minimum=1)
+    submodels_per_round: int = option(
+        32, "Sub-models to score in each step.", group=SEARCH, minimum=1
+    )
+    batch_size: int = option(1, "Sequences of each step.", group=SEARCH, minimum=1)
+    learning_rate: float = option(
+        0.03, "Step size of the keep probabilities, or of the shares.", group=SEARCH, positive=True
+    )
+    granularity: GranularityOrShares = option(
+        "shares",
+        "What has a probability of its own: single units, blocks of channels, whole layers, or the "
+        "share of each layer's attention and MLP that is removed.",
+        group=SEARCH,
+    )
+    baseline: Baseline = option(
+        "leave-one-out",
+        "What losses are compared with; 'antithetic' also draws sub-models in pairs.",
+        group=SEARCH,
+    )
+    initial: Initial = option("wanda-sp", "Where keep probabilities start.", group=SEARCH)
+    projection: Projection = option(
+        "sigmoid-budget",
+        "How the start becomes probabilities.",
+        group=SEARCH,
+        read_with={"granularity": ("units", "blocks", "layers")},
+    )
+    prior: PriorName = prior_option({"initial": ("wanda-sp",), "granularity": tuple(BLOCKS)})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sublayers:
+            raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
+        if self.granularity == "shares" and self.initial == "layerwise-ppl":
+            raise ValueError("granularity=shares: expected another start than layerwise-ppl")
+
+
+POLICY_GRADIENT_PRESETS: Mapping[PresetName, Preset[PolicyGradientOptions]] = {
+    "default": Preset(PolicyGradientOptions()),
+    # section 4.1, but for the text: one epoch of 120,000 segments there
+    "paper": Preset(
+        PolicyGradientOptions(
+            **PUBLISHED_SHAPE,
+            rounds=15000,
+            submodels_per_round=2,
+            batch_size=8,
+            learning_rate=2e-3,
+            granularity="units",
+            baseline="moving-average",
+            projection="sigmoid-norm",
+        ),
+        num_sequences=8192,
+        sequence_length=128,
+    ),
+}
