@@ -130,7 +130,7 @@ class SmallerModel(PrunedModel):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StreamedModel(PrunedModel):
+class SlicedModel(PrunedModel):
     """Units are removed from directory to directory; neither model is ever in memory as a whole.
 
     Attributes:

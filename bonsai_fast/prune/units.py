@@ -17,7 +17,7 @@ from bonsai_fast.methods.allocation import Achieved, Target
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.prune.deliver import deliver
 from bonsai_fast.prune.precision import report_precision
-from bonsai_fast.prune.pruned_model import PrunedModel, SmallerModel, StreamedModel
+from bonsai_fast.prune.pruned_model import PrunedModel, SlicedModel, SmallerModel
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
@@ -130,7 +130,7 @@ def _pruned(
     if stream is None:
         return SmallerModel(*common, pruned_model(search, keep))
     assert stream.origin is not None  # `prepare` refuses it
-    return StreamedModel(*common, search.task.layout, keep, stream.origin)
+    return SlicedModel(*common, search.task.layout, keep, stream.origin)
 
 
 def _announce(search: Search[Any]) -> None:
