@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from bonsai_fast.config.choices import Precision
 from bonsai_fast.console import Reporter
 from bonsai_fast.methods import Task
 from bonsai_fast.methods.regression import kendall_tau
-from bonsai_fast.scoring.fused import Precision
 from bonsai_fast.scoring.scorer import MaskScorer
 
 # below this, low precision is too likely to choose other units

@@ -1,7 +1,6 @@
 """Scoring sub-models: keep masks in, losses out."""
 
-from bonsai_fast.config.choices import EngineName
-from bonsai_fast.scoring.fused import Precision
+from bonsai_fast.config.choices import EngineName, Precision
 from bonsai_fast.scoring.hooks_engine import masked
 from bonsai_fast.scoring.scorer import MaskScorer
 from bonsai_fast.scoring.scoring_session import Chunk, ScoringSession

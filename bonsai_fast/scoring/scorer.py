@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.memory import default_budget, parse_bytes
-from bonsai_fast.config.choices import EngineName, Route
+from bonsai_fast.config.choices import EngineName, Precision, Route
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.scoring.fused import FusedEngine, Precision, UnsupportedStructureError
+from bonsai_fast.scoring.fused import FusedEngine, UnsupportedStructureError
 from bonsai_fast.scoring.hooks_engine import HooksEngine
 from bonsai_fast.scoring.interface import Engine, Progress
 from bonsai_fast.scoring.scoring_session import ScoringSession

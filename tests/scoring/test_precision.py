@@ -101,7 +101,7 @@ def test_losses_are_near_and_ranked_alike(
     family: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # or nothing would be left of the fixed part of so narrow MLPs
-    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.packed.FIXED_MULTIPLE", 4)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.choose_packs.FIXED_MULTIPLE", 4)
     model = FAMILIES[family]()
     scorer = MaskScorer(model, route=route, precision="int8")
     masks = separated(scorer.layout)

@@ -1,7 +1,6 @@
-"""An engine of its own for LLaMA-like decoders."""
+"""The engine for LLaMA-like decoders, which computes once what sub-models share."""
 
-from bonsai_fast.config.choices import Precision
 from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.scoring.fused.parent import UnsupportedStructureError
 
-__all__ = ["FusedEngine", "Precision", "UnsupportedStructureError"]
+__all__ = ["FusedEngine", "UnsupportedStructureError"]

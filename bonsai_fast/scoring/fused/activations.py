@@ -1,4 +1,4 @@
-"""Which of the kernels' activations a module computes, found by what it gives, not by its name."""
+"""Find the kernels' name of an activation by its values, not by its class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-# both forms of GELU differ by 5e-4 somewhere in between
+# in this range, the two forms of GELU differ by up to 5e-4
 PROBE = (-6.0, 6.0, 97)
 TOLERANCE = 1e-5
 
@@ -25,7 +25,7 @@ def kernel_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     probe = torch.linspace(*PROBE)
     try:
         found = activation(probe.clone())
-    except RuntimeError:  # it holds something on another device
+    except RuntimeError:  # the module has tensors on another device
         return None
     for name, function in _KNOWN.items():
         if torch.allclose(found, function(probe), rtol=0, atol=TOLERANCE):

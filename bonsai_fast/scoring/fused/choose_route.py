@@ -1,29 +1,31 @@
-"""Which route a sub-layer takes: all of it with its masked part zeroed, a slice of it, kernels that
-gather what is kept, or these for its candidates alone; and whether it is packed first.
+"""Which route a sub-layer takes, and whether it is packed first; `MaskScorer` lists the routes.
 
-"auto" never takes "split": no GPU has measured it yet, and on a CPU it is slower.
+"auto" never chooses "split": no GPU has measured it yet, and on a CPU it is slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from bonsai_fast.config.choices import ConcreteRoute, Route
+from bonsai_fast.models import MLPBlock
+from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.fused.gpu_rates import Rates
 
-# A CPU copies a weight in the time in which it multiplies so many tokens by it. A table, not a
-# measurement at run time: an interrupted run must go on with the same routes, or its last bits
-# would differ.
+# On a CPU, copying a weight costs about as much as multiplying it by this many tokens. A constant,
+# not a measurement: a resumed run must choose the same routes, or its last bits would differ.
 COPY_TOKENS = 80.0
-# where products are in 8 bits, each copy is quantised as well, in the time of so many tokens
+# With 8-bit products each copy is also quantised, which costs as much as this many tokens.
 QUANTISE_TOKENS = 200.0
-# what zeroing costs there beside the products it follows
+# On a CPU, setting removed parts to zero costs this share of the products before it.
 SELECT_SHARE = 0.03
-# what products of one mask alone lose there beside those of a chunk of rows, in tokens
+# On a CPU, separate products for one mask cost this many tokens more than a chunk of rows does.
 ALONE_TOKENS = 32.0
-# of the shorter of two things that a GPU does at once, so much is not hidden behind the other
+# When a GPU copies and multiplies at the same time, this share of the shorter one is not hidden.
 OVERLAP_LOSS = 0.15
-# one op without logits needs so much less memory that it may be this much slower
+# The op without logits is chosen at this relative speed already, because it needs less memory.
 NLL_TIE = 0.95
 
 
@@ -35,16 +37,17 @@ def choose(
     *,
     low: bool = False,
 ) -> ConcreteRoute:
-    """Route for the rows of one mask in one sub-layer, on a CPU or where one was chosen before.
+    """The route for the rows of one mask in one sub-layer.
 
     Args:
-        route: what is wanted; "auto" decides, though never for "split".
-        kept_share: of the sub-layer's parts, in (0, 1).
-        tokens: that have this mask.
-        copied_share: what a slice of a packed sub-layer copies; None: it is not packed.
+        route: of the call; only "auto" compares costs, those of a CPU.
+        kept_share: share of the sub-layer's parts that the mask keeps, in (0, 1).
+        tokens: number of tokens that have this mask.
+        copied_share: share of the parts that a slice of a packed sub-layer copies; None: it is not
+            packed.
         low: whether products are in 8 bits.
     """
-    if route == "pack" or route == "split":  # what can be split asks nobody
+    if route == "pack" or route == "split":
         return "dense"
     if route == "tail":
         return "dense" if copied_share is None else "slice"
@@ -67,15 +70,15 @@ def packing_pays(
     tokens: int,
     waves: int,
 ) -> bool:
-    """Whether a sub-layer is packed in every wave of a call; see `packed`.
+    """Whether a sub-layer should be packed in every wave of a call; see `packed`.
 
     Args:
-        route: what is wanted; "auto" decides, for a CPU.
-        kept_shares: of the sub-layer's parts, for every group of sub-models with the same states.
-        used_share: of parts that any of them keeps.
-        fixed_share: of parts that all of them keep, if a packed sub-layer spares them.
-        tokens: of each group.
-        waves: how many there are.
+        route: of the call; "auto" compares costs, those of a CPU.
+        kept_shares: share of the parts that each group of sub-models with the same states keeps.
+        used_share: share of the parts that any of them keeps.
+        fixed_share: share of the parts that all of them keep and slices need not copy.
+        tokens: number of tokens of each group.
+        waves: number of waves.
     """
     if route == "tail":
         return fixed_share > 0 or used_share < 1
@@ -98,17 +101,17 @@ def packing_pays(
 def cheapest(
     rates: Rates, *, kept_share: float, tokens: int, element_size: int, gathers: bool = True
 ) -> ConcreteRoute:
-    """The route that a GPU should take for sub-models of this kind.
+    """The fastest route on a GPU for some sub-models.
 
-    Times are those of one weight, in seconds, of the parent's: what is left out, attention between
-    tokens and the LM head, is the same by all routes.
+    Compares the time for one weight of the parent, in seconds. Attention scores and the LM head
+    are left out: they take the same time on all routes.
 
     Args:
         rates: of the GPU.
-        kept_share: of the weights of masked sub-layers, on average.
-        tokens: of every sub-model that share a copy of its weights.
-        element_size: bytes of a weight.
-        gathers: whether the gather kernels can compute this model.
+        kept_share: share of the weights of masked sub-layers that is kept, on average.
+        tokens: number of tokens of a sub-model that share a copy of its weights.
+        element_size: of a weight, bytes.
+        gathers: whether the gather kernels support this model.
     """
     multiplied = 2 * tokens / (rates.matmul_tflops * 1e12)
     products = multiplied * kept_share
@@ -119,10 +122,28 @@ def cheapest(
     }
     if gathers:
         seconds["gather"] = products / rates.gather_ratio
-    # of equal ones the first, which needs least
+    # if equal, the first, which needs the least memory
     return min(seconds, key=seconds.__getitem__)
 
 
 def without_logits(rates: Rates) -> bool:
-    """Whether losses are taken by the op that writes no logits."""
+    """Whether losses should be computed by the op that writes no logits."""
     return rates.nll_ratio >= NLL_TIE
+
+
+def masked_kept_share(layout: Layout, keep: Tensor) -> float:
+    """Share of the weights that is kept in sub-layers that keep a part, but not all; the average.
+
+    Args:
+        layout: the units.
+        keep: bool [S, P] on the CPU.
+    """
+    kept = total = 0.0
+    for block, parts in layout.keep_by_block(keep):
+        share = parts.sum(dim=1) / parts.shape[1]
+        share = share[(share > 0) & (share < 1)]
+        # rows of projections that have the parts' width: gate, up and down, or q and o
+        size = (3 if isinstance(block, MLPBlock) else 2) * parts.shape[1] * block.part_width
+        kept += size * float(share.sum())
+        total += size * len(share)
+    return kept / total if total else 1.0

@@ -1,4 +1,4 @@
-"""How fast a device does what routes are made of: measured once, kept in the user's cache."""
+"""Speeds of a GPU by which routes are chosen: measured once, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from bonsai_fast import ops
 from bonsai_fast.files import cache_directory, write_json
 
 FILE_NAME = "rates-v1.json"
-# rows that keep a large GPU busy, in sub-models of which each keeps so much
+# enough rows for a large GPU, in groups that each keep this share of the channels
 ROWS, NUM_GROUPS, KEPT_SHARE = 8192, 16, 0.7
 REPEATS, MIN_SECONDS = 5, 0.02
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Speeds that a choice of route depends on.
+    """Speeds by which a route is chosen.
 
     Attributes:
-        matmul_tflops: of the vendor's matrix products, 10^12 operations a second.
-        copy_gb_per_s: of copies of kept rows, 10^9 bytes a second, read and written ones together.
-        gather_ratio: speed of a kernel that gathers kept weights, over the vendor's for as many
-            operations.
-        nll_ratio: time of losses by way of chunks of logits, over that of one op without logits.
+        matmul_tflops: matrix products of the vendor's library, 10^12 operations per second.
+        copy_gb_per_s: copies of kept rows, 10^9 bytes per second, reads and writes together.
+        gather_ratio: operations per second of the kernel that gathers kept weights, relative to
+            the vendor's library.
+        nll_ratio: time for losses from chunks of logits, relative to the op without logits.
     """
 
     matmul_tflops: float
@@ -53,7 +53,7 @@ class Rates:
         """Rates from JSON.
 
         Raises:
-            ValueError: it is none of ours.
+            ValueError: fields are missing, unknown or not positive numbers.
         """
         names = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or content.keys() != names:
@@ -62,7 +62,7 @@ class Rates:
 
 
 def rates_of(head: Tensor, num_channels: int, logit_rows: int) -> Rates:
-    """Rates of a GPU, from the user's cache or measured now (about two seconds) and put there.
+    """Rates of a GPU, from the user's cache; measured in about two seconds if not there.
 
     Args:
         head: as for `measure`, on CUDA.
@@ -81,12 +81,12 @@ def rates_of(head: Tensor, num_channels: int, logit_rows: int) -> Rates:
 
 
 def cached(path: Path, key: str, measured: Callable[[], Rates]) -> Rates:
-    """Rates from a file, or measured and put there; a file that cannot be used is as good as none.
+    """Rates from a file; measured and added to it if not there. A damaged file is replaced.
 
     Args:
         path: JSON, rates by key.
-        key: what they hold for.
-        measured: finds them.
+        key: device, versions and sizes that the rates are valid for.
+        measured: measures them.
     """
     known = _known(path)
     with suppress(ValueError):
@@ -100,13 +100,13 @@ def cached(path: Path, key: str, measured: Callable[[], Rates]) -> Rates:
 
 @torch.inference_mode()
 def measure(head: Tensor, num_channels: int, logit_rows: int, *, rows: int = ROWS) -> Rates:
-    """Time what routes are made of, on the device of `head`, in its dtype.
+    """Measure rates on the device of `head`, in its dtype.
 
     Args:
         head: [V, D], the model's LM head.
-        num_channels: of its widest MLP.
-        logit_rows: tokens whose logits are held at once.
-        rows: of the matrix products, a multiple of NUM_GROUPS.
+        num_channels: width of the model's widest MLP.
+        logit_rows: number of tokens whose logits are held at once.
+        rows: of the matrix products; a multiple of NUM_GROUPS.
     """
     width, device = head.shape[1], head.device
     x = _random(rows, width, like=head)
@@ -123,11 +123,11 @@ def measure(head: Tensor, num_channels: int, logit_rows: int, *, rows: int = ROW
 
 
 def _projections(x: Tensor, channels: int) -> tuple[float, float, float, int]:
-    """Seconds of a whole up projection, of a gathered one and of a copy; bytes of the copy."""
+    """Seconds for a whole up projection, a gathered one and a copy; size of the copy, bytes."""
     (rows, width), device = x.shape, x.device
     bank = _random(2 * channels, width, like=x)
     draws = torch.rand(NUM_GROUPS, channels, generator=torch.Generator().manual_seed(0))
-    # as many in every group, so that the share is what it says
+    # the same number in every group: exactly KEPT_SHARE
     keep = draws.argsort(dim=1) < max(1, round(KEPT_SHARE * channels))
     lists = ops.KeptLists.of(keep, multiple=128, device=device)
     tiles = ops.RowPlan.of([rows // NUM_GROUPS] * NUM_GROUPS, device=device).tiles
@@ -153,7 +153,7 @@ def _by_chunks(x: Tensor, head: Tensor, labels: Tensor, logit_rows: int) -> None
 
 
 def best_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """The best of several times, each long enough for the clock; the first call may compile."""
+    """Shortest time of a call in REPEATS measurements of MIN_SECONDS each, after a first call."""
 
     def synchronize() -> None:
         if device.type == "cuda":

@@ -1,14 +1,16 @@
-"""What sub-models share: a tree over their masks, one level a sub-layer.
+"""Which sub-models share their hidden states: a tree over their masks, one level per sub-layer.
 
-Sub-models that keep the same in all sub-layers up to some depth have the same hidden states there.
-Ordered by their masks, layer by layer, those that share a prefix are neighbours; how far a
-sub-model agrees with the one before it tells everything.
+Sub-models that keep the same parts in all sub-layers up to some depth have the same hidden states
+there. When they are sorted by their masks, sub-layer by sub-layer, those that share a prefix are
+neighbours, so the depth at which each differs from the one before it describes the whole tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,35 +21,43 @@ from bonsai_fast.models import Block
 from bonsai_fast.models.layout import Layout
 
 
+class Branch(NamedTuple):
+    """Where hidden states are stored, and the number of the mask that a sub-layer applies."""
+
+    slot: int
+    mask: int
+
+
 @dataclass(frozen=True, eq=False)
 class Node:
-    """Sub-models with the same states, before some sub-layer.
+    """Sub-models that share their hidden states before a sub-layer.
 
     Attributes:
-        slot: number of the first of them, where the states are held.
-        children: (mask, slot) for every different mask of the sub-layer; the first has `slot`.
+        slot: where the states are stored: the place of the first of these sub-models.
+        children: one branch for each different mask of the sub-layer; the first has `slot`.
     """
 
     slot: int
-    children: tuple[tuple[int, int], ...]
+    children: tuple[Branch, ...]
 
 
 class MaskTree:
-    """Distinct sub-models, ordered so that shared prefixes are neighbours.
+    """Different sub-models, sorted so that shared prefixes are neighbours.
 
     Args:
         layout: the units.
         blocks: the sub-layers, in the order in which they run; None for one without units.
         keep: bool [S, P] on the CPU.
     Attributes:
-        leaf_of_submodel: int64 [S], which distinct sub-model each is.
-        num_leaves: how many there are.
+        leaf_of_submodel: int64 [S], the leaf of each sub-model; equal sub-models share one.
+        num_leaves: number of different sub-models.
     """
 
     def __init__(self, layout: Layout, blocks: list[Block | None], keep: Tensor) -> None:
         self._layout, self._blocks, self._keep = layout, blocks, keep
+        self._parts: Mapping[int, Tensor] = {}
         masks = np.zeros((len(blocks), len(keep)), dtype=np.int64)
-        # a sub-model that has each of a sub-layer's masks
+        # for each mask of a sub-layer, a sub-model that has it
         self._owner: list[NDArray[np.int64]] = []
         for level, block in enumerate(blocks):
             if block is None:
@@ -58,7 +68,7 @@ class MaskTree:
         order = np.lexsort(masks[::-1])
         ordered = masks[:, order]
         differs = ordered[:, 1:] != ordered[:, :-1]
-        # the depth at which a sub-model leaves the one before it; len(blocks): it is the same
+        # the depth at which a sub-model differs from the one before it; len(blocks): they are equal
         depth = np.where(differs.any(axis=0), differs.argmax(axis=0), len(blocks))
         is_new = np.concatenate([[True], depth < len(blocks)])
         self._masks = ordered[:, is_new]
@@ -68,37 +78,53 @@ class MaskTree:
         self.leaf_of_submodel = torch.from_numpy(leaf)
         self.num_leaves = int(is_new.sum())
 
+    def of_parts(self, parts: Mapping[int, Tensor]) -> MaskTree:
+        """The same tree, in which `kept` reports only some parts of some sub-layers.
+
+        Args:
+            parts: by depth, int64 [n], the parts in the order in which they are reported.
+        """
+        found = copy(self)
+        found._parts = parts
+        return found
+
     def kept(self, depth: int, masks: Sequence[int]) -> Tensor:
-        """Some masks of a sub-layer, by number: bool [masks, query heads] or [masks, channels]."""
-        block = self._blocks[depth]
-        assert block is not None
-        owners = torch.from_numpy(self._owner[depth][list(masks)])
-        return self._layout.keep_of_block(block, self._keep, owners)
+        """What masks of a sub-layer keep, by number: bool [masks, query heads or channels]."""
+        found = self._kept_of_all(depth, masks)
+        return found[:, self._parts[depth]] if depth in self._parts else found
 
     def kept_by_all(self, depth: int) -> Tensor:
-        """What every sub-model keeps that keeps anything of a sub-layer.
+        """What is kept by every sub-model that keeps anything of a sub-layer.
 
         Returns:
             bool [query heads] or [channels]; all True if none keeps anything.
         """
-        kept = MaskTree.kept(self, depth, range(len(self._owner[depth])))
+        kept = self._kept_of_all(depth, range(len(self._owner[depth])))
         return kept[kept.any(dim=1)].all(dim=0)
 
-    def nodes(self, depth: int, start: int, stop: int) -> Iterator[Node]:
-        """Nodes before sub-layer `depth` among the leaves start..stop-1; slots count from start."""
+    def nodes(self, depth: int, leaves: range) -> Iterator[Node]:
+        """Nodes before sub-layer `depth` for consecutive leaves; slot 0 is the first of these."""
+        start, stop = leaves.start, leaves.stop
         departs, masks = self._departs[start:stop], self._masks[depth, start:stop]
         begins = np.flatnonzero(departs < depth)
         if len(begins) == 0 or begins[0] != 0:
             begins = np.concatenate([[0], begins])
         for begin, end in zip(begins, [*begins[1:], stop - start], strict=True):
             slots = [begin, *(begin + 1 + np.flatnonzero(departs[begin + 1 : end] <= depth))]
-            yield Node(int(begin), tuple((int(masks[slot]), int(slot)) for slot in slots))
+            children = tuple(Branch(int(slot), int(masks[slot])) for slot in slots)
+            yield Node(int(begin), children)
+
+    def _kept_of_all(self, depth: int, masks: Sequence[int]) -> Tensor:
+        block = self._blocks[depth]
+        assert block is not None
+        owners = torch.from_numpy(self._owner[depth][list(masks)])
+        return self._layout.keep_of_block(block, self._keep, owners)
 
 
 def _distinct(keep: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that are first of their kind, in the rows' own order, and the kind of every row.
+    """The first row of each kind, in the rows' sorted order, and the kind of every row.
 
-    What `np.unique` over rows gives, in a small part of its time.
+    The same as `np.unique` over rows, but much faster.
     """
     rows = [row.tobytes() for row in np.packbits(keep.numpy(), axis=1)]
     first: dict[bytes, int] = {}

@@ -1,4 +1,4 @@
-"""What depends on positions alone: rotary tables and attention masks, once per length."""
+"""Rotary tables and attention masks, which depend on positions only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Positions:
 
     Attributes:
         length: T.
-        cos, sin: [T, R / 2] in the model's dtype; R leading columns of each head are rotated.
+        cos, sin: [T, R / 2] in the model's dtype; the first R columns of each head are rotated.
     """
 
     def __init__(self, structure: Structure, length: int) -> None:
@@ -33,7 +33,7 @@ class Positions:
         self._of_rows: dict[int, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Who sees whom, bool [T, T]; None where causality alone tells."""
+        """bool [T, T], True where a token (row) attends to another; None for a causal mask."""
         if window is None or window >= self.length:
             return None
         if window not in self._masks:
@@ -44,11 +44,11 @@ class Positions:
 
     @cached_property
     def exact_tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin in float32, of the same values."""
+        """The same cos and sin in float32."""
         return self.cos.float(), self.sin.float()
 
     def of_rows(self, rows: int) -> Tensor:
-        """int64 [R * T], the place of every token in rows that lie below each other."""
+        """int64 [R * T], the position of every token of R consecutive rows."""
         if rows not in self._of_rows:
             self._of_rows = {rows: torch.arange(self.length, device=self.cos.device).repeat(rows)}
         return self._of_rows[rows]

@@ -1,8 +1,9 @@
-"""How the fused engine spends its memory budget: a wave of states, and a chunk of rows at work."""
+"""How the fused engine divides its memory budget: states of a wave, and one chunk of rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bonsai_fast.models.layout import Layout
@@ -10,19 +11,21 @@ from bonsai_fast.scoring.fused.arithmetic.eight_bits import BLOCK_BYTES, block_r
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 from bonsai_fast.scoring.working_set import LOGIT_SHARE, MAX_TOKENS, SAFETY
 
-# of what is left for rows, at most so much goes to the chunk at work
+# largest share of the memory for rows that the chunk being computed may use
 CHUNK_SHARE = 0.5
+# If sequences are split over waves, a wave has at least so many leaves, which share prefixes well.
+MIN_LEAVES = 16
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many (sub-model, sequence) pairs go together.
+    """How many (sub-model, sequence) pairs are processed together.
 
     Attributes:
-        wave_rows: whose states are held, layer after layer.
-        chunk_rows: at work in a sub-layer at once.
-        slices: whether a sliced copy of a sub-layer fits, too.
-        packs: whether a packed sub-layer fits beside it.
+        wave_rows: pairs whose states are held from the first layer to the last.
+        chunk_rows: pairs that a sub-layer computes at once.
+        slices: whether a slice of a sub-layer fits into memory, too.
+        packs: whether a packed sub-layer fits beside the slice.
     """
 
     wave_rows: int
@@ -33,18 +36,19 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FusedWorkingSet:
-    """Estimated needs of the fused engine beside the weights, in bytes.
+    """Estimated memory of the fused engine beside the weights, in bytes.
 
     Attributes:
-        state: a row's residual stream.
-        layer: what the widest sub-layer needs for a row at work.
-        hidden: what the last norm and the LM head need for a row at work, logits left out.
+        state: residual stream of a row.
+        layer: temporaries of the widest sub-layer, for each row of a chunk.
+        hidden: temporaries of the final norm and the LM head without logits, for each row of a
+            chunk.
         fixed: attention mask, rotary tables, and for products in 8 bits the weights of a sub-layer
             and a block of rows.
-        slices: sliced copies of the largest sub-layer.
-        pack: a packed copy of it.
+        slices: slices of the largest sub-layer.
+        pack: the largest sub-layer, packed.
         logits: one chunk of logits.
-        max_chunk: rows beyond which a larger chunk is no faster.
+        max_chunk: number of rows above which a larger chunk is not faster.
     """
 
     state: int
@@ -60,20 +64,20 @@ class FusedWorkingSet:
     def of(
         cls, layout: Layout, nll: SequenceNLL, length: int, *, low: bool = False
     ) -> FusedWorkingSet:
-        """Estimate them for sequences of `length` tokens; `low`: products are in 8 bits."""
+        """Estimate it for sequences of `length` tokens; `low`: products are in 8 bits."""
         element, width = nll.head.weight.element_size(), nll.head.weight.shape[1]
         attention, mlp = layout.decoder.attention.values(), layout.decoder.mlp.values()
         query = max((block.num_heads * block.head_dim for block in attention), default=0)
         key = max((block.num_kv_heads * block.head_dim for block in attention), default=0)
         channels = max((block.num_channels for block in mlp), default=0)
-        # gathered rows, their norm and its float32 copy, the change
+        # input rows, their norm and its float32 copy, the output
         common = (3 * element + 4) * width
-        # query and its rotation; K, V and rotated K; norms of heads; attended, K and V spread out
+        # query and rotated query; K, V, rotated K; norms of heads; result, K and V per query head
         heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
         device = nll.head.weight.device.type
-        # gate and up; where one pass makes the activation of both, that as well
+        # gate and up; on CUDA their activation as well, which is a new tensor
         per_token = common + max(heads, element * (3 if device == "cuda" else 2) * channels)
-        # a slice and the output projection's columns once more; two slices on CUDA
+        # a slice and a copy of the output projection; on CUDA two slices
         largest = width * max(
             2 * (2 * query + 2 * key) if device == "cuda" else 3 * query + 2 * key,
             2 * 3 * channels if device == "cuda" else 4 * channels,
@@ -89,14 +93,14 @@ class FusedWorkingSet:
             hidden=int(SAFETY * length * (element * 3 + 4) * width),
             fixed=int(SAFETY * fixed),
             slices=int(SAFETY * element * largest),
-            # room for candidates included, the output projection's columns once more
+            # with room for candidates, and a copy of the output projection
             pack=int(SAFETY * element * width * max(3 * query + 2 * key, 7 * channels)),
             logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
             max_chunk=max(1, MAX_TOKENS.get(device, MAX_TOKENS["cpu"]) // length),
         )
 
     def schedule(self, budget: int) -> Schedule | None:
-        """The largest chunk and wave that fit; None if not even one row does."""
+        """The largest chunk and wave that fit; None if not even one row fits."""
         both = self.slices + self.pack
         return (
             (self._schedule(budget, both) if both <= CHUNK_SHARE * budget else None)
@@ -113,6 +117,26 @@ class FusedWorkingSet:
 
     @property
     def least_budget(self) -> int:
-        """The smallest budget in which a row fits, chunks of logits being what they are."""
+        """The smallest budget in which a row fits, with logits in chunks."""
         head = max(self.hidden / (1 - LOGIT_SHARE), self.logits / LOGIT_SHARE)
         return math.ceil(self.state + max(self.fixed + self.layer, head))
+
+
+def waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[range, slice]]:
+    """Cut all pairs into waves: ranges of leaves and of sequences, at most `rows` pairs each.
+
+    Sequences are split first: on each sequence, sub-models share the same work.
+    """
+    some = sequences_together(leaves, sequences, rows)
+    many = max(1, rows // some)
+    for first in range(0, sequences, some):
+        for start in range(0, leaves, many):
+            yield (
+                range(start, min(start + many, leaves)),
+                slice(first, min(first + some, sequences)),
+            )
+
+
+def sequences_together(leaves: int, sequences: int, rows: int) -> int:
+    """Number of sequences in a wave of at most `rows` pairs."""
+    return min(sequences, max(1, rows // min(leaves, MIN_LEAVES)))

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.mask_tree import MaskTree
 from bonsai_fast.scoring.fused.parent import Structure, UnsupportedStructureError
 from bonsai_fast.scoring.fused.positions import Positions
-from bonsai_fast.scoring.fused.sublayers import normalize
+from bonsai_fast.scoring.fused.sublayer_step import run_sublayer
 from bonsai_fast.scoring.fused.wave import Wave
 
 NUM_TOKENS = 6
-# of what a layer changes at most
+# largest difference, relative to the largest change that the layer makes
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -27,24 +27,24 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
     """Run model and description side by side; every layer starts from the model's own states.
 
     Raises:
-        UnsupportedStructureError: a layer, the embedding or the last norm differs.
+        UnsupportedStructureError: the embedding, a layer or the final norm differs.
     """
     backbone, weight = model.base_model, structure.norm.weight
     tokens = torch.arange(NUM_TOKENS, device=weight.device)[None] % model.config.vocab_size
+    everything = torch.ones(1, len(layout), dtype=torch.bool)
     wave = Wave(
-        structure,
-        MaskTree(layout, structure.blocks, torch.ones(1, len(layout), dtype=torch.bool)),
-        0,
-        1,
-        Positions(structure, NUM_TOKENS),
-        1,
-        "dense",
-        Workspace(weight),
+        structure=structure,
+        tree=MaskTree(layout, structure.blocks, everything),
+        leaves=range(1),
+        positions=Positions(structure, NUM_TOKENS),
+        chunk_rows=1,
+        route="dense",
+        arithmetic=Arithmetic(weight),
     )
     states = wave.embed(tokens)
     ends: list[Tensor] = []
 
-    # while the layer's weights are there: those of a streamed model soon are not
+    # in a hook, because the weights of a streamed layer are in memory only while it runs
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         number, start = len(ends), args[0] if args else kwargs["hidden_states"]
         ends.append(output[0] if isinstance(output, tuple) else output)
@@ -52,8 +52,8 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
             _compare("the embedding", states[0], start, None)
         if 2 * number < len(structure.sublayers):
             states[0] = start
-            wave.step(2 * number, states)
-            wave.step(2 * number + 1, states)
+            run_sublayer(wave, 2 * number, states)
+            run_sublayer(wave, 2 * number + 1, states)
             _compare(f"layer {number}", states[0], ends[-1], start)
 
     with ExitStack() as stack:
@@ -63,9 +63,10 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
         expected = backbone(input_ids=tokens, use_cache=False).last_hidden_state
     if len(ends) * 2 != len(structure.sublayers):
         raise UnsupportedStructureError(
-            f"expected {len(structure.sublayers) // 2} layers to run, {len(ends)} did"
+            f"expected {len(structure.sublayers) // 2} layers to run, but {len(ends)} ran"
         )
-    _compare("the last norm", normalize(structure.norm, ends[-1], wave.workspace), expected, None)
+    last = wave.arithmetic.normalize(structure.norm, ends[-1])
+    _compare("the final norm", last, expected, None)
 
 
 def _compare(what: str, actual: Tensor, expected: Tensor, start: Tensor | None) -> None:
@@ -80,6 +81,6 @@ def _compare(what: str, actual: Tensor, expected: Tensor, start: Tensor | None) 
     ):
         largest = float((actual - expected).abs().max())
         raise UnsupportedStructureError(
-            f"{what} computes something else than what its modules suggest "
+            f"{what} computes something else than expected from its modules "
             f"(largest difference {largest:.3g})"
         )

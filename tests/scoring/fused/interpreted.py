@@ -24,7 +24,7 @@ from test_dispatch import ALL
 
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.scoring.fused.operands import packed
+from bonsai_fast.scoring.fused.operands import choose_packs
 
 
 def use_kernels(calls: Counter[str]) -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     # the interpreter computes with NumPy, which warns of infinities
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     # or nothing would be left of the fixed part of so narrow MLPs
-    packed.FIXED_MULTIPLE = 8
+    choose_packs.FIXED_MULTIPLE = 8
     calls: Counter[str] = Counter()
     differences: dict[str, float] = {}
     for family in ("llama", "qwen2"):

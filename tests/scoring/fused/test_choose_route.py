@@ -19,9 +19,9 @@ from bonsai_fast.methods import configure
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.prune.units import prepare
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.scoring.fused import wave as wave_module
-from bonsai_fast.scoring.fused.choose_route import cheapest, without_logits
-from bonsai_fast.scoring.fused.engine import FusedEngine, _kept_share
+from bonsai_fast.scoring.fused import routing
+from bonsai_fast.scoring.fused.choose_route import cheapest, masked_kept_share, without_logits
+from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.scoring.fused.gpu_rates import Rates, cached, measure
 
 # invented GPUs: what a copy costs in tokens is element * tflops / copy rate, 363 and 354 here
@@ -67,8 +67,8 @@ def test_kept_share_counts_weights_of_masked_sublayers() -> None:
     keep[1, layout.groups[3].start : layout.groups[3].stop] = False
     mlp, attention = 3 * len(channels), 2 * len(heads) * 8
     expected = (mlp / 2 + attention * 5 / 6) / (mlp + attention)
-    assert _kept_share(layout, keep) == pytest.approx(expected)
-    assert _kept_share(layout, torch.ones_like(keep)) == 1.0
+    assert masked_kept_share(layout, keep) == pytest.approx(expected)
+    assert masked_kept_share(layout, torch.ones_like(keep)) == 1.0
 
 
 def test_rates_are_measured() -> None:
@@ -121,14 +121,14 @@ def test_rates_must_be_rates(value: object) -> None:
 def routes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each route was taken for a masked sub-layer."""
     taken: Counter[str] = Counter()
-    choose = wave_module.choose
+    choose = routing.choose
 
     def counting(*arguments, **options):
         route = choose(*arguments, **options)
         taken[route] += 1
         return route
 
-    monkeypatch.setattr(wave_module, "choose", counting)
+    monkeypatch.setattr(routing, "choose", counting)
     return taken
 
 

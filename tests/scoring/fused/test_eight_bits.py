@@ -22,7 +22,7 @@ from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.arithmetic import eight_bits
 from bonsai_fast.scoring.fused.arithmetic.eight_bits import Scaled, blocks
-from bonsai_fast.scoring.fused.arithmetic.products import Pair, int8
+from bonsai_fast.scoring.fused.arithmetic.products import Product, int8
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
 
@@ -30,7 +30,7 @@ ROUTES = ["dense", "slice", "pack", "tail", "split", "auto"]
 CPU = torch.device("cpu")
 
 
-def anew(a: torch.Tensor, pairs: list[Pair], _: Workspace) -> None:
+def anew(a: torch.Tensor, pairs: list[Product], _: Workspace) -> None:
     """int8 products, written down as they are meant."""
 
     def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ def test_a_weight_is_quantised_once_a_wave(copies: Copies) -> None:
     scorer = scorer_of(tiny_llama(), "dense")
     products = 0
 
-    def counting(a: torch.Tensor, pairs: list[Pair], workspace: Workspace) -> None:
+    def counting(a: torch.Tensor, pairs: list[Product], workspace: Workspace) -> None:
         nonlocal products
         products += len(pairs)
         int8(a, pairs, workspace)

@@ -30,10 +30,10 @@ from transformers import (
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.scoring.fused import wave as wave_module
+from bonsai_fast.scoring.fused import sublayer_step
 from bonsai_fast.scoring.fused.choose_route import choose
-from bonsai_fast.scoring.fused.engine import FusedEngine, _waves
-from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.fused.engine import FusedEngine
+from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule, waves
 from bonsai_fast.surgery import remove_units
 
 ROUTES = ["dense", "slice", "auto"]
@@ -148,9 +148,10 @@ def test_waves_and_chunks_do_not_change_the_answer(
 @pytest.mark.parametrize(("leaves", "sequences", "rows"), [(1, 9, 4), (40, 3, 48), (7, 5, 1)])
 def test_waves_cover_every_pair_once(leaves: int, sequences: int, rows: int) -> None:
     seen = torch.zeros(leaves, sequences, dtype=torch.int64)
-    for some, which in _waves(leaves, sequences, rows):
-        seen[some, which] += 1
-        assert seen[some, which].numel() <= rows
+    for some, which in waves(leaves, sequences, rows):
+        here = slice(some.start, some.stop), which
+        seen[here] += 1
+        assert seen[here].numel() <= rows
     assert (seen == 1).all()
 
 
@@ -166,8 +167,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
             counted[operands.spec.block.output.removeprefix("model.layers.")] += len(states)
             return inner(operands, states, *arguments, **options)
 
-        inner = wave_module.inner
-        monkeypatch.setattr(wave_module, "inner", counting)
+        inner = sublayer_step.inner
+        monkeypatch.setattr(sublayer_step, "inner", counting)
         scorer.score(masks, tokens(3))
         monkeypatch.undo()
         return counted
@@ -294,11 +295,11 @@ def extra() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (granite, "layer 0 computes something else than what its modules suggest"),
-        (gemma2, "caps its scores"),
+        (granite, "layer 0 computes something else than expected from its modules"),
+        (gemma2, "caps its attention scores"),
         (olmo2, "Olmo2DecoderLayer has no input_layernorm"),
         (adapted, r"mlp\.up_proj is a Adapter, not an nn\.Linear"),
-        (extra, r"model\.layers\.1 holds self_attn\.sinks, whose part is unknown"),
+        (extra, r"model\.layers\.1 has an unknown parameter self_attn\.sinks"),
         (FAMILIES["phi"], "input_layernorm is a LayerNorm, not an RMS norm"),
     ],
 )
@@ -334,7 +335,7 @@ def test_without_room_for_slices_the_dense_route_is_taken(
     assert tight == Schedule(wave_rows=1, chunk_rows=1, slices=False)
     assert needs.schedule(2**30).slices
     monkeypatch.setattr(FusedWorkingSet, "schedule", lambda *_: tight)
-    monkeypatch.delattr(wave_module, "sliced")
+    monkeypatch.delattr(sublayer_step, "sliced")
     torch.testing.assert_close(scorer.score(masks, tokens()), expected, rtol=0, atol=1e-5)
 
 

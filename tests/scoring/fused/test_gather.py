@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 import bonsai_fast
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
-from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.operands.gather import _joined, gathers
-from bonsai_fast.scoring.fused.parent import read_structure
+from bonsai_fast.scoring.fused.read_parent import read_structure
 from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
 from bonsai_fast.surgery import remove_units
 
@@ -180,7 +180,7 @@ def test_fused_gate_and_up_are_read_where_they_lie(family: str) -> None:
     layout = Layout.of(model)
     mlp = read_structure(model, layout).sublayers[1]
     assert gathers(mlp)
-    joined = _joined(mlp.gate, mlp.up, Workspace(mlp.gate.weight))
+    joined = _joined(mlp.gate, mlp.up, Arithmetic(mlp.gate.weight))
     assert torch.equal(joined.weight, torch.cat([mlp.gate.weight, mlp.up.weight]))
     is_view = joined.weight.data_ptr() == mlp.gate.weight.data_ptr()
     assert is_view == (family == "phi3")

@@ -22,7 +22,7 @@ from bonsai_fast.checkpoints.streaming import stream_layers
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused import split as split_module
-from bonsai_fast.scoring.fused import wave as wave_module
+from bonsai_fast.scoring.fused import sublayer_step
 from bonsai_fast.scoring.fused.choose_route import choose, packing_pays
 from bonsai_fast.scoring.fused.operands.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands.operands import MLPOperands
@@ -57,7 +57,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models gain nothing: decide as if copies cost nothing, and narrow products little."""
     for cost in ("COPY_TOKENS", "ALONE_TOKENS"):
         monkeypatch.setattr(f"bonsai_fast.scoring.fused.choose_route.{cost}", 0.0)
-    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.packed.FIXED_MULTIPLE", 4)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.choose_packs.FIXED_MULTIPLE", 4)
 
 
 @pytest.mark.usefixtures("always", "poisoned_empty")
@@ -120,7 +120,7 @@ def widths(monkeypatch: pytest.MonkeyPatch):
 
     def collect(model: PreTrainedModel, masks: torch.Tensor, route: str) -> Counter[int]:
         seen: Counter[int] = Counter()
-        inner = wave_module.inner
+        inner = sublayer_step.inner
 
         def counting(operands, *arguments, **options):
             if isinstance(operands, MLPOperands):
@@ -128,7 +128,7 @@ def widths(monkeypatch: pytest.MonkeyPatch):
             return inner(operands, *arguments, **options)
 
         scorer = MaskScorer(model, engine="fused", route=route)
-        monkeypatch.setattr(wave_module, "inner", counting)
+        monkeypatch.setattr(sublayer_step, "inner", counting)
         scorer.score(masks, tokens(2))
         monkeypatch.undo()
         return seen
@@ -187,7 +187,7 @@ def test_one_product_for_what_all_keep_and_lists_for_the_rest(
     parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 channels: 24 kept by all that have the MLP, 6 by some, 10 by none; 2 sequences."""
-    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.packed.FIXED_MULTIPLE", 10)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.choose_packs.FIXED_MULTIPLE", 10)
     model = FAMILIES["llama"]()
     layout = Layout.of(model)
     masks = torch.ones(4, len(layout), dtype=torch.bool)
@@ -209,7 +209,7 @@ def test_one_product_for_what_all_keep_and_lists_for_the_rest(
 def test_what_submodels_share_is_one_product_where_they_part(
     parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.packed.FIXED_MULTIPLE", 1)
+    monkeypatch.setattr("bonsai_fast.scoring.fused.operands.choose_packs.FIXED_MULTIPLE", 1)
     model = FAMILIES["llama"]()
     layout = Layout.of(model)
     masks = torch.ones(3, len(layout), dtype=torch.bool)

@@ -8,14 +8,13 @@ from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.arithmetic.causal_attention import (
     BLOCK_TOKENS,
     _by_blocks,
     attention,
 )
-from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 from bonsai_fast.scoring.fused.parent import Norm
-from bonsai_fast.scoring.fused.sublayers import normalize
 from bonsai_fast.testing.cases import ATOL, DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -78,7 +77,7 @@ def test_norm_equals_that_of_the_model(family: type, dtype: torch.dtype, kernels
     states = torch.randn(2, 5, 3, 41).to(dtype)
     norm = Norm(module.weight, 1e-3, adds_one=family is GemmaRMSNorm)
     with torch.no_grad():
-        found = normalize(norm, states, Workspace(states), kernels=kernels)
+        found = Arithmetic(states, kernels=kernels).normalize(norm, states)
         truth, baseline = module.double()(states.double()), module.to(dtype)(states)
     assert found.dtype == dtype
     budget = 2 * float((baseline - truth).abs().max()) + ATOL[dtype]

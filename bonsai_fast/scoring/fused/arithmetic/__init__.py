@@ -1,1 +1,1 @@
-"""What the fused engine computes with: products, attention, masks, memory."""
+"""What the fused engine computes with: matrix products, attention, masks of rows, buffers."""

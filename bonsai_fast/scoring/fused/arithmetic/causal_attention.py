@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# query tokens of one block on a CPU: few enough that little above the diagonal is computed
+# query tokens in a block on a CPU: small blocks compute little above the diagonal
 BLOCK_TOKENS = 64
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None
 ) -> Tensor:
-    """Softmax attention; KV heads are shared by neighbouring query heads evenly.
+    """Softmax attention; every KV head is shared by H / Hkv consecutive query heads.
 
     Args:
         query: [R, H, T, K].
         key, value: [R, Hkv, T, K].
-        scale: of the scores.
-        mask: bool [T, T], who sees whom; None: every token sees itself and those before.
+        scale: factor of the scores.
+        mask: bool [T, T], True where a token (row) attends to another; None: causal.
     Returns:
         [R, T, H * K], contiguous.
     """
     rows, heads, length, _ = query.shape
-    # PyTorch's CPU kernel multiplies 16-bit blocks one by one, at half the speed of a batch
+    # in 16 bits, PyTorch's CPU kernel runs at half the speed of batched products
     if query.device.type == "cpu" and query.element_size() == 2 and mask is None:
         return _by_blocks(query, key, value, scale)
     attended = F.scaled_dot_product_attention(
@@ -40,7 +40,7 @@ def attention(
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Blocks of queries against all keys that they see, in batched products."""
+    """Multiply blocks of queries with all keys that they attend to, in batched products."""
     rows, heads, length, width = query.shape
     shared = heads // key.shape[1]
     grouped = query.reshape(-1, shared, length, width)  # [R * Hkv, H / Hkv, T, K]

@@ -1,7 +1,7 @@
 """Matrices in 8 bits with scales.
 
-Rows of the left side and columns of the right side each have a scale of their own, so that one
-token's outlier costs the others nothing:
+Each row of the left side and each column of the right side has its own scale, so one token's
+outlier does not cost the other tokens precision:
 
     a ~ s_a q_a,  b ~ q_b s_b,  a b ~ s_a (q_a q_b) s_b
 """
@@ -18,11 +18,10 @@ from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 INT8_MAX = 127.0
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-# rows that are made and multiplied at a time, on a CPU for each thread: there what lies between
-# stays in its cache, a GPU is busy with so many
+# Rows that are quantised and multiplied at once; on a CPU, for each thread. There a block's
+# intermediate results stay in the cache; a GPU needs larger blocks to be busy.
 BLOCK_ROWS = {"cpu": 256, "cuda": 2048}
-# what the workspace holds for each entry of a block: it in float32, its magnitude, its 8 bits, and
-# a 32-bit sum
+# buffers for each entry of a block, bytes: its float32 value, its magnitude, 8 bits, a 32-bit sum
 BLOCK_BYTES = 4 + 4 + 1 + 4
 
 # 8-bit rows [R, C], contiguous, and the float32 scales [R, 1] that they must be multiplied by
@@ -30,10 +29,9 @@ Scaled = tuple[Tensor, Tensor]
 
 
 class Weight:
-    """The right side of products, and its 8-bit copy, made when it is first asked for.
+    """The right side of products, with its 8-bit copy, which is made at its first use.
 
-    Belongs to those who know that the matrix stays as it is, and ends with them: memory that gets
-    other contents is another weight.
+    Do not modify `matrix` during this object's lifetime: the copy is not made again.
 
     Args:
         matrix: [K, N].
@@ -44,7 +42,7 @@ class Weight:
         self._copies: dict[torch.dtype, Scaled] = {}
 
     def scaled(self, dtype: torch.dtype, workspace: Workspace) -> Scaled:
-        """Its columns as rows, [N, K] with scales [N, 1]; what it takes to make them is shared."""
+        """Its columns as 8-bit rows, [N, K] with scales [N, 1]; the workspace holds temporaries."""
         if dtype not in self._copies:
             rows = self.matrix.t()
             copy = torch.empty(rows.shape, dtype=dtype, device=rows.device)
@@ -53,12 +51,12 @@ class Weight:
 
 
 def quantize(x: Tensor, copy: Tensor, workspace: Workspace) -> Scaled:
-    """Rows in 8 bits.
+    """Convert rows to 8 bits.
 
     Args:
-        x: [R, C]; a row that is not finite gets a scale that is not.
-        copy: int8 or float8_e4m3fn [R, C], contiguous, is filled.
-        workspace: what lies between is put there.
+        x: [R, C]; a row with NaN or Inf gets a scale that is not finite.
+        copy: int8 or float8_e4m3fn [R, C], contiguous, overwritten.
+        workspace: for temporaries.
     Returns:
         `copy`, and new scales.
     """
@@ -72,14 +70,14 @@ def quantize(x: Tensor, copy: Tensor, workspace: Workspace) -> Scaled:
         wide.div_(scale)
         if copy.dtype == torch.int8:
             wide.round_()
-        # NaN has no place in an integer; the scale carries it
+        # an integer cannot be NaN; the scale is instead
         copy[rows] = wide.nan_to_num_(0.0).clamp_(-most, most)
         scales[rows] = scale
     return copy, scales
 
 
 def int8_product(left: Scaled, right: Scaled, out: Tensor, workspace: Workspace) -> None:
-    """Rows [R, K] of one block by rows [N, K] into [R, N], by 32-bit sums."""
+    """Multiply one block of int8 rows [R, K] by rows [N, K] into [R, N], with 32-bit sums."""
     shape = (len(left[0]), len(right[0]))
     sums = workspace("block sums", *shape, dtype=torch.int32)
     torch._int_mm(left[0], right[0].t(), out=sums)
@@ -88,8 +86,8 @@ def int8_product(left: Scaled, right: Scaled, out: Tensor, workspace: Workspace)
 
 
 def fp8_product(left: Scaled, right: Scaled, out: Tensor, workspace: Workspace) -> None:
-    """The same by e4m3 floats."""
-    # rows scaled one by one come out in bfloat16 alone
+    """Multiply one block of e4m3 rows [R, K] by rows [N, K] into [R, N]."""
+    # with a scale for each row, PyTorch has this product in bfloat16 only
     found = torch._scaled_mm(
         left[0],
         right[0].t(),
@@ -101,14 +99,14 @@ def fp8_product(left: Scaled, right: Scaled, out: Tensor, workspace: Workspace) 
 
 
 def blocks(rows: int, device: torch.device) -> list[slice]:
-    """Ranges of rows, as equal as can be, that are made at a time."""
+    """Cut rows into ranges of almost equal size that are computed one at a time."""
     count = -(-rows // block_rows(device))
     ends = [rows * number // max(1, count) for number in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def block_rows(device: torch.device) -> int:
-    """Rows of a block at most."""
+    """Largest number of rows in a block."""
     if device.type == "cuda":
         return BLOCK_ROWS["cuda"]
     return BLOCK_ROWS["cpu"] * torch.get_num_threads()

@@ -1,8 +1,9 @@
-"""How the matrix products of a sub-layer are taken: in the model's dtype, or in 8 bits."""
+"""How the matrix products of a sub-layer are computed: in the model's dtype, or in 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,18 @@ from bonsai_fast.scoring.fused.arithmetic.eight_bits import (
 )
 from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
 
-# b [K, N] and where to put a b, [M, N]
-Pair = tuple[Weight, Tensor]
-# a [M, K] by every b; what lies between is put into the workspace
-Multiply = Callable[[Tensor, Sequence[Pair], Workspace], None]
 
-# what tensor cores take on CUDA: sizes are multiples of these, and more rows than the last
+class Product(NamedTuple):
+    """The right side of a product, [K, N], and where to write the result, [M, N]."""
+
+    weight: Weight
+    out: Tensor
+
+
+# multiplies a [M, K] by every weight; intermediate results are put into the workspace
+Multiply = Callable[[Tensor, Sequence[Product], Workspace], None]
+
+# what CUDA's 8-bit products accept: sizes that are multiples of these, and at least so many rows
 CUDA_MULTIPLE = {torch.int8: 8, FP8: 16}
 MIN_CUDA_ROWS = 17
 # first compute capability that has the products
@@ -32,10 +39,10 @@ CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
 
 
 def products(precision: Precision, device: torch.device) -> Multiply:
-    """How products are taken.
+    """The function that multiplies in this precision.
 
     Raises:
-        ValueError: the device has no such products.
+        ValueError: the device does not support it.
     """
     if precision == "full":
         return full
@@ -54,28 +61,28 @@ def products(precision: Precision, device: torch.device) -> Multiply:
     return int8 if precision == "int8" else fp8
 
 
-def full(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
-    """In the dtype of the operands."""
+def full(a: Tensor, pairs: Sequence[Product], workspace: Workspace) -> None:
+    """Multiply in the dtype of the operands."""
     for weight, out in pairs:
         torch.mm(a, weight.matrix, out=out)
 
 
-def int8(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
-    """By 8-bit integers and 32-bit sums; shapes that the device does not take in full precision."""
+def int8(a: Tensor, pairs: Sequence[Product], workspace: Workspace) -> None:
+    """Multiply 8-bit integers with 32-bit sums; in full precision where the device cannot."""
     _in_8_bits(a, pairs, workspace, torch.int8, int8_product)
 
 
-def fp8(a: Tensor, pairs: Sequence[Pair], workspace: Workspace) -> None:
-    """By e4m3 floats; shapes that the device does not take in full precision."""
+def fp8(a: Tensor, pairs: Sequence[Product], workspace: Workspace) -> None:
+    """Multiply e4m3 floats; in full precision where the device cannot."""
     _in_8_bits(a, pairs, workspace, FP8, fp8_product)
 
 
 def _in_8_bits(
     a: Tensor,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Product],
     workspace: Workspace,
     dtype: torch.dtype,
-    product: Callable[[Scaled, Scaled, Tensor, Workspace], None],
+    multiply: Callable[[Scaled, Scaled, Tensor, Workspace], None],
 ) -> None:
     full(a, [pair for pair in pairs if not _fits(a, pair[0].matrix, dtype)], workspace)
     fitting = [pair for pair in pairs if _fits(a, pair[0].matrix, dtype)]
@@ -84,10 +91,11 @@ def _in_8_bits(
         block = a[rows]
         left = quantize(block, workspace("block in 8 bits", *block.shape, dtype=dtype), workspace)
         for right, (_, out) in zip(rights, fitting, strict=True):
-            product(left, right, out[rows], workspace)
+            multiply(left, right, out[rows], workspace)
 
 
 def _fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device has an 8-bit product for these shapes."""
     if a.device.type != "cuda":
         return True
     multiple = CUDA_MULTIPLE[dtype]

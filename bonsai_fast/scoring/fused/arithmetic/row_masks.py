@@ -1,4 +1,4 @@
-"""Masks of the rows that go through a sub-layer together."""
+"""Masks of the rows that a sub-layer computes in one batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# a row on which no mask is put: all is kept, or what is not has been sliced away
+# number of a mask that keeps everything, e.g. of weights that were sliced before
 WHOLE = -1
 
 
@@ -17,8 +17,8 @@ class RowMasks:
     """Which parts every row keeps.
 
     Attributes:
-        keep: bool [K, parts], different masks; may be more than the rows have.
-        mask_of_row: int64 [R], which of them each row has.
+        keep: bool [K, parts], different masks; some may belong to no row.
+        mask_of_row: int64 [R], the mask of each row.
         part_width: columns of the output projection that a part feeds.
     """
 
@@ -27,26 +27,26 @@ class RowMasks:
     part_width: int
 
     def zero_removed(self, inputs: Tensor) -> Tensor:
-        """Zero what each row of [R, T, columns] does not keep, in place."""
+        """Zero in place what each row of [R, T, columns] does not keep."""
         removed = ~self.keep[self.mask_of_row]
         if self.part_width > 1:
             removed = removed.repeat_interleave(self.part_width, dim=-1)
-        # selected, not multiplied: NaN or Inf in a removed unit must not survive as NaN * 0
+        # selected, not multiplied: NaN or Inf in a removed unit would survive as NaN * 0
         return inputs.masked_fill_(removed[:, None], 0)
 
     def mask_of_token(self, length: int) -> Tensor:
-        """int32 [R * T], the mask of every token of rows of T tokens."""
+        """The mask of every token: int32 [R * T], for rows of T tokens."""
         return self.mask_of_row.to(torch.int32).repeat_interleave(length)
 
 
 class MaskTable:
-    """Different masks of a sub-layer, moved to the device once.
+    """The different masks of a sub-layer, moved to the device once.
 
     Args:
-        numbers: what the masks are called; WHOLE needs no mention.
-        keep: bool [numbers, parts] on the CPU.
+        numbers: of the masks; WHOLE is added.
+        keep: bool [numbers, parts] on the CPU, what each mask keeps.
         part_width: columns of the output projection that a part feeds.
-        device: where rows are.
+        device: of the rows.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class MaskTable:
         self._part_width = part_width
 
     def of_rows(self, masks: Sequence[int]) -> RowMasks | None:
-        """Masks of rows by number; None if nothing is removed from any."""
+        """Masks of rows, by number; None if no row has anything removed."""
         if all(mask == WHOLE for mask in masks):
             return None
         places = torch.tensor([self._place[mask] for mask in masks], device=self._keep.device)

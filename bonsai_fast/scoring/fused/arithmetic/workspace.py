@@ -1,4 +1,4 @@
-"""Memory that is taken once and used again: buffers by name."""
+"""Memory that is allocated once and reused: buffers by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 class Workspace:
-    """Buffers on one device; each grows to the largest shape that was asked for.
+    """Buffers on one device; each grows to the largest size that was asked for.
 
-    Fresh memory costs page faults at every use, which on a CPU take as long as a small product.
+    New memory causes page faults at its first use, which on a CPU cost as much as a small matrix
+    product.
+
+    Args:
+        like: has the device and dtype of the buffers.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -19,11 +23,11 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of this shape; one that had the name before is overwritten."""
+        """An uninitialised tensor; it overwrites the tensor that had this name before."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            # freed first: old and new together would exceed what was planned for
+            # freed first: the old and the new buffer together would exceed the memory budget
             self._buffers.pop(name, None)
             del buffer
             buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)

@@ -1,1 +1,1 @@
-"""The weights that a sub-layer of the fused engine is run with."""
+"""The weights that a sub-layer is computed with, on each route."""

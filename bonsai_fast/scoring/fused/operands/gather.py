@@ -1,4 +1,4 @@
-"""Sub-layers by kernels that read kept weights where they lie, for rows grouped by mask."""
+"""Sub-layers by kernels that read kept weights in place, for rows grouped by mask."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bonsai_fast import ops
-from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.operands.copies import output_columns
 from bonsai_fast.scoring.fused.operands.packed import PackedMLP
 from bonsai_fast.scoring.fused.parent import MLP, Attention, Norm, Projection
 from bonsai_fast.scoring.fused.positions import Positions
 
-# widths of compact channels are multiples of it
+# lists of kept channels are padded to a multiple of it
 CHANNEL_MULTIPLE = 128
-# of which head_dim must be a multiple, and which it must not exceed
+# head_dim must be a multiple of the first and at most the second
 HEAD_MULTIPLE, MAX_HEAD_DIM = 16, 256
 
 
@@ -35,13 +35,14 @@ def gathers_heads(head_dim: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class GatherOperands:
-    """What every group of rows keeps, and the weights from which kernels take it.
+    """What each group of rows keeps, and the weights that the kernels read.
 
     Attributes:
         spec: the whole sub-layer.
-        bank: its weights, laid out for the kernels.
-        rows_of_mask: rows of each mask, one mask after another; None: one mask for all.
-        query, kv, q_to_kv: lists of heads (see `HeadLists`); for channels `query` alone.
+        bank: its weights in the kernels' layout.
+        rows_of_mask: number of rows of each mask, in the rows' order; None: one mask for all rows.
+        query, kv, q_to_kv: lists of heads (see `HeadLists`); for an MLP, `query` lists channels and
+            the others are None.
     """
 
     spec: Attention | MLP
@@ -54,7 +55,7 @@ class GatherOperands:
 
     @property
     def columns(self) -> int:
-        """Columns of the compact input of the output projection."""
+        """Width of the output projection's input, in which only listed parts have a place."""
         return self.query.width * self.spec.block.part_width
 
     def inner(self, normed: Tensor, positions: Positions) -> Tensor:
@@ -68,7 +69,7 @@ class GatherOperands:
         return found.view(rows, length, self.columns)
 
     def project_out(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The output projection with its bias, added to `residual`, if any.
+        """The output projection with its bias, plus `residual` if given.
 
         Args:
             inputs: [R, T, columns].
@@ -145,33 +146,33 @@ class GatherOperands:
 
 
 class Bank:
-    """The weights of one sub-layer as the kernels want them.
+    """The weights of one sub-layer in the kernels' layout.
 
-    Heads are read from the model's own weights. Channels want gate and up below each other, which
-    some models have, and the columns of the output projection as rows: these are copied. A packed
-    MLP has both.
+    Heads are read from the model's own weights. For channels, the rows of gate must be followed by
+    those of up, which some models have, and the columns of the output projection must be stored as
+    rows; otherwise they are copied. A packed MLP has this layout.
 
     Args:
         spec: the sub-layer.
-        workspace: holds the copies; those of another sub-layer are overwritten.
+        arithmetic: has the buffers for the copies; the next sub-layer's bank overwrites them.
     """
 
-    def __init__(self, spec: Attention | MLP, workspace: Workspace) -> None:
+    def __init__(self, spec: Attention | MLP, arithmetic: Arithmetic) -> None:
         self.spec = spec
         self.gate_up: Projection | None = None
         self.output_rows: Tensor | None = None
         if isinstance(spec, PackedMLP):
             self.gate_up, self.output_rows = spec.gate_up, spec.buffers["output"]
         elif isinstance(spec, MLP):
-            self.gate_up = _joined(spec.gate, spec.up, workspace)
-            self.output_rows = output_columns(spec, workspace)
+            self.gate_up = _joined(spec.gate, spec.up, arithmetic)
+            self.output_rows = output_columns(spec, arithmetic)
 
     def operands(self, keep: Tensor, rows_of_mask: Sequence[int] | None) -> GatherOperands:
-        """Operands of rows grouped by mask.
+        """Operands for rows grouped by mask.
 
         Args:
-            keep: bool [K, parts] on the CPU; parts may be the first ones alone.
-            rows_of_mask: rows of each mask; None: there is one, for any number of rows.
+            keep: bool [K, parts] on the CPU; of fewer parts, the first ones.
+            rows_of_mask: number of rows of each mask; None: there is one mask, for all rows.
         """
         rows = None if rows_of_mask is None else tuple(rows_of_mask)
         device = self.spec.output.weight.device
@@ -182,8 +183,8 @@ class Bank:
         return GatherOperands(self.spec, self, rows, heads.query, heads.kv, heads.q_to_kv)
 
 
-def _joined(gate: Projection, up: Projection, workspace: Workspace) -> Projection:
-    """Gate rows, then up rows, as one weight: where they lie, or copied."""
+def _joined(gate: Projection, up: Projection, arithmetic: Arithmetic) -> Projection:
+    """Gate rows, then up rows, as one weight: a view where they are adjacent, else a copy."""
     bias = None
     if gate.bias is not None or up.bias is not None:
         bias = torch.cat([gate.bias_or_zeros, up.bias_or_zeros])
@@ -193,7 +194,7 @@ def _joined(gate: Projection, up: Projection, workspace: Workspace) -> Projectio
         storage, other = weight.untyped_storage(), up.weight.untyped_storage()
         if storage.data_ptr() == other.data_ptr():
             return Projection(weight.as_strided((2 * rows, width), (width, 1)), bias)
-    joined = workspace("gate and up rows", 2 * rows, width)
+    joined = arithmetic.buffer("gate and up rows", 2 * rows, width)
     return Projection(torch.cat([gate.weight, up.weight], out=joined), bias)
 
 

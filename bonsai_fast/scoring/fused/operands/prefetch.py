@@ -1,4 +1,4 @@
-"""Making the next thing on a side stream while the current one is at work."""
+"""Prepare the next item on a side stream while the current one is used."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, Protocol
 
 import torch
 
-# a point in a queue's work, of whatever kind the queue has
+# a point in a queue of work; its type depends on the queue
 Event = Any
 
 
 class SideStream(Protocol):
-    """A queue of work beside the one in which everything else runs."""
+    """A second queue of work, beside the main queue in which everything else runs."""
 
     def passed(self) -> Event:
-        """The point in the main queue that all work given so far leads to."""
+        """The current end of the main queue."""
 
     def run(self, work: Callable[[], None], after: Event) -> Event:
-        """Queue what `work` does on the side, behind a point of the main queue; its end."""
+        """Queue work on the side, after a point of the main queue; returns its end."""
 
     def wait(self, event: Event) -> None:
-        """Let the main queue's further work begin behind a point of the side queue."""
+        """Let further work of the main queue begin after a point of the side queue."""
 
 
 class CUDASideStream:
-    """A stream of CUDA beside the current one of a device."""
+    """A second CUDA stream, beside the current one of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._main = torch.cuda.current_stream(device)
@@ -49,7 +49,7 @@ class CUDASideStream:
 
 
 class NoSideStream:
-    """For devices without streams: everything happens at once, in the order of the calls."""
+    """For devices without streams: work runs when it is queued."""
 
     def passed(self) -> None:
         """See `SideStream`."""
@@ -63,18 +63,17 @@ class NoSideStream:
 
 
 def prefetched(jobs: Sequence[Callable[[int], None]], stream: SideStream) -> Iterator[int]:
-    """Run jobs on the side, each one step before its result is used.
+    """Run jobs on a side stream, each one step before its result is used.
 
-    There are two places for results. Job n fills place n % 2, behind the use of what job n - 2 left
-    there, and beside the use of what job n - 1 left in the other.
+    There are two places for results. Job n fills place n % 2 after the result of job n - 2 was used
+    there, while the result of job n - 1 is used in the other place.
 
     Args:
-        jobs: each is given the number of its place.
-        stream: where they run. Memory that they write, or read for the last time, must stay until
-            the iteration ends: further work of the main queue begins behind all of theirs.
+        jobs: called with the number of the place to fill.
+        stream: where they run. Memory that they read or write must not be freed before the
+            iteration ends; the main queue then waits for all jobs.
     Yields:
-        The place of each job's result, when work that the main queue is given may use it; all such
-        work must have been given when the next one is asked for.
+        The place of each job's result. Queue all work that uses it before the next iteration.
     """
     if not jobs:
         return
@@ -90,5 +89,5 @@ def prefetched(jobs: Sequence[Callable[[int], None]], stream: SideStream) -> Ite
             yield place
             free[place] = stream.passed()
     finally:
-        # also where the user gave up between
+        # also if the caller stops early
         stream.wait(ready)

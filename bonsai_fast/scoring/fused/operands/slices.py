@@ -1,4 +1,4 @@
-"""Copies of what each of several masks keeps of a sub-layer, one after another."""
+"""Slices: copies of what each of several masks keeps of a sub-layer, one after another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.scoring.fused.arithmetic.workspace import Workspace
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.operands.operands import (
     AttentionOperands,
     MLPOperands,
@@ -26,34 +26,32 @@ from bonsai_fast.scoring.fused.operands.prefetch import (
 )
 from bonsai_fast.scoring.fused.parent import MLP, Attention, Projection
 
-# kept channels are padded to a multiple of it, by zeros: widths that a GPU multiplies well
+# slices of an MLP are padded with zeros to a multiple of it: widths that suit a GPU
 CHANNEL_MULTIPLE = 64
-# 32-bit entries between two 16-byte boundaries
+# 32-bit entries in 16 bytes
 ALIGNED_ENTRIES = 4
 
 
-def sliced(
-    spec: Attention | MLP, keep: Tensor, workspace: Workspace, *, kernels: bool
-) -> Iterator[Operands]:
-    """Operands of every mask in turn; each must have been used when the next is asked for.
+def sliced(spec: Attention | MLP, keep: Tensor, arithmetic: Arithmetic) -> Iterator[Operands]:
+    """Operands of one mask at a time; the next mask overwrites them.
+
+    With kernels on a GPU, the next mask is copied while the current one is used.
 
     Args:
         spec: the sub-layer.
         keep: bool [N, parts] on the CPU, no row all False.
-        workspace: holds the copies.
-        kernels: whether the project's own ops copy, on a GPU one mask ahead.
+        arithmetic: has the buffers for the copies.
     """
     if len(keep) == 0:
         return
     if isinstance(spec, PackedMLP):
         for gate, up, rows in packed_slices(spec, keep):
-            yield MLPOperands(spec, gate, up, rows)
+            yield MLPOperands(rows, spec, gate, up)
         return
-    if not kernels:
-        slicer = Slicer(spec, workspace)
-        yield from map(slicer, keep)
+    if not arithmetic.kernels:
+        yield from map(Slicer(spec, arithmetic), keep)
         return
-    copies = CompactSlices(spec, keep, workspace)
+    copies = CompactSlices(spec, keep, arithmetic)
     device = spec.output.weight.device
     stream: SideStream = CUDASideStream(device) if device.type == "cuda" else NoSideStream()
     jobs = [partial(copies.fill, number) for number in range(len(keep))]
@@ -62,16 +60,17 @@ def sliced(
 
 
 class CompactSlices:
-    """Slices by `compact_rows` and `compact_columns`, in two places.
+    """Slices copied by `compact_rows` and `compact_columns`, in two places.
 
     Args:
         spec: the sub-layer.
         keep: bool [N, parts] on the CPU.
-        workspace: memory for both places is taken here, so that `fill` need not.
+        arithmetic: has the buffers. Those of both places are allocated here, because `fill` runs on
+            a side stream.
     """
 
-    def __init__(self, spec: Attention | MLP, keep: Tensor, workspace: Workspace) -> None:
-        self._spec, self._workspace = spec, workspace
+    def __init__(self, spec: Attention | MLP, keep: Tensor, arithmetic: Arithmetic) -> None:
+        self._spec, self._arithmetic = spec, arithmetic
         device = spec.output.weight.device
         self._kv_of_kept: list[tuple[int, ...]] = []
         if isinstance(spec, MLP):
@@ -81,8 +80,7 @@ class CompactSlices:
             self._index["up"] = self._index["output"] = self._index["gate"]
         else:
             width = spec.block.head_dim
-            # heads must stay whole
-            self._multiple = 1
+            self._multiple = 1  # heads are not padded
             heads = ops.HeadLists.reading(keep, spec.block.kv_of_head)
             counts = heads.query.count.tolist()
             self._kv_of_kept = [
@@ -97,7 +95,7 @@ class CompactSlices:
             self._reserve(place)
 
     def fill(self, number: int, place: int) -> None:
-        """Copy what mask `number` keeps into a place."""
+        """Copy what mask `number` keeps to a place."""
         for name, projection in self._sources.items():
             index, copy = self._index[name].rows(number), self._projection(name, number, place)
             ops.compact_rows(projection.weight, index, copy.weight)
@@ -107,48 +105,50 @@ class CompactSlices:
         ops.compact_columns(self._spec.output.weight, columns, self._output(number, place))
 
     def operands(self, number: int, place: int) -> Operands:
-        """What `fill` put there."""
+        """The copies of mask `number`, which `fill` made at a place."""
         part = {name: self._projection(name, number, place) for name in self._sources}
         rows = self._output(number, place).t()
         if isinstance(self._spec, MLP):
-            return MLPOperands(self._spec, part["gate"], part["up"], rows)
+            return MLPOperands(rows, self._spec, part["gate"], part["up"])
         kv_of_kept = self._kv_of_kept[number]
         return AttentionOperands(
-            self._spec, part["query"], part["key"], part["value"], rows, kv_of_kept
+            rows, self._spec, part["query"], part["key"], part["value"], kv_of_kept
         )
 
     def _reserve(self, place: int) -> None:
         for name, projection in self._sources.items():
             rows = self._padded(len(projection.weight))
-            self._workspace(f"slice {name} {place}", rows, projection.weight.shape[1])
+            self._arithmetic.buffer(f"slice {name} {place}", rows, projection.weight.shape[1])
             if projection.bias is not None:
-                self._workspace(f"slice {name} bias {place}", rows)
+                self._arithmetic.buffer(f"slice {name} bias {place}", rows)
         rows, columns = self._spec.output.weight.shape
-        self._workspace(f"slice output {place}", rows, self._padded(columns))
+        self._arithmetic.buffer(f"slice output {place}", rows, self._padded(columns))
 
     def _padded(self, count: int) -> int:
         return -(-count // self._multiple) * self._multiple
 
     def _projection(self, name: str, number: int, place: int) -> Projection:
         source, rows = self._sources[name], self._padded(self._index[name].counts[number])
-        weight = self._workspace(f"slice {name} {place}", rows, source.weight.shape[1])
+        weight = self._arithmetic.buffer(f"slice {name} {place}", rows, source.weight.shape[1])
         if source.bias is None:
             return Projection(weight, None)
-        return Projection(weight, self._workspace(f"slice {name} bias {place}", rows))
+        return Projection(weight, self._arithmetic.buffer(f"slice {name} bias {place}", rows))
 
     def _output(self, number: int, place: int) -> Tensor:
         columns = self._padded(self._index["output"].counts[number])
-        return self._workspace(f"slice output {place}", len(self._spec.output.weight), columns)
+        return self._arithmetic.buffer(
+            f"slice output {place}", len(self._spec.output.weight), columns
+        )
 
 
 class _Index:
-    """Rows that belong to each mask's kept parts: int32 lists, moved to the device together."""
+    """The rows of each mask's kept parts: int32 lists, moved to the device together."""
 
     def __init__(self, lists: ops.KeptLists, width: int, device: torch.device) -> None:
         parts = lists.index[:, : lists.width]
         rows = parts[:, :, None] * width + torch.arange(width, dtype=torch.int32)
         rows = rows.flatten(1)
-        # every list begins on a boundary: kernels are compiled for that
+        # every list begins at a multiple of 16 bytes: the kernels are compiled for that
         self._rows = F.pad(rows, (0, -rows.shape[1] % ALIGNED_ENTRIES)).to(device)
         self.counts = [count * width for count in lists.count.tolist()]
 

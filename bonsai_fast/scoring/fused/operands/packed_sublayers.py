@@ -1,0 +1,88 @@
+"""A model whose sub-layers are packed when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
+from bonsai_fast.scoring.fused.operands.copies import output_columns, take_heads
+from bonsai_fast.scoring.fused.operands.packed import Pack, PackedMLP, packed_channels
+from bonsai_fast.scoring.fused.parent import MLP, Attention, Projection, Removed, SubLayer
+
+
+class PackedSublayers(Sequence[SubLayer]):
+    """Sub-layers, of which some are packed; one is valid until the next one is read.
+
+    Args:
+        whole: the sub-layers.
+        packs: what is packed, by depth; the other sub-layers are not changed.
+        arithmetic: has the buffers for the copies.
+    """
+
+    def __init__(
+        self, whole: Sequence[SubLayer], packs: Mapping[int, Pack], arithmetic: Arithmetic
+    ) -> None:
+        self._whole, self._packs, self._arithmetic = whole, packs, arithmetic
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __getitem__(self, depth):  # type: ignore[no-untyped-def]
+        spec, pack = self._whole[depth], self._packs.get(depth)
+        if pack is None or isinstance(spec, Removed):
+            return spec
+        if len(pack.parts) == 0:
+            return Removed(spec.output.bias)
+        return self._mlp(spec, pack) if isinstance(spec, MLP) else self._attention(spec, pack)
+
+    def _mlp(self, spec: MLP, pack: Pack) -> PackedMLP:
+        total, width = len(pack.parts), spec.norm.weight.shape[0]
+        rows = total + pack.candidates
+        gate_up = Projection(self._arithmetic.buffer("packed gate and up", 2 * rows, width), None)
+        sources = {
+            "gate": spec.gate.weight,
+            "up": spec.up.weight,
+            "output": output_columns(spec, self._arithmetic),
+        }
+        buffers = {"gate": gate_up.weight[:rows], "up": gate_up.weight[rows:]}
+        buffers["output"] = self._arithmetic.buffer("packed output", rows, width)
+        if spec.gate.bias is not None or spec.up.bias is not None:
+            bias = self._arithmetic.buffer("packed gate and up bias", 2 * rows)
+            gate_up = Projection(gate_up.weight, bias)
+            sources |= {"gate bias": spec.gate.bias_or_zeros, "up bias": spec.up.bias_or_zeros}
+            buffers |= {"gate bias": bias[:rows], "up bias": bias[rows:]}
+        index = pack.parts.to(spec.gate.weight.device)
+        for name, source in sources.items():
+            torch.index_select(source, 0, index, out=buffers[name][:total])
+        gate, up, output_rows = packed_channels(buffers, 0, total)
+        return PackedMLP(
+            block=replace(spec.block, num_channels=total),
+            norm=spec.norm,
+            gate=gate,
+            up=up,
+            output=Projection(output_rows.t(), spec.output.bias),
+            activation=spec.activation,
+            activation_name=spec.activation_name,
+            candidates=pack.candidates,
+            buffers=buffers,
+            gate_up=gate_up,
+        )
+
+    def _attention(self, spec: Attention, pack: Pack) -> Attention:
+        columns = output_columns(spec, self._arithmetic)
+        heads = take_heads("packed", spec, pack.parts, columns, self._arithmetic)
+        output = heads.output_rows.t()
+        if self._arithmetic.kernels:
+            # the kernels read [D, columns]
+            output = output.contiguous()
+        return replace(
+            spec,
+            block=replace(spec.block, kv_of_head=heads.kv_of_head),
+            query=heads.query,
+            key=heads.key,
+            value=heads.value,
+            output=Projection(output, spec.output.bias),
+        )
