@@ -53,7 +53,7 @@ PUBLISHED = ("moving-average", 2)
 
 def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]:
     """The steps of a run, from its record."""
-    parent, _ = load_parent(model, LoadingOptions())
+    parent, tokenizer = load_parent(model, LoadingOptions())
     state = json.loads((run / "run.json").read_text())
     config = config_of_record({**state["config"], "target": state["request"]["target"]})
     options = config.options
@@ -61,13 +61,15 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
     ledger = Ledger(run / "ledger", len(layout))
     nothing = Sequences(torch.zeros(1, 2, dtype=torch.int64), "", "")
     scorer = MaskScorer(parent, layout=layout)
-    task = Task(parent, scorer, nothing, config, Target.parse(config.target_text))
+    budget = Target.parse(config.target_text).removal_budget(layout)
+    method = PolicyGradient()
+    task = Task(parent, tokenizer, scorer, nothing, nothing, config, method, budget)
     directory = RunDirectory(run, {}, {}, "retarget", ledger, layout)
     search = Search(task, directory, Reporter(quiet=True))
     everything = torch.ones(len(layout), dtype=torch.bool)
     prior = search.prior(options.prior, "parent", everything, nothing.input_ids)
     variables = Variables.of(layout, options.granularity, prior)
-    descent, allowed = PolicyGradient().first(search, variables, prior), budgets(task, variables)
+    descent, allowed = method.first(search, variables, prior), budgets(task, variables)
     steps = []
     for number in range(options.rounds):
         if not search.has_recorded(f"step-{number:05d}"):

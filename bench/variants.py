@@ -92,7 +92,7 @@ def keep_mask(layout: Layout, sparsity: float) -> torch.Tensor:
     else:
         counts = [int(sparsity * len(group)) for group in layout.groups]
     keep = plan_mask(layout, relevance, counts)
-    return finish(layout, keep, relevance, Target(sparsity=sparsity))[0]
+    return finish(layout, keep, relevance, Target(sparsity=sparsity).removal_budget(layout))[0]
 
 
 def _layout(parent: PreTrainedModel, sublayers: bool) -> Layout:

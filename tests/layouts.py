@@ -60,6 +60,11 @@ sparsities = st.floats(0.02, 0.95)
 property_test = settings(max_examples=25, deadline=None)
 
 
+def budget_of(of, sparsity):
+    """Parameters to remove."""
+    return Target(sparsity=sparsity).removal_budget(of)
+
+
 def all_kept(of):
     return torch.ones(len(of), dtype=torch.bool)
 
@@ -72,4 +77,4 @@ def random_relevance(of, seed, negative=False):
 
 
 def removed_and_budget(of, keep, sparsity):
-    return of.num_removed_parameters(keep), Target(sparsity=sparsity).removal_budget(of)
+    return of.num_removed_parameters(keep), budget_of(of, sparsity)

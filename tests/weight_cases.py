@@ -30,7 +30,7 @@ def task_of(model: PreTrainedModel, text: Sequences | None = None, **options: An
     text = text or random_text(model.config.vocab_size)
     calibration = None if method.needs(choice) == "nothing" else text
     layers = linears_by_layer(model)
-    return WeightTask(model, byte_tokenizer(), config, choice, calibration, text, layers)
+    return WeightTask(model, byte_tokenizer(), config, method, choice, calibration, text, layers)
 
 
 def pruned_run(task: WeightTask, folder: Path) -> WeightRun:

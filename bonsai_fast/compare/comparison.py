@@ -35,7 +35,7 @@ from bonsai_fast.report.chart import Panel, draw
 from bonsai_fast.runs.directory import open_run
 
 # a cell has these for itself
-OWN = ("sparsity", "target", "method", "preset", "route", "precision")
+OWN = ("sparsity", "target", "method", "preset")
 # what all methods share; a preset decides about the rest
 SHARED = tuple(
     name
@@ -108,7 +108,7 @@ class Comparison:
         self.output, self.search_tokens, self.reporter = output, search_tokens, reporter
         self.model, self.tokenizer = model, tokenizer
         self.base = resolve(base)
-        self._task, self.evaluation = prepare(model, tokenizer, base)
+        self._task = prepare(model, tokenizer, base)
         self.cells: list[Cell] = []
 
     def task_of(self, name: str, sparsity: float) -> Task[Any]:
@@ -126,26 +126,25 @@ class Comparison:
                 f"methods: expected methods that remove units, {method} zeroes weights"
             )
         config = resolve(configure(**shared, **values, sparsity=sparsity))
-        target = Target(sparsity=sparsity)
-        target.removal_budget(self._task.layout)
-        task = replace(self._task, config=config, target=target)
+        budget = Target(sparsity=sparsity).removal_budget(self._task.layout)
+        task = replace(self._task, config=config, method=METHODS[method], budget=budget)
         tokens = self.search_tokens
         if tokens is None:
             usual = resolve(configure(**shared, sparsity=sparsity))
             tokens = METHODS["bonsai"].plan(replace(task, config=usual)).tokens
         if KNOBS.get(method) in values:
             return task  # as many as it is told
-        return replace(task, config=within_tokens(METHODS[method], task, tokens))
+        return within_tokens(task, tokens)
 
     def dense(self) -> Perplexity:
         """The parent's perplexity, measured once."""
         path = self.output / "dense.json"
         if path.is_file():
             found = Perplexity(**json.loads(path.read_text()))
-            if found.sha256 == self.evaluation.sha256:
+            if found.sha256 == self._task.evaluation.sha256:
                 return found
         with self.reporter.busy("measuring the parent"):
-            found = perplexity(self.model, self.evaluation)
+            found = perplexity(self.model, self._task.evaluation)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(found))
         return found
@@ -159,18 +158,18 @@ class Comparison:
         directory = self.output / f"{name.replace(':', '-')}-{task.config.sparsity:g}"
         run = open_run(directory, task.config, task.layout, self.model, task.calibration.sha256)
         path = directory / "cell.json"
-        cell = _read(path, self.evaluation)
+        cell = _read(path, self._task.evaluation)
         if cell is None:
             self.reporter.note(f"{name} at sparsity {task.config.sparsity:g}")
             search = Search(task, run, self.reporter)
             started = time.perf_counter()
             with PeakMemory(self.model.device) as peak:
-                keep = METHODS[task.config.method].find(search)
+                keep = task.method.find(search)
             seconds = time.perf_counter() - started if run.start == "new" else math.nan
             run.save_mask("final", keep)
             smaller = pruned_model(search, keep)
-            found = perplexity(smaller, self.evaluation)
-            plan = METHODS[task.config.method].plan(task)
+            found = perplexity(smaller, self._task.evaluation)
+            plan = task.method.plan(task)
             parameters, layout = smaller.num_parameters(), task.layout
             removed = layout.num_model_parameters - parameters
             cell = Cell(

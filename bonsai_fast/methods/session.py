@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from bonsai_fast.config.choices import PriorName
 from bonsai_fast.console import Reporter
 from bonsai_fast.files import write_atomically
-from bonsai_fast.methods.allocation import Target, finish
+from bonsai_fast.methods.allocation import finish
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.methods.regression import Regression, save_regression
@@ -231,7 +231,7 @@ class Search(Generic[O_co]):
 
 
 def finished(
-    search: Search[Any], keep: torch.Tensor, relevance: torch.Tensor, target: Target
+    search: Search[Any], keep: torch.Tensor, relevance: torch.Tensor, budget: int
 ) -> torch.Tensor:
     """The last step of every method: see `allocation.finish`."""
     task = search.task
@@ -240,7 +240,7 @@ def finished(
         task.layout,
         keep,
         relevance,
-        target,
+        budget,
         head_layout=options.head_layout,
         round_to=options.width_multiple,
         uniform=options.uniform,

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods.allocation import Target
 from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
+
+if TYPE_CHECKING:  # a method takes a task
+    from bonsai_fast.methods.method import Method
 
 O_co = TypeVar("O_co", bound=UnitOptions, covariant=True)
 
 
 @dataclass(frozen=True)
 class Task(Generic[O_co]):
-    """What is to be pruned, on which text, how far and how; everything in it has been checked.
+    """Which units to remove, by which method and on which text; all of it has been checked.
 
     Attributes:
-        model, scorer: the parent and its scorer.
-        calibration: its text.
-        config: what was asked for, with the preset filled in.
-        target: what is asked for.
+        model, tokenizer, scorer: the parent and its scorer.
+        calibration: text that the method reads.
+        evaluation: text for perplexity.
+        config: the request, with the preset filled in.
+        method: what it names.
+        budget: number of the decoder's parameters to remove.
     """
 
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     scorer: MaskScorer
     calibration: Sequences
+    evaluation: Sequences
     config: ResolvedConfig[O_co]
-    target: Target
+    method: Method[Any]
+    budget: int
 
     @property
     def options(self) -> O_co:

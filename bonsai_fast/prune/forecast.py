@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bonsai_fast.methods import WEIGHT_METHODS, Plan, Task
+from bonsai_fast.methods import Plan, Task
 from bonsai_fast.methods.weights import Sweep
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, prune_layer
 
@@ -44,7 +44,7 @@ class WeightPlan:
 
 def weight_plan(task: WeightTask) -> WeightPlan:
     """Count, and time the first layer on one batch; nothing is written."""
-    needs = WEIGHT_METHODS[task.config.method].needs(task.choice)
+    needs = task.method.needs(task.choice)
     linears = task.linears.values()
     widths = {linear.in_features for linear in linears}
     gram = 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
-from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task
+from bonsai_fast.methods import WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
@@ -47,15 +46,13 @@ class UnitJob:
     """Units are removed."""
 
     task: Task[Any]
-    tokenizer: PreTrainedTokenizerBase
-    evaluation: Sequences
 
     @property
     def name(self) -> str:
         return self.task.config.target_text.replace("=", "-")
 
     def plan(self, reporter: Reporter) -> dict[str, Any]:
-        plan = METHODS[self.task.config.method].plan(self.task)
+        plan = self.task.method.plan(self.task)
         with reporter.busy("timing one batch"):
             seconds = estimate_seconds(self.task, plan)
         reporter.table(plan_table(self.task, plan, seconds))
@@ -64,7 +61,7 @@ class UnitJob:
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         task = self.task
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
-        return lambda: execute(Search(task, run, reporter), self.tokenizer, self.evaluation)
+        return lambda: execute(Search(task, run, reporter))
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,7 @@ def job_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: P
     """
     if config.method in WEIGHT_METHODS:
         return WeightJob(prepare_weights(model, tokenizer, config))
-    task, evaluation = prepare(model, tokenizer, config)
-    return UnitJob(task, tokenizer, evaluation)
+    return UnitJob(prepare(model, tokenizer, config))
 
 
 def prune(

@@ -82,7 +82,7 @@ def check_precision(
 def report_precision(task: Task[Any], reporter: Reporter) -> None:
     """Note, or warn, whether the requested precision ranks random sub-models as full precision."""
     generator = torch.Generator().manual_seed(task.config.seed)
-    share = task.target.removal_budget(task.layout) / task.layout.num_decoder_parameters
+    share = task.budget / task.layout.num_decoder_parameters
     draw = torch.rand(CHECKED_SUBMODELS, len(task.layout), generator=generator)
     tokens = task.calibration.input_ids[:CHECKED_SEQUENCES]
     with reporter.busy("comparing precisions"):

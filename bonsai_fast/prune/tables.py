@@ -32,21 +32,21 @@ def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
         seconds: estimated time for scoring.
     """
     layout = task.layout
-    budget = task.target.removal_budget(layout)
     table = _plan_table(f"plan for {task.config.target_text}")
     table.add_row("units", ", ".join(f"{n:,} {kind}" for kind, n in layout.num_by_kind.items()))
     table.add_row(
         "to remove",
-        f"{budget:,} of {layout.num_decoder_parameters:,} decoder parameters "
-        f"({budget / layout.num_decoder_parameters:.2%}; "
-        f"{budget / layout.num_model_parameters:.2%} of the whole model)",
+        f"{task.budget:,} of {layout.num_decoder_parameters:,} decoder parameters "
+        f"({task.budget / layout.num_decoder_parameters:.2%}; "
+        f"{task.budget / layout.num_model_parameters:.2%} of the whole model)",
     )
     table.add_row("calibration", f"{task.calibration.source}: {task.calibration.description}")
     table.add_row("rounds", str(plan.rounds))
     table.add_row("sub-models to score", f"{plan.submodels:,}")
     table.add_row("forward tokens", f"{plan.tokens:,}")
     table.add_row(
-        "memory for scoring", f"{task.scorer.memory_budget / 2**20:,.0f} MiB beside the weights"
+        "memory for scoring",
+        f"{task.scorer.memory_budget / 2**20:,.0f} MiB beside the weights",
     )
     stream = stream_of(task.model)
     if stream is not None:

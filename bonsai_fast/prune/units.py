@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.evaluation.peak_memory import PeakMemory
-from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.methods import METHODS, Compensates, Search, Task, resolve
 from bonsai_fast.methods.allocation import Achieved, Target
 from bonsai_fast.models.layout import Layout
@@ -32,11 +31,9 @@ from bonsai_fast.surgery import kept_positions, remove_units
 
 def prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: PruneConfig
-) -> tuple[Task[Any], Sequences]:
+) -> Task[Any]:
     """Check the whole request, before any work is done.
 
-    Returns:
-        the task and the text for evaluation.
     Raises:
         ValueError: the request cannot be met; one line.
     """
@@ -44,8 +41,7 @@ def prepare(
     options = config.options
     check_model(model, config)
     layout = Layout.of(model, attention=options.attention, sublayers=options.sublayers)
-    target = Target.parse(config.target_text)
-    target.removal_budget(layout)  # refuses the impossible
+    budget = Target.parse(config.target_text).removal_budget(layout)  # refuses the impossible
     length = config.sequence_length or longest_window(model)
     calibration = calibration_text(config, tokenizer, model, length)
     evaluation = evaluation_text(config, tokenizer, model)
@@ -62,12 +58,19 @@ def prepare(
             f"{type(model).__name__}; omit --route"
         )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
-    return Task(model, scorer, calibration, config, target), evaluation
+    return Task(
+        model,
+        tokenizer,
+        scorer,
+        calibration,
+        evaluation,
+        config,
+        METHODS[config.method],
+        budget,
+    )
 
 
-def execute(
-    search: Search[Any], tokenizer: PreTrainedTokenizerBase, evaluation: Sequences
-) -> PruneResult:
+def execute(search: Search[Any]) -> PruneResult:
     """Run a prepared task in its run directory.
 
     Raises:
@@ -84,14 +87,14 @@ def execute(
     if task.options.precision != "full" and run.start == "new":
         report_precision(task, reporter)
     with PeakMemory(task.model.device) as peak:
-        keep = METHODS[task.config.method].find(search)
+        keep = task.method.find(search)
     rounds = list(run.saved_masks)
     run.save_mask("final", keep)
     _warn_about_shape(search, keep)
     delivery = deliver(
-        _pruned(search, keep, tokenizer),
+        _pruned(search, keep),
         run,
-        evaluation,
+        task.evaluation,
         report=_report(task, keep),
         tasks=task.config.task_names,
     )
@@ -104,7 +107,7 @@ def execute(
         latency=delivery.latency,
         submodels_scored=search.submodels_scored,
         tokens_scored=search.tokens_scored,
-        rounds=_trajectory(search, rounds, keep, evaluation),
+        rounds=_trajectory(search, rounds, keep),
         peak_bytes=peak.bytes,
         warnings=reporter.warnings[warnings_before:],
         seconds=time.perf_counter() - started,
@@ -116,17 +119,15 @@ def execute(
 def pruned_model(search: Search[Any], keep: torch.Tensor) -> PreTrainedModel:
     """The smaller model of a keep mask bool [P], with what its method compensates for."""
     smaller = remove_units(search.task.model, search.task.layout, keep)
-    method = METHODS[search.task.config.method]
+    method = search.task.method
     if isinstance(method, Compensates):
         method.compensate(search, smaller, keep)
     return smaller
 
 
-def _pruned(
-    search: Search[Any], keep: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> PrunedModel:
+def _pruned(search: Search[Any], keep: torch.Tensor) -> PrunedModel:
     model, stream = search.task.model, stream_of(search.task.model)
-    common = (model, tokenizer, search.run.model_directory, search.reporter)
+    common = (model, search.task.tokenizer, search.run.model_directory, search.reporter)
     if stream is None:
         return SmallerModel(*common, pruned_model(search, keep))
     assert stream.origin is not None  # `prepare` refuses it
@@ -153,7 +154,7 @@ def _announce(search: Search[Any]) -> None:
 def _warn_about_shape(search: Search[Any], keep: torch.Tensor) -> None:
     """Warn of a missed target and of widths that engines run slowly."""
     task, warn = search.task, search.reporter.warn
-    achieved = Achieved.of(task.layout, keep, task.target.removal_budget(task.layout))
+    achieved = Achieved.of(task.layout, keep, task.budget)
     if not achieved.within_tolerance:
         warn(
             f"{achieved.removed:,} parameters are removed, {achieved.asked:,} were requested: "
@@ -163,21 +164,19 @@ def _warn_about_shape(search: Search[Any], keep: torch.Tensor) -> None:
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")
 
 
-def _trajectory(
-    search: Search[Any], names: list[str], final: torch.Tensor, evaluation: Sequences
-) -> list[dict[str, Any]]:
+def _trajectory(search: Search[Any], names: list[str], final: torch.Tensor) -> list[dict[str, Any]]:
     """Perplexity after each round, measured on sub-models of the parent."""
-    layout, found = search.task.layout, []
+    task, found = search.task, []
     for name in names:
         mask = load_mask(search.run.path / "masks" / f"{name}.safetensors")
         if torch.equal(mask.keep, final):
             continue
         search.reporter.note(f"measuring perplexity of {name}")
-        loss = search.task.scorer.score(mask.keep[None], evaluation.input_ids).double().mean()
+        loss = task.scorer.score(mask.keep[None], task.evaluation.input_ids).double().mean()
         found.append(
             {
                 "name": name,
-                "sparsity": mask.removed / layout.num_decoder_parameters,
+                "sparsity": mask.removed / task.layout.num_decoder_parameters,
                 "perplexity": float(loss.exp()),
             }
         )

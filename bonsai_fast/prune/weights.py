@@ -55,7 +55,7 @@ def prepare_weights(
     texts = [text for text in (calibration, evaluation) if text is not None]
     longest = max(text.input_ids.shape[1] for text in texts)
     check_memory(model, longest, memory_budget=config.memory_budget)
-    return WeightTask(model, tokenizer, config, choice, calibration, evaluation, layers)
+    return WeightTask(model, tokenizer, config, method, choice, calibration, evaluation, layers)
 
 
 def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> SparseResult:

@@ -20,7 +20,6 @@ from bonsai_fast.compare.__main__ import main
 from bonsai_fast.compare.comparison import variant
 from bonsai_fast.compare.equal_tokens import within_tokens
 from bonsai_fast.evaluation.peak_memory import PeakMemory
-from bonsai_fast.methods import METHODS
 from bonsai_fast.report.chart import Panel, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -124,32 +123,26 @@ def test_budgets_are_met_from_below(
 ) -> None:
     text = torch.randint(2, 258, (3, 32))
     task = new_search(tiny_llama(), tmp_path / "run", input_ids=text, **options).task
-    method = METHODS[task.config.method]
-
-    def cost(config) -> int:  # type: ignore[no-untyped-def]
-        search = new_search(tiny_llama(), tmp_path / str(hash(config)), input_ids=text, **options)
-        object.__setattr__(search.task, "config", config)
-        return method.plan(search.task).tokens
-
-    config = within_tokens(method, task, tokens)
+    found = within_tokens(task, tokens)
     knob = next(
         n
         for n in ("rounds", "directions", "submodels_per_round")
-        if getattr(config.options, n, None) != getattr(task.options, n, None)
+        if getattr(found.options, n, None) != getattr(task.options, n, None)
     )
 
     def cost_of(value: int) -> int:
-        return cost(replace(config, options=replace(config.options, **{knob: value})))
+        config = replace(task.config, options=replace(task.options, **{knob: value}))
+        return task.method.plan(replace(task, config=config)).tokens
 
-    value = getattr(config.options, knob)
-    assert cost(config) == cost_of(value) <= max(tokens, cost_of(1))
+    value = getattr(found.options, knob)
+    assert task.method.plan(found).tokens == cost_of(value) <= max(tokens, cost_of(1))
     assert tokens < cost_of(value + 1)
 
 
 def test_one_shot_methods_keep_their_configuration(tmp_path: Path) -> None:
     for method in ("flap", "random", "bonsai"):
         task = new_search(tiny_llama(), tmp_path / method, method=method).task
-        assert within_tokens(METHODS[method], task, 10) is task.config
+        assert within_tokens(task, 10) is task
 
 
 def test_names_carry_options() -> None:

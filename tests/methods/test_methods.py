@@ -51,7 +51,7 @@ def search_in(path: Path, method: str, sparsity: float = 0.3, **options: object)
 
 
 def find(search: Search) -> torch.Tensor:
-    return METHODS[search.task.config.method].find(search)
+    return search.task.method.find(search)
 
 
 def close(search: Search) -> None:
@@ -76,7 +76,7 @@ def test_target_and_plan(method: str, preset: str, tmp_path: Path) -> None:
     # the published number of steps is for a GPU
     options = {"rounds": 5} if method == "policy-gradient" else {}
     search = search_in(tmp_path / "run", method, preset=preset, **options)
-    plan = METHODS[method].plan(search.task)
+    plan = search.task.method.plan(search.task)
     keep = find(search)
     # with rounded widths, 0.5 % of so small a model is less than its smallest step
     least = 0.92 if preset == "default" else 0.995
@@ -86,8 +86,7 @@ def test_target_and_plan(method: str, preset: str, tmp_path: Path) -> None:
     assert plan.tokens == search.tokens_scored
     smaller = pruned_model(search, keep)
     layout = search.task.layout
-    budget = search.task.target.removal_budget(layout)
-    assert layout.num_model_parameters - budget <= smaller.num_parameters()
+    assert layout.num_model_parameters - search.task.budget <= smaller.num_parameters()
     assert bool(smaller(input_ids=TEXT).logits.isfinite().all())
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
-from bonsai_fast.methods import METHODS, Search
+from bonsai_fast.methods import Search
 from bonsai_fast.methods.allocation import Target
 from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.units import prepare
@@ -73,9 +73,9 @@ def test_same_seed_same_masks_other_seed_other_masks(preset: str, tmp_path: Path
     runs = {name: tmp_path / name for name in ("a", "b", "c")}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config = bf.configure(sparsity=0.2, seed=seed, **PRESETS[preset])
-        task, _ = prepare(tiny_llama(), byte_tokenizer(), config)
+        task = prepare(tiny_llama(), byte_tokenizer(), config)
         run = open_run(runs[name], task.config, task.layout, task.model, task.calibration.sha256)
-        run.save_mask("final", METHODS["bonsai"].find(Search(task, run, QUIET)))
+        run.save_mask("final", task.method.find(Search(task, run, QUIET)))
     assert masks_of(runs["a"]) == masks_of(runs["b"]) != masks_of(runs["c"])
 
 

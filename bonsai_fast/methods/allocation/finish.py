@@ -13,7 +13,6 @@ from bonsai_fast.methods.allocation.parameter_count import drop_empty
 from bonsai_fast.methods.allocation.rectangular_heads import make_rectangular
 from bonsai_fast.methods.allocation.round_widths import auto_multiple, round_widths
 from bonsai_fast.methods.allocation.select import check_within
-from bonsai_fast.methods.allocation.target import Target
 from bonsai_fast.methods.allocation.uniform import make_uniform
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.models.layout import Layout
@@ -74,7 +73,7 @@ def finish(
     layout: Layout,
     keep: torch.Tensor,
     relevance: torch.Tensor,
-    target: Target,
+    budget: int,
     *,
     head_layout: HeadLayout = "rectangular",
     round_to: int | Literal["auto"] = "auto",
@@ -87,9 +86,10 @@ def finish(
     exchange of two sub-layers; `Achieved.within_tolerance` tells.
 
     Args:
-        keep: bool [P], within the target.
+        keep: bool [P], within the budget.
         relevance: float [P], of removed units too, on one scale, since units may come back; +inf:
             the unit stays.
+        budget: parameters to remove in all, at most.
         head_layout: "rectangular": a layer's KV heads serve equally many query heads; "free": heads
             stay as they are.
         round_to: MLP widths become multiples of this; "auto": see `auto_multiple`; 1: as they are.
@@ -97,7 +97,7 @@ def finish(
     Returns:
         bool [P], and what it amounts to.
     Raises:
-        ValueError: an argument is not as described, or the target is impossible.
+        ValueError: an argument is not as described, or no uniform shape is within the budget.
     """
     if head_layout not in get_args(HeadLayout):
         raise ValueError(
@@ -105,7 +105,6 @@ def finish(
         )
     if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f"round_to: expected a positive whole number or 'auto', got {round_to!r}")
-    budget = target.removal_budget(layout)
     check_within(layout.num_removed_parameters(keep), budget)
     multiple = auto_multiple(layout) if round_to == "auto" else round_to
     if uniform:

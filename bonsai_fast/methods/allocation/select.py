@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from bonsai_fast.methods.allocation.parameter_count import RemovedCount
-from bonsai_fast.methods.allocation.target import Target
 from bonsai_fast.models.layout import Layout
 
 Order = Literal["relevance", "relevance_per_parameter"]
@@ -20,11 +19,11 @@ def select_units(
     relevance: torch.Tensor,
     keep: torch.Tensor,
     *,
-    target: Target,
+    budget: int,
     protect: torch.Tensor | None = None,
     order: Order = "relevance",
 ) -> torch.Tensor:
-    """Remove the least relevant units, over all layers at once, until the target is reached.
+    """Remove the least relevant units, over all layers at once, until the budget is used up.
 
     Units go in rising order for as long as they fit into the budget, which is never exceeded. The
     first unit of a group that does not fit closes its group, so that no unit goes before a less
@@ -35,17 +34,18 @@ def select_units(
     Args:
         relevance: float [P]; +inf: the unit stays.
         keep: bool [P], the current sub-model; units already removed stay so and count towards the
-            target.
+            budget.
+        budget: parameters to remove in all, at most.
         protect: bool [P], units that stay whatever their relevance.
         order: "relevance", as in the paper, or "relevance_per_parameter", the better deal where
             units differ in size.
     Returns:
         bool [P].
     Raises:
-        TypeError, ValueError: a shape or dtype is wrong, relevance is NaN or -inf, the target is
-            impossible, or `keep` has already removed more than the target asks for.
+        TypeError, ValueError: a shape or dtype is wrong, relevance is NaN or -inf, or `keep` has
+            already removed more than the budget.
     Source: Dery et al., arXiv:2402.05406, equation 2 and algorithm 1, line 9.
-    Differs: stops short of the target rather than beyond it.
+    Differs: removes at most the budget, never more.
     """
     layout.check_mask(keep, dims=1)
     score = check_relevance(layout, relevance)
@@ -57,7 +57,6 @@ def select_units(
     if protect is not None:
         layout.check_mask(protect, dims=1)
         may_go &= ~protect.numpy()
-    budget = target.removal_budget(layout)
     count = RemovedCount(layout, keep)
     check_within(count.removed, budget)
 
@@ -131,6 +130,4 @@ def check_relevance(
 def check_within(removed: int, budget: int) -> None:
     """Raise ValueError if more is removed than may be."""
     if removed > budget:
-        raise ValueError(
-            f"keep: {removed} parameters are removed already, the target allows {budget}"
-        )
+        raise ValueError(f"keep: {removed} parameters are removed already, the budget is {budget}")

@@ -24,7 +24,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from bonsai_fast.methods.allocation import Target, plan_mask, select_units
+from bonsai_fast.methods.allocation import plan_mask, select_units
 from bonsai_fast.methods.session import Search, finished
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
@@ -88,7 +88,7 @@ class GroupedBonsai:
         keep = torch.ones(len(layout), dtype=torch.bool)
         if search.recorded_only:
             relevance = search.recorded_relevance()
-            return _select(search, keep, relevance, task.target, "recorded").keep
+            return _select(search, keep, relevance, task.budget, "recorded").keep
         relevance = torch.zeros(len(layout), dtype=torch.float64)
         for number, goal in enumerate(_goals(task), start=1):
             stage = f"round-{number:02d}"
@@ -109,7 +109,6 @@ class GroupedBonsai:
         task, layout = search.task, search.task.layout
         first, second = _texts(task)
         prior = search.prior(task.options.prior, stage, keep, task.calibration.input_ids)
-        target = Target(params=layout.num_model_parameters - goal)
         costs = _probe(search, f"{stage}/probes", keep, prior, first)
 
         def proposal(
@@ -119,7 +118,7 @@ class GroupedBonsai:
             relevance = _relevance(layout, whole, exponent, keep, prior, before)
             name = f"edges {edges[0]:g} and {edges[1]:g}, exponent {exponent:g}"
             name += f", attention x{attention:g}, temperature {temperature:g}"
-            return _select(search, keep, relevance, target, name, edges)
+            return _select(search, keep, relevance, goal, name, edges)
 
         plain = [proposal((a, z), 2.0, SPARED, 0.0) for a, z in product(EDGES, EDGES)]
         best = _best(search, f"{stage}/edges", plain, first, FINALISTS)
@@ -143,7 +142,7 @@ def _texts(task: Task[BonsaiOptions]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _goals(task: Task[BonsaiOptions]) -> list[int]:
     """Parameters removed at the end of each round."""
-    budget = task.target.removal_budget(task.layout)
+    budget = task.budget
     steps = math.ceil(round(budget / task.layout.num_decoder_parameters / STEP, 6))
     rounds = task.options.rounds or steps
     return [budget * number // rounds for number in range(1, rounds + 1)]
@@ -240,13 +239,13 @@ def _select(
     search: Search[BonsaiOptions],
     keep: torch.Tensor,
     relevance: torch.Tensor,
-    target: Target,
+    budget: int,
     name: str,
     edges: tuple[float, float] = (0.0, 0.0),
 ) -> _Proposal:
     layout = search.task.layout
-    chosen = select_units(layout, relevance, keep, target=target, order="relevance_per_parameter")
-    return _Proposal(finished(search, chosen, relevance, target), relevance, name, edges)
+    chosen = select_units(layout, relevance, keep, budget=budget, order="relevance_per_parameter")
+    return _Proposal(finished(search, chosen, relevance, budget), relevance, name, edges)
 
 
 def _best(

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from bonsai_fast.methods.allocation import Target, select_units
+from bonsai_fast.methods.allocation import select_units
 from bonsai_fast.methods.regression import Regression, fit_paper, fit_ridge
 from bonsai_fast.methods.session import Search, finished, group_of_unit
 from bonsai_fast.methods.task import Plan, Task
@@ -52,9 +52,8 @@ class PaperBonsai:
                 + (f", {regression.num_dropped} not finite" if regression.num_dropped else "")
             )
             always_kept = masks.all(dim=0)  # the top 1 - 2p of every group
-            target = Target(params=layout.num_model_parameters - goal)
             keep = select_units(
-                layout, regression.relevance, keep, target=target, protect=always_kept
+                layout, regression.relevance, keep, budget=goal, protect=always_kept
             )
             removed = layout.num_removed_parameters(keep)
             known = regression.relevance.isfinite()
@@ -63,8 +62,8 @@ class PaperBonsai:
             untouched = keep & always_kept
             relevance[untouched] = relevance.max() + prior[untouched] / prior.max()
             search.run.save_mask(stage, keep)
-        keep = select_units(layout, relevance, keep, target=task.target)
-        return finished(search, keep, relevance, task.target)
+        keep = select_units(layout, relevance, keep, budget=task.budget)
+        return finished(search, keep, relevance, task.budget)
 
     def _score(
         self,
@@ -92,7 +91,7 @@ class PaperBonsai:
 
 def _goals(task: Task[BonsaiOptions]) -> list[int]:
     """Parameters removed after each round: multiples of p_iter, or equal steps if asked for."""
-    budget, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
+    budget, decoder = task.budget, task.layout.num_decoder_parameters
     if (rounds := task.options.rounds) is not None:
         return [budget * number // rounds for number in range(1, rounds + 1)]
     rounds = max(1, math.ceil(round(budget / (STEP_SPARSITY * decoder), 6)))

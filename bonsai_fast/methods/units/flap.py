@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.hub import takes_output_biases
-from bonsai_fast.methods.allocation import Target, standardised
+from bonsai_fast.methods.allocation import standardised
 from bonsai_fast.methods.importance.prior import column_importance
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.methods.session import Search
@@ -39,10 +39,9 @@ class Flap:
 
     def find(self, search: Search[SparingOptions]) -> torch.Tensor:
         """Which units stay, bool [P]."""
-        layout = search.task.layout
-        asked = search.task.target.removal_budget(layout) + _num_new_biases(search.task)
-        target = Target(params=layout.num_model_parameters - asked)
-        return cut(search, _measured(search)["relevance"], target)
+        # biases that compensation adds are removed elsewhere
+        budget = search.task.budget + _num_new_biases(search.task)
+        return cut(search, _measured(search)["relevance"], budget)
 
     def compensate(
         self, search: Search[SparingOptions], smaller: PreTrainedModel, keep: torch.Tensor

@@ -60,7 +60,7 @@ class LayerwisePPL:
         prior = search.prior(task.options.prior, "parent", everything, task.calibration.input_ids)
         inside = equal_shares(layout, prior) / layout.num_parameters_per_unit  # in (0, 1]
         relevance = (rank[layer_of_unit(layout)] + inside) * layout.num_parameters_per_unit
-        return cut(search, relevance, task.target)
+        return cut(search, relevance, task.budget)
 
 
 def layer_losses(search: Search[UnitOptions]) -> torch.Tensor:

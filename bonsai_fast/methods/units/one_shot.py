@@ -16,7 +16,7 @@ import torch
 from bonsai_fast.checkpoints.streaming import weight
 from bonsai_fast.config.choices import PresetName
 from bonsai_fast.config.presets import Preset
-from bonsai_fast.methods.allocation import Target, equal_shares, select_units, spare_layers
+from bonsai_fast.methods.allocation import equal_shares, select_units, spare_layers
 from bonsai_fast.methods.importance.coupled import coupled_importance
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
@@ -56,14 +56,15 @@ class OneShot:
         task = search.task
         tokens = task.calibration.input_ids.numel() if self.reads_text else 0
         importance = search.importance("parent", lambda: self.importance(search), tokens)
-        return cut(search, equal_shares(task.layout, importance), task.target)
+        return cut(search, equal_shares(task.layout, importance), task.budget)
 
 
-def cut(search: Search[SparingOptions], relevance: torch.Tensor, target: Target) -> torch.Tensor:
+def cut(search: Search[SparingOptions], relevance: torch.Tensor, budget: int) -> torch.Tensor:
     """Select by relevance for each parameter, and finish.
 
     Args:
         relevance: float64 [P], not negative, on one scale for all units.
+        budget: parameters to remove.
     Returns:
         bool [P].
     """
@@ -73,9 +74,9 @@ def cut(search: Search[SparingOptions], relevance: torch.Tensor, target: Target)
         relevance = spare_layers(task.layout, relevance, first=first, last=last)
     everything = torch.ones(len(task.layout), dtype=torch.bool)
     keep = select_units(
-        task.layout, relevance, everything, target=target, order="relevance_per_parameter"
+        task.layout, relevance, everything, budget=budget, order="relevance_per_parameter"
     )
-    keep = finished(search, keep, relevance, target)
+    keep = finished(search, keep, relevance, budget)
     search.run.save_mask("round-01", keep)
     return keep
 

@@ -52,7 +52,7 @@ class Taylor:
             return first_order_importance(task.model, task.layout, input_ids)
 
         importance = search.importance("parent", measure, 3 * input_ids.numel())
-        return cut(search, equal_shares(task.layout, importance), task.target)
+        return cut(search, equal_shares(task.layout, importance), task.budget)
 
 
 def first_order_importance(

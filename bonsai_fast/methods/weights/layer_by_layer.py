@@ -11,7 +11,7 @@ from bonsai_fast.checkpoints.streaming import exchanged_weights, weight
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods import WEIGHT_METHODS, Choice
+from bonsai_fast.methods import Choice, WeightMethod
 from bonsai_fast.methods.weights import InputRecorder, LinearInputs, Sweep
 from bonsai_fast.methods.weights.weight_options import WeightOptions
 from bonsai_fast.models import find_decoder
@@ -25,7 +25,7 @@ class WeightTask:
     Attributes:
         model, tokenizer: the parent, in memory or streamed.
         config: what was asked for, with the preset filled in.
-        choice: the options of the method.
+        method, choice: what it names, and its options.
         calibration: the text that is read; None if the method reads none.
         evaluation: text for perplexity.
         layers: the linear layers of each decoder layer, by the names of their weights. Of a
@@ -35,6 +35,7 @@ class WeightTask:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: ResolvedConfig[WeightOptions]
+    method: WeightMethod
     choice: Choice
     calibration: Sequences | None
     evaluation: Sequences
@@ -105,7 +106,7 @@ def prune_layer(task: WeightTask, number: int, sweep: Sweep | None) -> dict[str,
     Args:
         sweep: the calibration text, at this layer; None if the method reads none.
     """
-    method, linears = WEIGHT_METHODS[task.config.method], task.layers[number]
+    method, linears = task.method, task.layers[number]
     inputs: dict[str, LinearInputs] = {}
     if sweep is not None:
         recorder = InputRecorder(linears, method.needs(task.choice))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from layouts import (
     all_kept,
     any_layout,
+    budget_of,
     layout,
     property_test,
     random_relevance,
@@ -102,7 +103,7 @@ def test_the_running_count_equals_a_recount(of, seed, share):
 )
 def test_selection_removes_what_fits_and_the_least_relevant(of, seed, sparsity, order):
     relevance = random_relevance(of, seed, negative=True)
-    keep = select_units(of, relevance, all_kept(of), target=Target(sparsity=sparsity), order=order)
+    keep = select_units(of, relevance, all_kept(of), budget=budget_of(of, sparsity), order=order)
     removed, budget = removed_and_budget(of, keep, sparsity)
     assert removed <= budget
     for group in of.groups:
@@ -118,18 +119,18 @@ def test_selection_removes_what_fits_and_the_least_relevant(of, seed, sparsity, 
 
 def test_selection_goes_on_from_where_it_is():
     of, relevance = layout(), random_relevance(layout(), 0)
-    first = select_units(of, relevance, all_kept(of), target=Target(sparsity=0.2))
-    second = select_units(of, relevance, first, target=Target(sparsity=0.4))
+    first = select_units(of, relevance, all_kept(of), budget=budget_of(of, 0.2))
+    second = select_units(of, relevance, first, budget=budget_of(of, 0.4))
     assert not (second & ~first).any() and (first & ~second).any()
     with pytest.raises(ValueError, match="removed already"):
-        select_units(of, relevance, second, target=Target(sparsity=0.2))
+        select_units(of, relevance, second, budget=budget_of(of, 0.2))
 
 
 def test_protected_and_infinite_units_stay():
     of, relevance = layout(), random_relevance(layout(), 0)
     protect = torch.rand(len(of), generator=torch.Generator().manual_seed(0)) < 0.5
     relevance[::5] = torch.inf
-    keep = select_units(of, relevance, all_kept(of), target=Target(sparsity=0.8), protect=protect)
+    keep = select_units(of, relevance, all_kept(of), budget=budget_of(of, 0.8), protect=protect)
     assert keep[protect].all() and keep[::5].all() and not keep.all()
 
 
@@ -137,9 +138,9 @@ def test_bad_relevance():
     of = layout()
     for bad, message in ((torch.ones(3), "shape"), (torch.full((len(of),), torch.nan), "NaN")):
         with pytest.raises(ValueError, match=message):
-            select_units(of, bad, all_kept(of), target=Target(sparsity=0.2))
+            select_units(of, bad, all_kept(of), budget=budget_of(of, 0.2))
     with pytest.raises(ValueError, match="order"):
-        select_units(of, torch.ones(len(of)), all_kept(of), target=Target(sparsity=0.2), order="x")
+        select_units(of, torch.ones(len(of)), all_kept(of), budget=budget_of(of, 0.2), order="x")
 
 
 def test_plans():

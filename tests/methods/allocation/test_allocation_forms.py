@@ -8,6 +8,7 @@ from layouts import (
     LAYOUTS,
     all_kept,
     any_layout,
+    budget_of,
     layout,
     property_test,
     random_relevance,
@@ -17,7 +18,6 @@ from layouts import (
 
 from bonsai_fast.methods.allocation import (
     Achieved,
-    Target,
     auto_multiple,
     finish,
     make_rectangular,
@@ -48,7 +48,7 @@ def widths(of, keep):
 def test_rectangular_heads(seed, sparsity, sublayers):
     of = layout("llama", "head", sublayers)
     relevance = random_relevance(of, seed)
-    before = select_units(of, relevance, all_kept(of), target=Target(sparsity=sparsity))
+    before = select_units(of, relevance, all_kept(of), budget=budget_of(of, sparsity))
     keep = make_rectangular(of, before, relevance)
     for old, new in zip(heads_by_kv(of, before), heads_by_kv(of, keep), strict=True):
         assert len(set(new)) <= 1 and bool(old) == bool(new)
@@ -73,7 +73,7 @@ def test_rectangular_heads_keep_the_most_relevant():
 def test_rectangular_is_nothing_to_do_without_shared_heads(key):
     of = layout(*key)
     relevance = random_relevance(of, 0)
-    keep = select_units(of, relevance, all_kept(of), target=Target(sparsity=0.4))
+    keep = select_units(of, relevance, all_kept(of), budget=budget_of(of, 0.4))
     assert torch.equal(make_rectangular(of, keep, relevance), keep)
 
 
@@ -81,9 +81,8 @@ def test_rectangular_is_nothing_to_do_without_shared_heads(key):
 @given(of=any_layout, seed=seeds, sparsity=sparsities, multiple=st.sampled_from([1, 4, 8, 16]))
 def test_round_widths(of, seed, sparsity, multiple):
     relevance = random_relevance(of, seed)
-    target = Target(sparsity=sparsity)
-    before = select_units(of, relevance, all_kept(of), target=target)
-    budget = target.removal_budget(of)
+    budget = budget_of(of, sparsity)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
     keep = round_widths(of, before, relevance, multiple=multiple, budget=budget)
     assert all(width % multiple == 0 for width in widths(of, keep))
     assert of.num_removed_parameters(keep) <= budget
@@ -124,10 +123,9 @@ def test_auto_multiple(size, multiple):
     multiple=st.sampled_from([1, 8]),
 )
 def test_uniform(key, seed, sparsity, multiple):
-    of, target = layout(*key), Target(sparsity=sparsity)
-    relevance = random_relevance(of, seed)
-    before = select_units(of, relevance, all_kept(of), target=target)
-    budget = target.removal_budget(of)
+    of = layout(*key)
+    relevance, budget = random_relevance(of, seed), budget_of(of, sparsity)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
     try:
         keep = make_uniform(of, before, relevance, budget=budget, multiple=multiple)
     except ValueError as error:
@@ -149,13 +147,13 @@ def test_uniform(key, seed, sparsity, multiple):
     round_to=st.sampled_from([1, 4, "auto"]),
 )
 def test_finish(of, seed, sparsity, head_layout, round_to):
-    relevance, target = random_relevance(of, seed), Target(sparsity=sparsity)
-    before = select_units(of, relevance, all_kept(of), target=target)
+    relevance, budget = random_relevance(of, seed), budget_of(of, sparsity)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
     keep, achieved = finish(
-        of, before, relevance, target, head_layout=head_layout, round_to=round_to
+        of, before, relevance, budget, head_layout=head_layout, round_to=round_to
     )
     assert achieved.removed == of.num_removed_parameters(keep) <= achieved.asked
-    assert achieved.asked == target.removal_budget(of)
+    assert achieved.asked == budget
     assert achieved.num_parameters == of.num_model_parameters - achieved.removed
     if round_to == 4:
         assert all(width % 4 == 0 for width in achieved.widths)
@@ -166,11 +164,12 @@ def test_finish(of, seed, sparsity, head_layout, round_to):
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35, 0.5])
 @pytest.mark.parametrize("attention", ["head", "kv-group"])
 def test_a_real_size_ends_within_half_a_percent(attention, sparsity):
-    of, target = layout("smollm2", attention), Target(sparsity=sparsity)
+    of = layout("smollm2", attention)
+    budget = budget_of(of, sparsity)
     for seed in range(2):
         relevance = random_relevance(of, seed)
-        before = select_units(of, relevance, all_kept(of), target=target)
-        keep, achieved = finish(of, before, relevance, target)
+        before = select_units(of, relevance, all_kept(of), budget=budget)
+        keep, achieved = finish(of, before, relevance, budget)
         assert achieved.within_tolerance and achieved.removed <= achieved.asked
         assert all(width % 32 == 0 for width in achieved.widths)
         assert all(len(set(counts)) <= 1 for counts in heads_by_kv(of, keep))
@@ -180,10 +179,11 @@ def test_a_real_size_ends_within_half_a_percent(attention, sparsity):
 
 def test_finish_exchanges_when_multiples_alone_leave_too_much():
     """256 channels of 2 layers are 3 % of the decoder: only heads against channels come near."""
-    of, target = layout("wide"), Target(sparsity=0.3)
+    of = layout("wide")
+    budget = budget_of(of, 0.3)
     relevance = random_relevance(of, 0)
-    before = select_units(of, relevance, all_kept(of), target=target)
-    _, achieved = finish(of, before, relevance, target)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
+    _, achieved = finish(of, before, relevance, budget)
     rounded = round_widths(
         of,
         make_rectangular(of, before, relevance),
@@ -195,22 +195,24 @@ def test_finish_exchanges_when_multiples_alone_leave_too_much():
 
 
 def test_infinite_relevance_survives_finish():
-    of, target = layout("smollm2"), Target(sparsity=0.2)
+    of = layout("smollm2")
+    budget = budget_of(of, 0.2)
     relevance = random_relevance(of, 0)
     relevance[::3] = torch.inf
-    before = select_units(of, relevance, all_kept(of), target=target)
-    keep, achieved = finish(of, before, relevance, target)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
+    keep, achieved = finish(of, before, relevance, budget)
     assert keep[::3].all() and achieved.removed <= achieved.asked
 
 
 def test_uniform_finish_fits_a_stock_class():
-    of, target = layout("smollm2"), Target(sparsity=0.2)
+    of = layout("smollm2")
+    budget = budget_of(of, 0.2)
     relevance = random_relevance(of, 0)
-    before = select_units(of, relevance, all_kept(of), target=target)
-    _, achieved = finish(of, before, relevance, target, uniform=True)
+    before = select_units(of, relevance, all_kept(of), budget=budget)
+    _, achieved = finish(of, before, relevance, budget, uniform=True)
     assert len(set(achieved.heads)) == len(set(achieved.widths)) == 1
     assert 0.92 * achieved.asked < achieved.removed <= achieved.asked
-    _, exact = finish(of, before, relevance, target, uniform=True, round_to=1)
+    _, exact = finish(of, before, relevance, budget, uniform=True, round_to=1)
     assert exact.within_tolerance
 
 
@@ -221,4 +223,4 @@ def test_uniform_finish_fits_a_stock_class():
 def test_bad_options(options, message):
     of = layout()
     with pytest.raises(ValueError, match=message):
-        finish(of, all_kept(of), random_relevance(of, 0), Target(sparsity=0.2), **options)
+        finish(of, all_kept(of), random_relevance(of, 0), budget_of(of, 0.2), **options)

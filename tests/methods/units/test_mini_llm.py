@@ -12,7 +12,6 @@ from searches import new_search
 from surgery_cases import tokens
 from transformers import PreTrainedModel
 
-from bonsai_fast.methods import METHODS
 from bonsai_fast.methods.units.mini_llm.mini_llm import gate_sensitivity, weight_sensitivity
 from bonsai_fast.methods.units.mini_llm.spsa import (
     Directions,
@@ -238,9 +237,9 @@ def test_whole_runs_leave_the_parent_alone(perturbation: str, tmp_path: Path) ->
         model, tmp_path / "run", method="mini-llm", perturbation=perturbation, directions=2,
         sparsity=0.3, spare_first=1, spare_last=0, round_to="1",
     )  # fmt: skip
-    keep = METHODS["mini-llm"].find(search)
+    keep = search.task.method.find(search)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    plan = METHODS["mini-llm"].plan(search.task)
+    plan = search.task.method.plan(search.task)
     assert (plan.submodels, plan.tokens) == (search.submodels_scored, search.tokens_scored)
     first = torch.tensor([unit.layer == 0 for unit in search.task.layout])
     assert keep[first].all() and not keep.all()

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bonsai_fast.methods import Search
 from bonsai_fast.methods.allocation import (
-    Target,
     equal_shares,
     select_units,
     spare_layers,
@@ -149,9 +148,16 @@ def test_spared_layers_go_last() -> None:
     plain = equal_shares(layout, torch.arange(len(layout)).float())
     spared = spare_layers(layout, plain, first=1, last=1)
     everything = torch.ones(len(layout), dtype=torch.bool)
-    order = "relevance_per_parameter"
-    little = select_units(layout, spared, everything, target=Target(sparsity=0.2), order=order)
-    much = select_units(layout, spared, everything, target=Target(sparsity=0.7), order=order)
+    little, much = (
+        select_units(
+            layout,
+            spared,
+            everything,
+            budget=int(share * layout.num_decoder_parameters),
+            order="relevance_per_parameter",
+        )
+        for share in (0.2, 0.7)
+    )
     for group in layout.groups:
         inside = slice(group.start, group.stop)
         if group.layer == 1:

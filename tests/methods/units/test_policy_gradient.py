@@ -11,7 +11,7 @@ import torch
 from searches import new_search
 from tiny import tiny_llama
 
-from bonsai_fast.methods import METHODS, Search, configure
+from bonsai_fast.methods import Search, configure
 from bonsai_fast.methods.units.policy_gradient.bernoulli import (
     WINDOW,
     BernoulliDescent,
@@ -327,11 +327,11 @@ def start(path: Path, **options: object) -> Search:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_runs(variant: str, tmp_path: Path) -> None:
     search = start(tmp_path / "run", **VARIANTS[variant])
-    keep = METHODS["policy-gradient"].find(search)
+    keep = search.task.method.find(search)
     layout = search.task.layout
     sparsity = layout.num_removed_parameters(keep) / layout.num_decoder_parameters
     assert 0.92 * 0.4 <= sparsity <= 0.4
-    plan = METHODS["policy-gradient"].plan(search.task)
+    plan = search.task.method.plan(search.task)
     assert (plan.submodels, plan.tokens) == (search.submodels_scored, search.tokens_scored)
     if "layers" in variant and search.task.options.granularity == "layers":
         by_layer = [

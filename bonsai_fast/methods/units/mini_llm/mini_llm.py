@@ -73,7 +73,7 @@ class MiniLLM:
             importance = gate_sensitivity(search, prior)
         else:
             importance = weight_sensitivity(search)
-        return cut(search, equal_shares(layout, importance), task.target)
+        return cut(search, equal_shares(layout, importance), task.budget)
 
 
 def weight_sensitivity(search: Search[MiniLLMOptions]) -> torch.Tensor:

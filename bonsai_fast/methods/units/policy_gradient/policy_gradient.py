@@ -74,7 +74,7 @@ class PolicyGradient:
         """Which units stay, bool [P]; a re-targeted run ranks by the recorded probabilities."""
         task, layout = search.task, search.task.layout
         if search.recorded_only:
-            return cut(search, search.recorded_relevance(), task.target)
+            return cut(search, search.recorded_relevance(), task.budget)
         everything = torch.ones(len(layout), dtype=torch.bool)
         prior = torch.zeros(len(layout), dtype=torch.float64)
         if _needs_prior(task):
@@ -87,7 +87,7 @@ class PolicyGradient:
         level = torch.from_numpy(levels - levels.min())[variables.of_unit] + TIE * inside
         relevance = level * layout.num_parameters_per_unit
         search.record_relevance(relevance)
-        return cut(search, relevance, task.target)
+        return cut(search, relevance, task.budget)
 
     def first(
         self, search: Search[PolicyGradientOptions], variables: Variables, prior: torch.Tensor
@@ -191,7 +191,7 @@ def _batch(task: Task[PolicyGradientOptions], step: int) -> torch.Tensor:
 
 def budgets(task: Task[PolicyGradientOptions], variables: Variables) -> list[float]:
     """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
-    removal, decoder = task.target.removal_budget(task.layout), task.layout.num_decoder_parameters
+    removal, decoder = task.budget, task.layout.num_decoder_parameters
     stages = 1
     if task.options.initial == "random-progressive":
         stages = max(1, math.ceil(round(removal / (PROGRESS * decoder), 6)))
