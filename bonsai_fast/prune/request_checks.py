@@ -83,12 +83,11 @@ def _check_streamed(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None
     if stream is None:
         return
     needs_model = {
-        f"method {config.method}": config.method in NEED_THE_MODEL
-        or config.method in WEIGHT_METHODS,
+        f"method {config.method}": config.method in NEED_THE_MODEL,
         "calibration 'self'": config.calibration == "self",
         "tasks": config.tasks is not None,
     }
     for what in (what for what, is_wanted in needs_model.items() if is_wanted):
         raise ValueError(f"{what}: needs the whole model in memory, but its layers are streamed")
-    if stream.origin is None:
+    if stream.origin is None and config.method not in WEIGHT_METHODS:
         raise ValueError("expected a loaded model, or a streamed one from open_streamed(directory)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.methods import Plan, Task
@@ -48,15 +49,9 @@ def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
         "memory for scoring",
         f"{task.scorer.memory_budget / 2**20:,.0f} MiB beside the weights",
     )
-    stream = stream_of(task.model)
-    if stream is not None:
-        length = task.calibration.input_ids.shape[1]
-        table.add_row(
-            "weights of the layers",
-            f"{stream.num_bytes / 1e9:.2f} GB, streamed from disk, "
-            f"{stream.resident_bytes / 1e9:.2f} GB in memory at a time, "
-            f"up to {task.scorer.rows_per_batch(length) * length:,} tokens per pass",
-        )
+    length = task.calibration.input_ids.shape[1]
+    tokens = task.scorer.rows_per_batch(length) * length
+    _add_stream(table, task.model, f", up to {tokens:,} tokens per pass")
     table.add_row("time for scoring", _minutes(seconds, "one batch"))
     return table
 
@@ -79,12 +74,25 @@ def weight_plan_table(task: WeightTask, plan: WeightPlan) -> Table:
         f"{plan.statistics_bytes / 2**20:,.0f} MiB for statistics, "
         f"{task.config.memory_budget or 'the default budget'} for hidden states",
     )
+    _add_stream(table, task.model)
     table.add_row("time", _minutes(plan.seconds, "one layer"))
     return table
 
 
 def _plan_table(title: str) -> Table:
     return Table(title=title, show_header=False)
+
+
+def _add_stream(table: Table, model: PreTrainedModel, more: str = "") -> None:
+    """Where the layers of a streamed model come from; nothing for a model in memory."""
+    stream = stream_of(model)
+    if stream is not None:
+        source = "host memory" if stream.origin is None else "disk"
+        table.add_row(
+            "weights of the layers",
+            f"{stream.num_bytes / 1e9:.2f} GB, streamed from {source}, "
+            f"{stream.resident_bytes / 1e9:.2f} GB in memory at a time{more}",
+        )
 
 
 def _minutes(seconds: float, sample: str) -> str:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from weight_cases import pruned_weights, task_of
 
 import bonsai_fast as bf
-from bonsai_fast.checkpoints.streaming import stream_layers
 from bonsai_fast.compare.__main__ import main as compare
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.console import Reporter
@@ -358,13 +357,6 @@ def test_bad_requests_end_in_one_line(
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert not list(tmp_path.rglob("*"))
-
-
-def test_streamed_models_are_refused(tmp_path: Path) -> None:
-    model = stream_layers(tiny_llama(), device="cpu")
-    with pytest.raises(ValueError, match="method wanda: needs the whole model in memory"):
-        prune(tmp_path / "run", model, method="wanda")
-    assert not list(tmp_path.iterdir())
 
 
 def test_methods_compared_remove_units(
