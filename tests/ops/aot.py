@@ -2,7 +2,7 @@
 
 Launchers run as they are, on tensors of the meta device in the shapes of real models; the launch
 itself is caught. Triton kernels become interpreted functions where conftest.py sets
-TRITON_INTERPRET, so that all this happens in a process of its own: `python tests/aot.py`.
+TRITON_INTERPRET, so that all this happens in a process of its own, `python aot.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from op_paths import both, kernel_of, refusals
+from op_paths import both, refusals
+from projection_tests import OutputProjectionTests
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -24,7 +25,7 @@ pytest.importorskip("triton")
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-KERNEL, FUNCTIONS = kernel_of(ops.kept_down_proj), both(ops.kept_down_proj)
+FUNCTIONS = both(ops.kept_down_proj)
 # rows of every sub-model, channels, outputs; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 256, 256, id="aligned"),
@@ -67,27 +68,6 @@ def test_agrees_with_reference(sizes, num_channels, num_outputs, dtype, function
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("has_residual", [False, True])
-def test_bias_and_residual_are_optional(has_bias, has_residual, function, device):
-    wave, a, weight_t, bias, residual = make([3, 2, 4, 1], 90, 72, device=device)
-    bias, residual = bias if has_bias else None, residual if has_residual else None
-    expected = kept_down_proj_reference(a, weight_t, wave.keep, wave.rows.row_group, bias, residual)
-    torch.testing.assert_close(run(function, wave, a, weight_t, bias, residual), expected)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_submodel_without_channels_passes_the_residual_on(function, device):
-    wave, a, weight_t, _, residual = make([3, 5], 90, 72, device=device)
-    assert wave.kept.count[1] == 0
-    out = run(function, wave, a, weight_t, None, residual)
-    assert torch.equal(out[3:], residual[3:]) and not torch.equal(out[:3], residual[:3])
-    nothing = ops.KeptLists.of(torch.zeros(2, 90, dtype=torch.bool), multiple=128, device=device)
-    tables = (nothing.index, nothing.count, wave.rows.tiles)
-    assert torch.equal(function(a[:, :0], weight_t, *tables, None, residual), residual)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_removed_channels_may_hold_anything(function, device):
     """What a kernel reads past a list's end must be a channel that is kept: 0 * NaN is NaN."""
     keep = random_keep(2, 90)
@@ -98,43 +78,6 @@ def test_removed_channels_may_hold_anything(function, device):
     weight_t = random_tensor(90, 72, seed=1, device=device)
     weight_t[~wave.keep.any(dim=0)] = math.nan
     assert run(function, wave, a, weight_t).isfinite().all()
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nan_stays_in_its_rows(function, device):
-    wave, a, weight_t, bias, residual = make([3, 2, 2, 2], 90, 72, device=device)
-    a[2, 0], residual[6] = math.nan, math.inf
-    out = run(function, wave, a, weight_t, bias, residual)
-    finite = out.isfinite().all(dim=1)
-    assert finite.tolist() == [row not in (2, 6) for row in range(9)]
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_takes_strided_rows(function, device):
-    wave, a, weight_t, _, residual = make([3, 2, 4], 90, 72, device=device)
-    wide_a = torch.full((18, 150), math.nan, device=device)[::2, 3:131].copy_(a)
-    wide_weight = torch.full((90, 80), math.nan, device=device)[:, 5:77].copy_(weight_t)
-    wide_residual = torch.full((9, 90), math.nan, device=device)[:, 1:73].copy_(residual)
-    expected = run(function, wave, a, weight_t, None, residual)
-    actual = run(function, wave, wide_a, wide_weight, None, wide_residual)
-    # The CPU's matrix product depends on strides in its last bits.
-    torch.testing.assert_close(actual, expected)
-
-
-def test_a_row_does_not_depend_on_the_wave(device):
-    """Bit for bit: which sub-models share the wave must not matter."""
-    wave, a, weight_t, _, residual = make([3, 2, 4, 1], 90, 72, device=device)
-    together = run(KERNEL, wave, a, weight_t, None, residual)
-    begin = 0
-    for group, size in enumerate([3, 2, 4, 1]):
-        kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), multiple=128, device=device)
-        tiles = ops.RowPlan.of([size], device=device).tiles
-        rows = slice(begin, begin + size)
-        alone = KERNEL(
-            a[rows, : kept.width], weight_t, kept.index, kept.count, tiles, None, residual[rows]
-        )
-        assert torch.equal(together[rows], alone)
-        begin += size
 
 
 def test_up_and_down_are_the_masked_mlp(device):
@@ -151,10 +94,12 @@ def test_up_and_down_are_the_masked_mlp(device):
     torch.testing.assert_close(out, x + masked @ down.T)
 
 
-def test_opcheck(device):
-    wave, a, weight_t, bias, residual = make([3, 2, 1, 4], 90, 72, device=device)
-    torch.library.opcheck(ops.kept_down_proj, (a, weight_t, *wave.tables, bias, residual))
-    torch.library.opcheck(ops.kept_down_proj, (a, weight_t, *wave.tables))
+class TestKeptDownProj(OutputProjectionTests):
+    op = ops.kept_down_proj
+    make = staticmethod(make)
+    reference = staticmethod(kept_down_proj_reference)
+    multiple = 128
+    SMALL, WIDE = (90, 72), (90, 72)
 
 
 WAVE, A, WEIGHT, BIAS, RESIDUAL = make([2, 1], 4, 8, device="cpu")

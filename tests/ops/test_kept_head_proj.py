@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from op_paths import both, kernel_of, refusals
+from op_paths import both, refusals
+from projection_tests import InputProjectionTests
 from torch.nn import functional as F
 
 from bonsai_fast import ops
@@ -23,7 +22,7 @@ pytest.importorskip("triton")
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-KERNEL, FUNCTIONS = kernel_of(ops.kept_head_proj), both(ops.kept_head_proj)
+FUNCTIONS = both(ops.kept_head_proj)
 # rows of every sub-model, hidden size, heads, head_dim; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 128, 2, 128, id="aligned"),
@@ -126,47 +125,22 @@ def test_the_norm_is_that_of_torch(function, device):
     torch.testing.assert_close(normed, F.rms_norm(plain, (80,), norm, 1e-3))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nan_stays_in_its_rows(function, device):
-    wave, x, weight = make([3, 2, 2, 2], 40, 5, 16, device=device)
-    x[2], x[5] = math.nan, math.inf
-    cos, sin, positions = rope(9, 16, device=device)
-    out = function(x, weight, *wave.tables, cos=cos, sin=sin, positions=positions, head_dim=16)
-    finite = out.isfinite().all(dim=2).all(dim=1)
-    assert finite.tolist() == [row not in (2, 5) for row in range(9)]
+class TestKeptHeadProj(InputProjectionTests):
+    op = ops.kept_head_proj
+    make = staticmethod(make)
+    SMALL, WIDE = (40, 9, 16), (72, 5, 64)
 
+    def run(self, function, wave, x, weight, **options):
+        head_dim = len(weight) // wave.keep.shape[1]
+        return function(x, weight, *wave.tables, head_dim=head_dim, **options)
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_removed_heads_may_hold_anything(function, device):
-    wave, x, weight = make([3, 2], 40, 9, 16, device=device)
-    removed = ~wave.keep.any(dim=0)
-    assert removed.any() and wave.keep.any()
-    weight[removed.repeat_interleave(16)] = math.nan
-    out = function(x, weight, *wave.tables, norm_weight=torch.ones(16, device=device), head_dim=16)
-    assert out.isfinite().all() and out[:3].ne(0).any() and out[3:].eq(0).all()
+    def options(self, num_rows, device):
+        cos, sin, positions = rope(num_rows, 16, device=device)
+        norm_weight = torch.ones(16, device=device)
+        return {"norm_weight": norm_weight, "cos": cos, "sin": sin, "positions": positions}
 
-
-def test_a_row_does_not_depend_on_the_wave(device):
-    """Bit for bit: which sub-models share the wave must not matter."""
-    wave, x, weight = make([3, 2, 4, 1], 72, 5, 64, device=device)
-    together = KERNEL(x, weight, *wave.tables, head_dim=64)
-    begin = 0
-    for group, size in enumerate([3, 2, 4, 1]):
-        kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), device=device)
-        tables = (kept.index, kept.count, ops.RowPlan.of([size], device=device).tiles)
-        alone = KERNEL(x[begin : begin + size], weight, *tables, head_dim=64)
-        assert torch.equal(together[begin : begin + size, : kept.width], alone)
-        begin += size
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nothing_to_do(function, device):
-    wave, x, weight = make([0, 0], 40, 5, 16, device=device)
-    assert function(x, weight, *wave.tables, head_dim=16).shape == (0, wave.kept.width, 16)
-    nothing = ops.KeptLists.of(torch.zeros(1, 5, dtype=torch.bool), device=device)
-    tables = (nothing.index, nothing.count, ops.RowPlan.of([3], device=device).tiles)
-    x = torch.ones(3, 40, device=device)
-    assert function(x, weight, *tables, head_dim=16).shape == (3, 0, 16)
+    def weight_rows(self, units):
+        return units.repeat_interleave(16)
 
 
 def test_opcheck(device):

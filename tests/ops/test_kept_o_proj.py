@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from op_paths import both, kernel_of, refusals
+from op_paths import both, refusals
+from projection_tests import OutputProjectionTests
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -22,7 +23,7 @@ pytest.importorskip("triton")
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-KERNEL, FUNCTIONS = kernel_of(ops.kept_o_proj), both(ops.kept_o_proj)
+FUNCTIONS = both(ops.kept_o_proj)
 # rows of every sub-model, heads, head_dim, outputs; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 2, 128, 256, id="aligned"),
@@ -63,16 +64,6 @@ def test_agrees_with_reference(sizes, num_heads, head_dim, num_outputs, dtype, f
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("has_residual", [False, True])
-def test_bias_and_residual_are_optional(has_bias, has_residual, function, device):
-    wave, a, weight, bias, residual = make([3, 2, 4, 1], 5, 16, 72, device=device)
-    bias, residual = bias if has_bias else None, residual if has_residual else None
-    expected = kept_o_proj_reference(a, weight, wave.keep, wave.rows.row_group, bias, residual)
-    torch.testing.assert_close(run(function, wave, a, weight, bias, residual), expected)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_head_finds_its_own_columns(function, device):
     """A wrong head or block must show: `a` picks single columns, whose number they hold."""
     keep = torch.tensor([[True, False, True, False], [False, True, False, True]])
@@ -87,57 +78,12 @@ def test_every_head_finds_its_own_columns(function, device):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_submodel_without_heads_passes_the_residual_on(function, device):
-    wave, a, weight, _, residual = make([3, 5], 5, 16, 72, device=device)
-    assert wave.kept.count[1] == 0
-    out = run(function, wave, a, weight, None, residual)
-    assert torch.equal(out[3:], residual[3:]) and not torch.equal(out[:3], residual[:3])
-    nothing = ops.KeptLists.of(torch.zeros(2, 5, dtype=torch.bool), device=device)
-    tables = (nothing.index, nothing.count, wave.rows.tiles)
-    assert torch.equal(function(a[:, :0], weight, *tables, None, residual), residual)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_removed_heads_may_hold_anything(function, device):
     wave, a, weight, bias, residual = make([3, 2], 9, 16, 72, device=device)
     removed = ~wave.keep.any(dim=0)
     assert removed.any()
     weight[:, removed.repeat_interleave(16)] = math.nan
     assert run(function, wave, a, weight, bias, residual).isfinite().all()
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nan_stays_in_its_rows(function, device):
-    wave, a, weight, bias, residual = make([3, 2, 2, 2], 5, 16, 72, device=device)
-    a[2, 0, 3], residual[6] = math.nan, math.inf
-    out = run(function, wave, a, weight, bias, residual)
-    finite = out.isfinite().all(dim=1)
-    assert finite.tolist() == [row not in (2, 6) for row in range(9)]
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_takes_strided_rows(function, device):
-    wave, a, weight, _, residual = make([3, 2, 4], 5, 16, 72, device=device)
-    wide_a = torch.full((18, 7, 16), math.nan, device=device)[::2, 1 : 1 + a.shape[1]].copy_(a)
-    wide_weight = torch.full((72, 90), math.nan, device=device)[:, 5:85].copy_(weight)
-    wide_residual = torch.full((9, 90), math.nan, device=device)[:, 1:73].copy_(residual)
-    expected = run(function, wave, a, weight, None, residual)
-    actual = run(function, wave, wide_a, wide_weight, None, wide_residual)
-    torch.testing.assert_close(actual, expected)
-
-
-def test_a_row_does_not_depend_on_the_wave(device):
-    """Bit for bit: which sub-models share the wave must not matter."""
-    wave, a, weight, _, residual = make([3, 2, 4, 1], 5, 64, 72, device=device)
-    together = run(KERNEL, wave, a, weight, None, residual)
-    begin = 0
-    for group, size in enumerate([3, 2, 4, 1]):
-        kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), device=device)
-        tables = (kept.index, kept.count, ops.RowPlan.of([size], device=device).tiles)
-        rows = slice(begin, begin + size)
-        alone = KERNEL(a[rows, : kept.width], weight, *tables, None, residual[rows])
-        assert torch.equal(together[rows], alone)
-        begin += size
 
 
 def test_projections_and_attention_are_the_masked_layer(device):
@@ -175,11 +121,11 @@ def test_projections_and_attention_are_the_masked_layer(device):
         begin += size
 
 
-def test_opcheck(device):
-    wave, a, weight, bias, residual = make([3, 2, 1, 4], 5, 16, 72, device=device)
-    a = a.nan_to_num()
-    torch.library.opcheck(ops.kept_o_proj, (a, weight, *wave.tables, bias, residual))
-    torch.library.opcheck(ops.kept_o_proj, (a, weight, *wave.tables))
+class TestKeptOProj(OutputProjectionTests):
+    op = ops.kept_o_proj
+    make = staticmethod(make)
+    reference = staticmethod(kept_o_proj_reference)
+    SMALL, WIDE = (5, 16, 72), (5, 64, 72)
 
 
 WAVE, A, WEIGHT, BIAS, RESIDUAL = make([2, 1], 3, 16, 8, device="cpu")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from op_paths import both, kernel_of, refusals
+from op_paths import both, refusals
+from projection_tests import InputProjectionTests
 
 from bonsai_fast import ops
 from bonsai_fast.testing.cases import (
@@ -23,7 +22,8 @@ from bonsai_fast.ops._groups import ACTIVATIONS
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned_empty")]
 
-KERNEL, FUNCTIONS = kernel_of(ops.kept_up_proj), both(ops.kept_up_proj)
+FUNCTIONS = both(ops.kept_up_proj)
+SILU = {"activation": "silu", "gated": True}
 # rows of every sub-model, hidden size, channels; sub-models keep 70 %, none, all, one
 SHAPES = [
     pytest.param([128, 128, 256], 128, 256, id="aligned"),
@@ -92,69 +92,19 @@ def test_every_submodel_uses_its_own_list(function, device):
         assert out[row, len(expected) :].eq(0).all()
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nan_stays_in_its_rows(function, device):
-    """Rows of one tile share loads, and the last row stands in for those past the end."""
-    wave, x, weight, bias = make([3, 2, 2, 2], 40, 90, device=device)
-    x[2], x[5] = math.nan, math.inf
-    out = run(function, wave, x, weight, bias, activation="silu", gated=True)
-    finite = out.isfinite().all(dim=1)
-    assert finite.tolist() == [row not in (2, 5) for row in range(9)]
+class TestKeptUpProj(InputProjectionTests):
+    op = ops.kept_up_proj
+    make = staticmethod(make)
+    multiple = 128
+    SMALL, WIDE, OPTIONS = (40, 90), (72, 90), SILU
 
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_removed_channels_may_hold_anything(function, device):
-    wave, x, weight, bias = make([3, 2], 40, 90, device=device)
-    removed = ~wave.keep.any(dim=0)
-    weight[removed.repeat(2)] = math.nan
-    assert removed.any()
-    out = run(function, wave, x, weight, bias, activation="silu", gated=True)
-    assert out.isfinite().all() and out[:3].ne(0).any()
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_takes_strided_rows(function, device):
-    wave, values, weight, _ = make([3, 2, 4], 40, 90, device=device)
-    x = torch.full((18, 60), math.nan, device=device)[::2, 7:47].copy_(values)
-    wider = torch.full((180, 50), math.nan, device=device)[:, 3:43].copy_(weight)
-    options = {"activation": "silu", "gated": True}
-    expected = run(function, wave, values, weight, None, **options)
-    # The CPU's matrix product depends on strides in its last bits.
-    torch.testing.assert_close(run(function, wave, x, wider, None, **options), expected)
-
-
-def test_a_row_does_not_depend_on_the_wave(device):
-    """Bit for bit: which sub-models share the wave must not matter."""
-    wave, x, weight, _ = make([3, 2, 4, 1], 72, 90, device=device)
-    options = {"activation": "silu", "gated": True}
-    together = run(KERNEL, wave, x, weight, None, **options)
-    begin = 0
-    for group, size in enumerate([3, 2, 4, 1]):
-        kept = ops.KeptLists.of(wave.keep[group : group + 1].cpu(), multiple=128, device=device)
-        tiles = ops.RowPlan.of([size], device=device).tiles
-        rows = x[begin : begin + size]
-        alone = KERNEL(rows, weight, kept.index, kept.count, tiles, **options)
-        assert torch.equal(together[begin : begin + size, : kept.width], alone)
-        begin += size
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nothing_to_do(function, device):
-    wave, x, weight, _ = make([0, 0], 40, 90, device=device)
-    options = {"activation": "silu", "gated": True}
-    assert run(function, wave, x, weight, None, **options).shape == (0, wave.kept.width)
-    nothing = ops.KeptLists.of(torch.zeros(1, 90, dtype=torch.bool), multiple=128, device=device)
-    tiles = ops.RowPlan.of([3], device=device).tiles
-    x = torch.ones(3, 40, device=device)
-    out = function(x, weight, nothing.index, nothing.count, tiles, **options)
-    assert out.shape == (3, 0)
+    def weight_rows(self, units):
+        return units.repeat(2)
 
 
 def test_opcheck(device):
     wave, x, weight, bias = make([3, 2, 1, 4], 40, 90, bias=True, device=device)
-    torch.library.opcheck(
-        ops.kept_up_proj, (x, weight, *wave.tables, bias), {"activation": "silu", "gated": True}
-    )
+    torch.library.opcheck(ops.kept_up_proj, (x, weight, *wave.tables, bias), SILU)
 
 
 WAVE, X, WEIGHT, BIAS = make([2, 1], 8, 4, bias=True, device="cpu")
@@ -188,6 +138,4 @@ WRONG = [
 ]
 
 
-test_says_what_is_wrong = refusals(
-    ops.kept_up_proj, RIGHT | {"activation": "silu", "gated": True}, WRONG
-)
+test_says_what_is_wrong = refusals(ops.kept_up_proj, RIGHT | SILU, WRONG)

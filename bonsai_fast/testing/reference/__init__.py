@@ -1,22 +1,16 @@
-"""Naive PyTorch truth of every op: short, obviously right, what tests hold the fast paths to."""
+"""Naive PyTorch references, one file per op: short and obviously right. Tests compare with them."""
 
-from bonsai_fast.testing.reference.attention import (
-    grouped_attention_reference,
-    kept_head_proj_reference,
-    kept_o_proj_reference,
-)
-from bonsai_fast.testing.reference.columns import (
-    column_moments_reference,
-    compact_columns_reference,
-    compact_rows_reference,
-)
-from bonsai_fast.testing.reference.losses import lm_head_nll_reference, token_nll_reference
-from bonsai_fast.testing.reference.mlp import (
-    glu_mask_reference,
-    kept_down_proj_reference,
-    kept_up_proj_reference,
-)
+from bonsai_fast.testing.reference.column_moments import column_moments_reference
+from bonsai_fast.testing.reference.compact import compact_columns_reference, compact_rows_reference
+from bonsai_fast.testing.reference.glu_mask import glu_mask_reference
+from bonsai_fast.testing.reference.grouped_attention import grouped_attention_reference
+from bonsai_fast.testing.reference.kept_down_proj import kept_down_proj_reference
+from bonsai_fast.testing.reference.kept_head_proj import kept_head_proj_reference
+from bonsai_fast.testing.reference.kept_o_proj import kept_o_proj_reference
+from bonsai_fast.testing.reference.kept_up_proj import kept_up_proj_reference
+from bonsai_fast.testing.reference.lm_head_nll import lm_head_nll_reference
 from bonsai_fast.testing.reference.sparsity import keep_best_reference, prune_columns_reference
+from bonsai_fast.testing.reference.token_nll import token_nll_reference
 
 __all__ = [
     "column_moments_reference",
