@@ -85,23 +85,25 @@ def check_tiles(tiles: Tensor, x: Tensor, num_columns: int) -> None:
         raise ValueError(f"tiles must be contiguous, got strides {tiles.stride()}")
 
 
-def check_slots(a: Tensor, index: Tensor) -> None:
-    """As many slots in `a` as `KeptLists.width`."""
+def check_output_projection(
+    a: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None, residual: Tensor | None,
+    *, num_outputs: int, multiple: int,
+) -> None:  # fmt: skip
+    """Tables as in `check_plan` for the slots of `a`; bias [N] and residual [T, N], or None."""
+    check_plan(a, index, count, tiles, multiple=multiple)
     width = index.shape[1] - INDEX_PADDING
     if a.shape[1] != width:
         raise ValueError(f"a must have the index's {width} slots, got {a.shape[1]}")
+    check_bias(bias, a, num_outputs)
+    if residual is not None:
+        check_rows("residual", residual, a.dtype, a, a.shape[0], num_outputs)
 
 
 def check_bias(bias: Tensor | None, x: Tensor, size: int) -> None:
     """None, or [size] in the dtype of `x`."""
     if bias is not None:
         check_rows("bias", bias, x.dtype, x, size)
-
-
-def check_residual(residual: Tensor | None, x: Tensor, size: int) -> None:
-    """None, or [rows of x, size] in the dtype of `x`."""
-    if residual is not None:
-        check_rows("residual", residual, x.dtype, x, x.shape[0], size)
 
 
 def check_softcap(softcap: float | None) -> None:

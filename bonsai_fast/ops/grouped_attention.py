@@ -14,18 +14,9 @@ from bonsai_fast.ops._register import register
 
 @register()
 def grouped_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    count: Tensor,
-    q_to_kv: Tensor,
-    tiles: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Iterator[Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, count: Tensor, q_to_kv: Tensor, tiles: Tensor,
+    *, scale: float, causal: bool = True, window: int | None = None, softcap: float | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Attention of each sub-model's kept heads over the tokens of each sequence.
 
         out[t, c] = sum_s softmax_s(z[t, s]) v[s, q_to_kv[g, c]],  z = scale * q[t, c] . k[s, ...]

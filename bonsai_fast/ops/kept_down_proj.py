@@ -7,28 +7,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from bonsai_fast.kernels._sizes import INDEX_PADDING
-from bonsai_fast.ops._checks import (
-    check_bias,
-    check_floats,
-    check_plan,
-    check_residual,
-    check_slots,
-    check_weight,
-)
+from bonsai_fast.ops._checks import check_floats, check_output_projection, check_weight
 from bonsai_fast.ops._groups import add, group_rows
 from bonsai_fast.ops._register import register
 
 
 @register()
 def kept_down_proj(
-    a: Tensor,
-    weight_t: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Iterator[Tensor]:
+    a: Tensor, weight_t: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Down projection of kept channels, added to the residual stream.
 
         out[t, n] = residual[t, n] + bias[n] + sum_c a[t, c] * W[index[g, c], n],  c < count[g]
@@ -53,10 +41,8 @@ def kept_down_proj(
     check_floats("a", a, "T", "width")
     check_weight("weight_t", weight_t, a, None, None)
     num_outputs = weight_t.shape[1]
-    check_plan(a, index, count, tiles, multiple=INDEX_PADDING)
-    check_slots(a, index)
-    check_bias(bias, a, num_outputs)
-    check_residual(residual, a, num_outputs)
+    rest = index, count, tiles, bias, residual
+    check_output_projection(a, *rest, num_outputs=num_outputs, multiple=INDEX_PADDING)
     out = a.new_empty(a.shape[0], num_outputs)
     yield out
     out.zero_()

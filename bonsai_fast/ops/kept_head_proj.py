@@ -16,20 +16,11 @@ from bonsai_fast.ops._register import register
 
 @register()
 def kept_head_proj(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    positions: Tensor | None = None,
-    *,
-    head_dim: int,
-    norm_eps: float = 0.0,
-) -> Iterator[Tensor]:
+    x: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None = None, norm_weight: Tensor | None = None,
+    cos: Tensor | None = None, sin: Tensor | None = None, positions: Tensor | None = None,
+    *, head_dim: int, norm_eps: float = 0.0,
+) -> Iterator[Tensor]:  # fmt: skip
     """Query, key or value projection of the heads that each row's sub-model needs.
 
         out[t, c] = rope(norm(x[t] . W[head] + b[head])),  head = index[g, c] for c < count[g]

@@ -7,28 +7,16 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import functional as F
 
-from bonsai_fast.ops._checks import (
-    check_bias,
-    check_floats,
-    check_plan,
-    check_residual,
-    check_slots,
-    check_weight,
-)
+from bonsai_fast.ops._checks import check_floats, check_output_projection, check_weight
 from bonsai_fast.ops._groups import add, group_rows
 from bonsai_fast.ops._register import register
 
 
 @register()
 def kept_o_proj(
-    a: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Iterator[Tensor]:
+    a: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Output projection over each sub-model's kept heads, added to the residual stream.
 
         out[t] = residual[t] + bias + sum_c W[:, index[g, c]] a[t, c],  c < count[g]
@@ -58,10 +46,8 @@ def kept_o_proj(
     check_weight("weight", weight, a, None, None)
     if weight.shape[1] % head_dim:
         raise ValueError(f"weight must have whole heads of {head_dim}, got {list(weight.shape)}")
-    check_plan(a, index, count, tiles, multiple=1)
-    check_slots(a, index)
-    check_bias(bias, a, num_outputs)
-    check_residual(residual, a, num_outputs)
+    rest = index, count, tiles, bias, residual
+    check_output_projection(a, *rest, num_outputs=num_outputs, multiple=1)
     out = a.new_empty(a.shape[0], num_outputs)
     yield out
     out.zero_()

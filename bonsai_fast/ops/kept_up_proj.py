@@ -21,16 +21,10 @@ from bonsai_fast.ops._register import register
 
 @register()
 def kept_up_proj(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tiles: Tensor,
+    x: Tensor, weight: Tensor, index: Tensor, count: Tensor, tiles: Tensor,
     bias: Tensor | None = None,
-    *,
-    activation: str,
-    gated: bool,
-) -> Iterator[Tensor]:
+    *, activation: str, gated: bool,
+) -> Iterator[Tensor]:  # fmt: skip
     """Up projection and activation of the channels that each row's sub-model keeps.
 
         out[t, c] = act(x[t] . W[i] + b[i]) * (x[t] . W[I + i] + b[I + i])

@@ -18,14 +18,9 @@ MIN_BLOCK_ROWS = 256
 
 @register()
 def lm_head_nll(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Iterator[Tensor]:
+    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None,
+    *, scale: float = 1.0, softcap: float | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Negative log-likelihood of one token per row, from hidden states: no [T, V] tensor exists.
 
         z = scale * (x @ W.T + bias);  with a softcap, z = softcap * tanh(z / softcap)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bonsai_fast
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import DTYPES, assert_within_baseline, random_logits
+from bonsai_fast.testing.cases import DTYPES, assert_within_baseline, random_logits, random_tensor
 from bonsai_fast.testing.reference import token_nll_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -98,6 +98,22 @@ def test_compiles_without_a_graph_break(device):
         logits, labels = random_logits(num_rows, 300, device=device)
         expected = token_nll_reference(logits * 2, labels).mean()
         torch.testing.assert_close(mean_nll(logits, labels), expected)
+
+
+def test_exports_with_any_number_of_rows(device):
+    """Checks that read a size as a Python int would fix it to that of the example."""
+
+    class Losses(torch.nn.Module):
+        def forward(self, x, weight, labels):
+            return ops.lm_head_nll(x, weight, labels) - ops.token_nll(x @ weight.T, labels)
+
+    weight, rows = random_tensor(11, 8, device=device), torch.export.Dim("rows", min=2)
+    cases = [
+        (random_tensor(n, 8, device=device), weight, torch.arange(n).to(device)) for n in (6, 9)
+    ]
+    program = torch.export.export(Losses(), cases[0], dynamic_shapes=({0: rows}, None, {0: rows}))
+    for case in cases:
+        torch.testing.assert_close(program.module()(*case), Losses()(*case))
 
 
 def test_inference_mode(device):

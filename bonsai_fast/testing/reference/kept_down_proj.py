@@ -8,13 +8,9 @@ from bonsai_fast.testing.reference._naive import output_projection, put_back
 
 
 def kept_down_proj_reference(
-    a: Tensor,
-    weight_t: Tensor,
-    keep: Tensor,
-    row_group: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    a: Tensor, weight_t: Tensor, keep: Tensor, row_group: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Kept channels put back in their places among zeros, then the whole projection.
 
     Args:

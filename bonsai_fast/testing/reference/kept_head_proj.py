@@ -8,19 +8,11 @@ from bonsai_fast.testing.reference._naive import pick_kept, wide
 
 
 def kept_head_proj_reference(
-    x: Tensor,
-    weight: Tensor,
-    keep: Tensor,
-    row_group: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    positions: Tensor | None = None,
-    *,
-    num_slots: int,
-    norm_eps: float = 0.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, keep: Tensor, row_group: Tensor,
+    bias: Tensor | None = None, norm_weight: Tensor | None = None,
+    cos: Tensor | None = None, sin: Tensor | None = None, positions: Tensor | None = None,
+    *, num_slots: int, norm_eps: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The projection of all heads, normed and rotated, then each row's heads next to each other.
 
     Args:

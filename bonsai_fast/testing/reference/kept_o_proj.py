@@ -8,13 +8,9 @@ from bonsai_fast.testing.reference._naive import output_projection, put_back
 
 
 def kept_o_proj_reference(
-    a: Tensor,
-    weight: Tensor,
-    keep: Tensor,
-    row_group: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+    a: Tensor, weight: Tensor, keep: Tensor, row_group: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Kept heads put back in their places among zeros, then the whole projection.
 
     Args:
