@@ -88,13 +88,17 @@ def load_model(name: str | None, options: LoadingOptions) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
         )
-    if name is None:
-        model.config.name_or_path = NAME  # the same wherever the cache is
-    return cast(PreTrainedModel, cast(Any, model).to(device).eval())
+    return _named(name, cast(Any, model).to(device).eval())
 
 
 def _path(name: str | None) -> str:
     return str(embedded_model()) if name is None else name
+
+
+def _named(name: str | None, model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model the name that runs record: as the user wrote it, wherever its files are."""
+    model.config.name_or_path = NAME if name is None else name
+    return model
 
 
 @contextmanager
@@ -142,11 +146,9 @@ def open_parent(
         dtype=DTYPES.get(options.dtype),
         trust_remote_code=trust,
     )
-    # the run is the same as that of the loaded model
-    model.config.name_or_path = NAME if name is None else name
     if not stream:
         reporter.note(f"{name or NAME} does not fit into memory: its layers are streamed from disk")
-    return model, tokenizer
+    return _named(name, model), tokenizer
 
 
 def _load_or_stream_from_host(

@@ -71,7 +71,6 @@ def open_parent(
         raise ValueError(
             f"{type(model).__name__} keeps parts of itself in float32: load it, then remove_units"
         )
-    model.config.name_or_path = str(directory)
     if model.can_generate():
         model.generation_config = _generation_config(directory)
     tensors, used = _locate(model, checkpoint, directory)

@@ -39,7 +39,7 @@ class Sequences:
         input_ids: int64 [B, T].
         source: what the user named.
         description: which tokens of that text these are, in words.
-        sha256: hash of the tokens.
+        sha256: `tokens_sha256` of the sequences.
     """
 
     input_ids: torch.Tensor
@@ -48,7 +48,21 @@ class Sequences:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.input_ids.numpy().tobytes()).hexdigest()
+        return tokens_sha256(self.input_ids)
+
+
+# A run records a text in two forms, so both stay as they are: its tokens in run.json, where people
+# compare them with other tools, and tokens with their shape in each entry of the ledger.
+
+
+def tokens_sha256(input_ids: torch.Tensor, prefix: bytes = b"") -> str:
+    """SHA-256 of token ids, int64 [B, T], row by row: 64 hexadecimal digits."""
+    return hashlib.sha256(prefix + input_ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def ledger_key(input_ids: torch.Tensor) -> str:
+    """What a ledger files a text under: 32 hexadecimal digits, other ones for another [B, T]."""
+    return tokens_sha256(input_ids, str(tuple(input_ids.shape)).encode())[:32]
 
 
 def calibration_sequences(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 
 from bonsai_fast.config.choices import PriorName
 from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import ledger_key
 from bonsai_fast.files import write_atomically
 from bonsai_fast.methods.allocation import finish
 from bonsai_fast.methods.importance.prior import unit_prior
@@ -21,7 +22,6 @@ from bonsai_fast.methods.task import O_co, Task
 from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import RunDirectory
-from bonsai_fast.runs.ledger import text_hash
 from bonsai_fast.scoring import Chunk, ScoringSession
 
 
@@ -113,7 +113,7 @@ class Search(Generic[O_co]):
             stage, keep, silent: as for `losses`.
             session: of the scorer, on the text.
         """
-        text = measure + text_hash(session.input_ids)
+        text = measure + ledger_key(session.input_ids)
         found: list[torch.Tensor] = []
         bar = nullcontext(_ignore) if silent else self.reporter.bar(stage, total=len(keep))
         with bar as advance:

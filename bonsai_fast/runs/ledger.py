@@ -42,12 +42,6 @@ class Entry:
     losses: torch.Tensor
 
 
-def text_hash(input_ids: torch.Tensor) -> str:
-    """Hash of token sequences, int64 [B, T]."""
-    shape = str(tuple(input_ids.shape)).encode()
-    return hashlib.sha256(shape + input_ids.contiguous().numpy().tobytes()).hexdigest()[:32]
-
-
 class Ledger:
     """All entries of one run directory, in memory and on disk.
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
-from bonsai_fast.evaluation.text import builtin_text, calibration_sequences, evaluation_sequences
+from bonsai_fast.evaluation.text import (
+    builtin_text,
+    calibration_sequences,
+    evaluation_sequences,
+    ledger_key,
+    tokens_sha256,
+)
 
 TOKENIZER = byte_tokenizer()
 
@@ -132,3 +138,12 @@ def test_bad_text_is_refused_in_one_line(book: str, tmp_path: Path) -> None:
         evaluation_sequences(book, TOKENIZER, max_tokens=999, length=300, calibration=book)
     with pytest.raises(ValueError, match="says nothing about it"):
         evaluation_sequences("self", TOKENIZER, max_tokens=99, length=10, calibration="builtin")
+
+
+def test_the_two_recorded_forms_of_a_text() -> None:
+    """Runs of earlier versions are found by them: neither may change."""
+    tokens = torch.arange(12).view(3, 4)
+    sha256 = "700a4498438a801b5781533040bce85a20ae4bfe08866f7552ff33e172923b0a"
+    assert tokens_sha256(tokens) == tokens_sha256(tokens.view(4, 3)) == sha256
+    assert ledger_key(tokens) == "4d342c941a8823b03e499d028923f2d6"
+    assert len({ledger_key(x) for x in (tokens, tokens.view(4, 3), tokens + 1)}) == 3

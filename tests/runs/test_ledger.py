@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bonsai_fast.files import write_atomically
-from bonsai_fast.runs.ledger import Ledger, LedgerError, text_hash
+from bonsai_fast.runs.ledger import Ledger, LedgerError
 
 
 def masks(count: int = 3, units: int = 21, seed: int = 0) -> torch.Tensor:
@@ -77,9 +77,3 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_text_hash_depends_on_shape_and_tokens() -> None:
-    tokens = torch.arange(12).view(3, 4)
-    assert text_hash(tokens) == text_hash(tokens.clone())
-    assert len({text_hash(t) for t in (tokens, tokens.view(4, 3), tokens + 1)}) == 3
