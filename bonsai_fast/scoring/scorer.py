@@ -122,8 +122,7 @@ class MaskScorer:
         Args:
             input_ids: int64 [B, T], T >= 2, no padding.
         Raises:
-            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, or the
-                memory budget is too small for one sequence.
+            TypeError, ValueError: wrong dtype or shape, or token ids outside the vocabulary.
         """
         self._check_tokens(input_ids)
         return ScoringSession(self.engine, self.layout, self._nll, input_ids)

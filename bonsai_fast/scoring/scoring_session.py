@@ -23,18 +23,21 @@ class ScoringSession:
 
     Attributes:
         input_ids: int64 [B, T], the text.
-        submodels_per_chunk: how many sub-models should be scored in one call where the result of
-            each call is recorded. Fewer would compute more than once what sub-models share; with
-            more, more work would be lost when the run is interrupted.
-    Raises:
-        ValueError: the memory budget is too small for one sequence.
     """
 
     def __init__(self, engine: Engine, layout: Layout, nll: SequenceNLL, input_ids: Tensor) -> None:
         self.engine, self.input_ids = engine, input_ids
-        self.submodels_per_chunk = engine.submodels_per_chunk(*input_ids.shape)
         self.loss_measure = NextTokenLoss(nll)
         self._layout, self._nll = layout, nll
+
+    @cached_property
+    def submodels_per_chunk(self) -> int:
+        """Number of sub-models to score in one call where the result of each call is recorded.
+
+        Raises:
+            ValueError: the memory budget is too small for one sequence.
+        """
+        return self.engine.submodels_per_chunk(*self.input_ids.shape)
 
     @property
     def has_divergence(self) -> bool:
@@ -62,7 +65,8 @@ class ScoringSession:
         Args:
             keep: bool [S, P].
         Raises:
-            TypeError, ValueError: wrong dtype or shape.
+            TypeError, ValueError: wrong dtype or shape, or the memory budget is too small for one
+                sequence.
         """
         self._layout.check_mask(keep, dims=2)
         route = self.engine.route_for(keep, *self.input_ids.shape)

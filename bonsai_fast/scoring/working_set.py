@@ -1,4 +1,4 @@
-"""How many sequences may be in flight at once, so that scoring stays within its memory budget."""
+"""How many sequences are processed at once, so that scoring stays within its memory budget."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 
-# measured: beyond these, larger batches are no faster
+# tokens in a batch; measured: larger batches are not faster
 MAX_TOKENS = {"cpu": 4096, "cuda": 16384}
-# of the budget, for logits; they come in chunks of any size
+# share of the budget for logits, which can be computed in chunks of any size
 LOGIT_SHARE = 0.25
-# allocator slack and small temporaries that the estimate leaves out
+# factor for allocator overhead and small temporaries that the estimate leaves out
 SAFETY = 1.3
 
 
 def logit_bytes_within(budget: int) -> int:
-    """Bytes of logits that may be held at once."""
+    """Limit for the logits that are held at once, bytes."""
     return int(LOGIT_SHARE * budget / SAFETY)
 
 
 @dataclass(frozen=True)
 class WorkingSet:
-    """Estimated peak of a forward pass beside the weights, in bytes.
+    """Estimated peak memory of a forward pass beside the weights, in bytes.
 
-    Layers and LM head are never at work at once: the peak is that of the larger.
+    The LM head runs after the layers, so the peak is the larger one of the two.
 
     Attributes:
-        mask: the attention mask, while layers run.
-        layer: what the widest layer holds for each sequence.
+        mask: the attention mask.
+        layer: temporaries of the widest layer, for each sequence.
         logits: one chunk of logits.
-        hidden: last hidden states of each sequence, while logits are made of them.
+        hidden: last hidden states, for each sequence.
     """
 
     mask: int
@@ -55,14 +55,13 @@ class WorkingSet:
             else 0
         )
         channels = max((block.num_channels for block in layout.decoder.mlp.values()), default=0)
-        # residual, norm in and out, its two float32 temporaries; wider sub-layer with its masked
-        # copy
+        # residual, norm in and out, two float32 temporaries; the wider sub-layer, and that masked
         per_token = element * (4 * hidden + max(2 * width, 4 * channels)) + 2 * 4 * hidden
         scores = 0
         if getattr(
             nll.model.config, "_attn_implementation", None
         ) == "eager" or layout.decoder.model_type.endswith("bloom"):
-            # attention weights in the model's dtype, their float32 softmax and its copy
+            # attention weights in the model's dtype, their float32 softmax and a copy of it
             heads = max((block.num_heads for block in attention), default=0)
             scores = heads * length**2 * (2 * element + 2 * 4)
         return cls(
@@ -73,12 +72,12 @@ class WorkingSet:
         )
 
     def rows_within(self, budget: int) -> int:
-        """Sequences that fit; 0 if none does."""
+        """Number of sequences that fit; 0 if none fits."""
         return min((budget - self.mask) // self.layer, (budget - self.logits) // self.hidden)
 
     @property
     def least_budget(self) -> int:
-        """The smallest budget in which a sequence fits, chunks of logits being what they are."""
+        """The smallest budget in which a sequence fits, with logits in chunks."""
         return math.ceil(
             max(
                 self.mask + self.layer,
@@ -89,20 +88,25 @@ class WorkingSet:
 
 
 def rows_within(budget: int, layout: Layout, nll: SequenceNLL, length: int) -> int:
-    """Sequences of `length` tokens that fit into `budget` bytes, at least 1.
+    """Number of sequences of `length` tokens that fit into `budget` bytes, at least 1.
 
     Raises:
         ValueError: not even one sequence fits.
     """
     needs = WorkingSet.of(layout, nll, length)
     if needs.least_budget > budget:
-        raise ValueError(
-            f"memory budget: one sequence of {length} tokens needs about "
-            f"{math.ceil(needs.least_budget / 2**20)} MiB beside the weights, "
-            f"got a budget of {budget / 2**20:.0f} MiB"
-        )
+        raise too_small(budget, needs.least_budget, length)
     rows = needs.rows_within(budget)
-    if stream_of(nll.model) is None:  # else every batch reads all weights
+    if stream_of(nll.model) is None:  # a streamed model reads all weights for every batch
         limit = MAX_TOKENS.get(nll.head.weight.device.type, MAX_TOKENS["cpu"])
         rows = min(rows, limit // length)
     return max(1, rows)
+
+
+def too_small(budget: int, least_budget: int, length: int) -> ValueError:
+    """The error for a budget in which not even one sequence of `length` tokens fits."""
+    return ValueError(
+        f"memory budget: one sequence of {length} tokens needs about "
+        f"{math.ceil(least_budget / 2**20)} MiB beside the weights, "
+        f"got a budget of {budget / 2**20:.0f} MiB"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,7 +41,7 @@ from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.hooks_engine import HooksEngine
 from bonsai_fast.scoring.interface import Measure, Progress
 from bonsai_fast.scoring.sequence_nll import SequenceNLL, evaluation_mode
-from bonsai_fast.scoring.working_set import MAX_TOKENS
+from bonsai_fast.scoring.working_set import MAX_TOKENS, too_small
 
 # limit for a chunk of sub-models: little work is lost when a run is interrupted
 MAX_SUBMODELS_PER_CHUNK = 16
@@ -95,7 +94,7 @@ class FusedEngine:
     def submodels_per_chunk(self, sequences: int, length: int) -> int:
         """See `Engine.submodels_per_chunk`."""
         submodels = self.rows_per_batch(length) // sequences
-        if stream_of(self.nll.model) is None:  # else every call reads all weights
+        if stream_of(self.nll.model) is None:  # a streamed model reads all weights for every call
             most = MAX_SUBMODELS_PER_CHUNK
             if self.kernels:  # few sub-models are too little work for a GPU
                 most = max(most, MAX_TOKENS["cuda"] // (sequences * length))
@@ -223,11 +222,7 @@ class FusedEngine:
         needs = FusedWorkingSet.of(self.layout, self.nll, length, low=self._low)
         schedule = needs.schedule(self._budget)
         if schedule is None:
-            raise ValueError(
-                f"memory budget: one sequence of {length} tokens needs about "
-                f"{math.ceil(needs.least_budget / 2**20)} MiB beside the weights, "
-                f"got a budget of {self._budget / 2**20:.0f} MiB"
-            )
+            raise too_small(self._budget, needs.least_budget, length)
         return schedule
 
 

@@ -1,4 +1,4 @@
-"""Gated MLPs up to their output projection, on weights of whole rows."""
+"""Gated MLPs before their output projection, by matrix products."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gated_and_masked(
     activation: str,
     arithmetic: Arithmetic,
 ) -> Tensor:
-    """The same with masks, in one pass of op `glu_mask`.
+    """The same with masks, by op `glu_mask`, which applies activation and masks in one pass.
 
     Args:
         operands, normed, arithmetic: as for `gated`.

@@ -1,4 +1,4 @@
-"""Attention up to its output projection, on weights of whole heads."""
+"""Attention with rotary positions before its output projection, by matrix products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bonsai_fast.scoring.fused.positions import Positions
 def attend(
     operands: AttentionOperands, normed: Tensor, positions: Positions, arithmetic: Arithmetic
 ) -> Tensor:
-    """What the heads attend to.
+    """The outputs of all heads.
 
     Args:
         operands: weights.

@@ -87,7 +87,7 @@ class _SublayerStep:
                 self._run_branches(use, operands)
 
     def _fork(self, fork: Fork, operands: Operands) -> None:
-        """Compute a fork; `operands` are all parts in the columns of `fork.kept`."""
+        """Compute a fork on weights of exactly those parts that `fork.kept` has columns for."""
         # operands may be padded with parts that give 0
         padding = operands.columns // self._sublayer.block.part_width - fork.kept.shape[1]
         removed = self._columns(~F.pad(fork.kept, (0, padding)))
