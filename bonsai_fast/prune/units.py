@@ -52,11 +52,6 @@ def prepare(
         precision=options.precision,
         memory_budget=config.memory_budget,
     )
-    if options.route != "auto" and scorer.engine.name != "fused":
-        raise ValueError(
-            f"route: routes exist only in the fused engine, which does not support "
-            f"{type(model).__name__}; omit --route"
-        )
     scorer.rows_per_batch(calibration.input_ids.shape[1])  # refuses a budget that is too small
     return Task(
         model,

@@ -192,13 +192,20 @@ class MaskScorer:
                     self.layout, self._nll, self.memory_budget, route, self.precision
                 )
             except UnsupportedStructureError as error:
+                name = type(self.model).__name__
                 if engine == "fused" or self.precision != "full":
-                    name = type(self.model).__name__
                     raise ValueError(
                         f"the fused engine does not support {name}: {error}"
                     ) from error
+                if route != "auto":
+                    raise ValueError(
+                        f"route: routes exist only in the fused engine, which does not support "
+                        f"{name}; omit route {route}"
+                    ) from error
         elif self.precision != "full":
             raise ValueError(f"engine hooks supports precision full only, got {self.precision}")
+        elif route != "auto":
+            raise ValueError(f"route: routes exist only in the fused engine; omit route {route}")
         return HooksEngine(self.layout, self._nll, self.memory_budget)
 
     def _check_tokens(self, input_ids: torch.Tensor) -> None:

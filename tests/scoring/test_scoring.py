@@ -287,3 +287,10 @@ def test_divergence_equals_kl_of_all_logits(family: str) -> None:
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
             torch.testing.assert_close(divergence.double(), expected, rtol=1e-4, atol=1e-4)
     assert found[0].abs().max() < 1e-4 < found[1:].min()
+
+
+def test_a_route_is_refused_where_there_are_none(llama3: PreTrainedModel) -> None:
+    for model, engine in ((FAMILIES["opt"](), "auto"), (llama3, "hooks")):
+        with pytest.raises(ValueError, match="routes exist only in the fused engine") as caught:
+            MaskScorer(model, engine=engine, route="slice")
+        assert "\n" not in str(caught.value)

@@ -46,7 +46,7 @@ def gated_and_masked(
     Args:
         operands, normed, arithmetic: as for `gated`.
         masks: which channels each row keeps; None: all.
-        activation: the op's name of it.
+        activation: its name in the ops.
     Returns:
         A new tensor [R, T, channels].
     """

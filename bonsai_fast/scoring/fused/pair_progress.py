@@ -9,7 +9,7 @@ class PairProgress:
     """Converts finished sub-layers of different pairs into whole pairs.
 
     Args:
-        progress: called with the number of pairs done since the last call; None: nobody listens.
+        progress: called with the number of pairs done since the last call; None: no reports.
         total: number of pairs of the call.
         distinct: number of different pairs, which are the ones computed.
     """

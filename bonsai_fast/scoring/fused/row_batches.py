@@ -35,7 +35,7 @@ class RowBatches:
     def of_branches(self, branches: list[Branch]) -> Iterator[tuple[Tensor, list[int]]]:
         """Chunks of several slots: states [R, T, D], and the number of each row's mask.
 
-        Update the states in place; they are stored when the next chunk is asked for.
+        Update the states in place; they are stored before the next chunk.
         """
         sequences = self._states.shape[1]
         rows = [slot * sequences + number for slot, _ in branches for number in range(sequences)]

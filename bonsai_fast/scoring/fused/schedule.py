@@ -13,7 +13,7 @@ from bonsai_fast.scoring.working_set import LOGIT_SHARE, MAX_TOKENS, SAFETY
 
 # largest share of the memory for rows that the chunk being computed may use
 CHUNK_SHARE = 0.5
-# If sequences are split over waves, a wave has at least so many leaves, which share prefixes well.
+# least number of leaves of a wave if sequences are split: enough leaves to share prefixes well
 MIN_LEAVES = 16
 
 

@@ -31,7 +31,7 @@ class Product(NamedTuple):
 # multiplies a [M, K] by every weight; intermediate results are put into the workspace
 Multiply = Callable[[Tensor, Sequence[Product], Workspace], None]
 
-# what CUDA's 8-bit products accept: sizes that are multiples of these, and at least so many rows
+# CUDA's 8-bit products need sizes that are multiples of these, and at least MIN_CUDA_ROWS rows
 CUDA_MULTIPLE = {torch.int8: 8, FP8: 16}
 MIN_CUDA_ROWS = 17
 # first compute capability that has the products

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Buffers on one device; each grows to the largest size that was asked for.
+    """Buffers on one device; each grows to the largest size requested.
 
     New memory causes page faults at its first use, which on a CPU cost as much as a small matrix
     product.

@@ -12,7 +12,7 @@ from bonsai_fast.scoring.fused.operands.packed import Pack
 from bonsai_fast.scoring.fused.parent import Structure
 
 PACKING: tuple[Route, ...] = ("auto", "pack", "tail", "split")
-# on route "split", the number of fixed channels is a multiple of it: widths that suit a GPU
+# on route "split", fixed channels are a multiple of this number: widths that suit a GPU
 FIXED_MULTIPLE = 64
 
 

@@ -15,7 +15,7 @@ from bonsai_fast.scoring.fused.operands.packed import PackedMLP
 from bonsai_fast.scoring.fused.parent import MLP, Attention, Norm, Projection
 from bonsai_fast.scoring.fused.positions import Positions
 
-# lists of kept channels are padded to a multiple of it
+# lists of kept channels are padded to a multiple of this length
 CHANNEL_MULTIPLE = 128
 # head_dim must be a multiple of the first and at most the second
 HEAD_MULTIPLE, MAX_HEAD_DIM = 16, 256

@@ -8,7 +8,7 @@ room at the end:
     [candidates | fixed | room]
 
 Computed as it is, it is a parent that was pruned before. The slice of one mask begins at `fixed`;
-its candidates are copied into the room behind it, so few rows are copied instead of all. On route
+its candidates are copied into the room after it, so few rows are copied instead of all. On route
 "split", `fixed` is one product for all masks, and kernels gather the candidates; see `split`.
 """
 
@@ -42,8 +42,8 @@ class Pack:
         Args:
             used: bool [channels], kept by any sub-model.
             common: bool [channels], kept by all sub-models that keep any channel.
-            multiple: the number of fixed channels is a multiple of it, if there are candidates;
-                the remaining common channels become candidates.
+            multiple: if there are candidates, fixed channels are a multiple of this number; the
+                remaining common channels become candidates.
         """
         candidates = used & ~common
         if candidates.any():

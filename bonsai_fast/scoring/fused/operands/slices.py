@@ -26,7 +26,7 @@ from bonsai_fast.scoring.fused.operands.prefetch import (
 )
 from bonsai_fast.scoring.fused.parent import MLP, Attention, Projection
 
-# slices of an MLP are padded with zeros to a multiple of it: widths that suit a GPU
+# slices of an MLP are padded with zeros to a multiple of this width, which suits a GPU
 CHANNEL_MULTIPLE = 64
 # 32-bit entries in 16 bytes
 ALIGNED_ENTRIES = 4
