@@ -41,7 +41,7 @@ from bonsai_fast.methods.units.policy_gradient.policy_gradient import PolicyGrad
 from bonsai_fast.methods.units.policy_gradient.shares import share_gradient
 from bonsai_fast.methods.units.variables import Variables
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.runs.directory import RunDirectory
+from bonsai_fast.runs.directory import UnitRun
 from bonsai_fast.runs.ledger import Ledger
 from bonsai_fast.scoring import MaskScorer
 
@@ -64,7 +64,7 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
     budget = Target.parse(config.target_text).removal_budget(layout)
     method = PolicyGradient()
     task = Task(parent, tokenizer, scorer, nothing, nothing, config, method, budget)
-    directory = RunDirectory(run, {}, {}, "retarget", ledger, layout)
+    directory = UnitRun(run, {}, {}, "retarget", ledger, layout)
     search = Search(task, directory, Reporter(quiet=True))
     everything = torch.ones(len(layout), dtype=torch.bool)
     prior = search.prior(options.prior, "parent", everything, nothing.input_ids)

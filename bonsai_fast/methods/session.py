@@ -21,7 +21,7 @@ from bonsai_fast.methods.regression import Regression, save_regression
 from bonsai_fast.methods.task import O_co, Task
 from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.runs.directory import RunDirectory
+from bonsai_fast.runs.directory import UnitRun
 from bonsai_fast.scoring import Chunk, ScoringSession
 
 
@@ -45,7 +45,7 @@ class Search(Generic[O_co]):
     """
 
     task: Task[O_co]
-    run: RunDirectory
+    run: UnitRun
     reporter: Reporter
     submodels_scored: int = field(default=0, init=False)
     tokens_scored: int = field(default=0, init=False)

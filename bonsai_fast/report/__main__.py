@@ -30,7 +30,7 @@ from bonsai_fast.command_line import (
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
 from bonsai_fast.report import RunRecord, write_report
-from bonsai_fast.runs.directory import fingerprint
+from bonsai_fast.runs.identity import fingerprint
 
 CONTENT = "What to show"
 

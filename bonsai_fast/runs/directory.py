@@ -1,71 +1,52 @@
-"""The directory of one run: what was asked, what was found, and how a second start goes on.
+"""The directory of one run.
 
-    run.json                  identity (config, parent, text, versions), target, status
-    model/                    the saved result
-    report.html               all of it, to be read
+    run.json                        identity, request, status, result; see `identity`
+    model/                          the saved model
+    report.html                     the report
 
-and, where units are removed,
+and, if units are removed,
 
-    layout.json               the parent's units
-    ledger/                   every evaluation
-    rates.json                speeds of the GPU, if any, by which routes were chosen
-    priors/STAGE.safetensors  what one forward pass said about each unit
-    regressions/STAGE.safetensors   what was estimated from the evaluations of a round
-    masks/round-XX.safetensors   the units kept after each round
-    relevance.safetensors     what the result was selected by
-    samples.json              what both models write
+    layout.json                     the parent's units
+    ledger/                         every evaluation
+    rates.json                      speeds of the GPU that routes were chosen by, if there is one
+    priors/STAGE.safetensors        importance of each unit from one forward pass
+    regressions/STAGE.safetensors   estimates from the evaluations of a round
+    masks/round-XX.safetensors      units kept after each round
+    relevance.safetensors           relevance that the final units were selected by
+    samples.json                    completions of both models
 
-or, where weights are zeroed, until the result is saved,
+or, if weights are zeroed, until the model is saved,
 
-    layers/NNNN.safetensors   the pruned weights of a decoder layer
-
-A run is identified by everything that its sub-models' losses, or its weights, depend on. The same
-identity resumes; the same identity with another target, once finished, is re-targeted from the
-ledger alone, or measured again; another identity is refused.
+    layers/NNNN.safetensors         pruned weights of a decoder layer
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
-from bonsai_fast.checkpoints.streaming import named_weights
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.files import write_atomically, write_json
 from bonsai_fast.models.layout import Layout, describe_layout
+from bonsai_fast.runs.identity import (
+    FORMAT,
+    LAST_STEP,
+    MEASURED,
+    NOT_IDENTITY,
+    Start,
+    run_identity,
+    start_in,
+    versions,
+)
 from bonsai_fast.runs.ledger import Ledger, LedgerError
 from bonsai_fast.runs.mask_files import save_mask
-
-FORMAT = 1
-# what a finished run may be asked again, differently, without scoring anything
-LAST_STEP = ("head_layout", "round_to", "uniform")
-MEASURED = ("evaluation", "evaluation_tokens", "tasks")
-NOT_IDENTITY = ("sparsity", "target", *LAST_STEP, *MEASURED)
-# what earlier versions recorded as null
-FORMER_NULLS = {
-    "route": "auto",
-    "precision": "full",
-    "spare_first": 0,
-    "spare_last": 0,
-    "submodels_per_round": 200,
-}
-# a parameter is told from another by this many of its values
-FINGERPRINT_VALUES = 4096
-
-Start = Literal["new", "resume", "retarget", "finished"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +55,10 @@ class Run:
 
     Attributes:
         path: the directory.
-        identity: what the run's losses or weights depend on.
-        request: what was asked of them: target, last step, measurements.
-        start: "new", "resume" (the same command was interrupted), "finished" (it was not) or
-            "retarget" (finished before, now toward another target, with another last step or other
-            measurements).
+        identity: what the losses or weights of the run depend on.
+        request: target, last step and measurements.
+        start: "new"; "resume": the same request was interrupted; "finished": it was completed;
+            "retarget": another request was completed.
     """
 
     path: Path
@@ -89,6 +69,14 @@ class Run:
     @property
     def model_directory(self) -> Path:
         return self.path / "model"
+
+    def begin(self) -> None:
+        """Make the directory, delete what a killed save left, and record that work begins."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.path.glob(".model.*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if self.start in ("new", "resume"):
+            self.record("running")
 
     def record(self, status: Literal["running", "finished"], **content: Any) -> None:
         """Write run.json."""
@@ -102,7 +90,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class RunDirectory(Run):
+class UnitRun(Run):
     """An open run that removes units.
 
     Attributes:
@@ -115,8 +103,13 @@ class RunDirectory(Run):
     layout: Layout
     saved_masks: list[str] = field(default_factory=list)
 
+    def begin(self) -> None:
+        if self.start in ("new", "resume"):
+            write_json(self.path / "layout.json", describe_layout(self.layout))
+        super().begin()
+
     def prior_path(self, stage: str) -> Path:
-        """Where the prior of a stage, such as "round-01", is kept."""
+        """File of the prior of a stage, such as "round-01"."""
         folder = self.path / "priors"
         folder.mkdir(exist_ok=True)
         return folder / f"{stage}.safetensors"
@@ -138,7 +131,7 @@ class WeightRun(Run):
         return self._layer_path(number).is_file()
 
     def layer(self, number: int) -> dict[str, torch.Tensor] | None:
-        """Pruned weights of a decoder layer by parameter name, or None if it is not done.
+        """Pruned weights of a decoder layer by parameter name, or None if it is not on record.
 
         Raises:
             LedgerError: the record is damaged.
@@ -160,7 +153,7 @@ class WeightRun(Run):
         write_atomically(path, save({name: x.contiguous() for name, x in weights.items()}))
 
     def drop_layers(self) -> None:
-        """Forget the layers: the saved model holds them."""
+        """Delete the records of layers: the saved model holds their weights."""
         shutil.rmtree(self._layer_path(0).parent, ignore_errors=True)
 
     def _layer_path(self, number: int) -> Path:
@@ -173,26 +166,22 @@ def open_run(
     layout: Layout,
     model: PreTrainedModel,
     calibration_sha256: str,
-) -> RunDirectory:
-    """Start, resume or re-target a run that removes units.
+) -> UnitRun:
+    """Start, resume or retarget a run that removes units.
 
     Raises:
-        ValueError: the directory holds something else, another run, or an unfinished run toward
+        ValueError: the directory holds something else, another run, or an unfinished run with
             another target.
+        OSError: the directory cannot be created.
     """
     identity = run_identity(config, NOT_IDENTITY, model, calibration_sha256)
     identity["parent"]["num_units"] = len(layout)
     options = config.values()
-    request = {
-        "target": config.target_text,
-        **{name: options[name] for name in (*LAST_STEP, *MEASURED)},
-    }
-    start = _open(path, identity, request)
-    ledger = Ledger(path / "ledger", len(layout))
-    run = RunDirectory(path, identity, request, start, ledger, layout)
-    if start in ("new", "resume"):
-        write_json(path / "layout.json", describe_layout(layout))
-        run.record("running")
+    names = (*LAST_STEP, *MEASURED)
+    request = {"target": config.target_text, **{name: options[name] for name in names}}
+    start = start_in(path, identity, request)
+    run = UnitRun(path, identity, request, start, Ledger(path / "ledger", len(layout)), layout)
+    run.begin()
     return run
 
 
@@ -202,120 +191,14 @@ def open_weight_run(
     model: PreTrainedModel,
     calibration_sha256: str | None,
 ) -> WeightRun:
-    """Start, resume or measure again a run that zeroes weights.
+    """Start or resume a run that zeroes weights, or measure a finished one again.
 
-    Args:
-        calibration_sha256: None if the method reads no text.
     Raises:
-        ValueError: as `open_run`; another sparsity or pattern is another run.
+        ValueError, OSError: as `open_run`; another sparsity or pattern is another run.
     """
     identity = run_identity(config, MEASURED, model, calibration_sha256)
     options = config.values()
     request = {name: options[name] for name in MEASURED}
-    run = WeightRun(path, identity, request, _open(path, identity, request))
-    if run.start in ("new", "resume"):
-        run.record("running")
+    run = WeightRun(path, identity, request, start_in(path, identity, request))
+    run.begin()
     return run
-
-
-def _open(path: Path, identity: dict[str, Any], request: dict[str, Any]) -> Start:
-    """Compare with what is there, and make the directory."""
-    manifest = path / "run.json"
-    start: Start = "new"
-    if manifest.is_file():
-        start = _compare(path, json.loads(manifest.read_text()), identity, request)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"output {path}: expected a new or empty directory or a run of ours, "
-            f"found something else there"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    for unfinished in path.glob(".model.*"):  # a save that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return start
-
-
-def run_identity(
-    config: ResolvedConfig[Any],
-    without: Sequence[str],
-    model: PreTrainedModel,
-    calibration_sha256: str | None,
-) -> dict[str, Any]:
-    """What the losses or weights of a run depend on: all of its configuration but some options."""
-    return {
-        "config": {
-            name: value for name, value in config.values_read().items() if name not in without
-        },
-        "parent": {
-            "name": model.config.name_or_path,
-            "fingerprint": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-        },
-        "calibration_sha256": calibration_sha256,
-    }
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model's parameter names, shapes, dtypes and a spread of their values."""
-    digest = hashlib.sha256()
-    for name, parameter in named_weights(model):
-        flat = parameter.detach().flatten()
-        step = max(1, len(flat) // FINGERPRINT_VALUES)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _compare(
-    path: Path, found: dict[str, Any], identity: dict[str, Any], request: dict[str, Any]
-) -> Start:
-    if found.get("format") != FORMAT:
-        raise ValueError(
-            f"output {path}: its run.json has format {found.get('format')}, expected {FORMAT}"
-        )
-    differences = [
-        f"{name}: {before!r} there, {now!r} here"
-        for name, before, now in _differences(found, identity)
-        if before != now
-    ]
-    if differences:
-        raise ValueError(
-            f"output {path} holds another run ({'; '.join(differences)}); choose another directory"
-        )
-    before = found["request"]
-    if found["status"] == "finished":
-        return (
-            "finished"
-            if before == request and (path / "model" / "config.json").is_file()
-            else "retarget"
-        )
-    if any(before.get(name) != request.get(name) for name in ("target", *LAST_STEP)):
-        raise ValueError(
-            f"output {path} holds an unfinished run toward {before['target']}; "
-            f"finish it with the same command first"
-        )
-    return "resume"
-
-
-def _differences(found: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    rows = [("calibration tokens", found.get("calibration_sha256"), identity["calibration_sha256"])]
-    before, now = found.get("config", {}), identity["config"]
-    for name in sorted(now):  # earlier versions recorded options that the method does not read
-        value = before.get(name)
-        rows.append((name, FORMER_NULLS.get(name) if value is None else value, now[name]))
-    before, now = found.get("parent", {}), identity["parent"]
-    rows += [(name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())]
-    return rows

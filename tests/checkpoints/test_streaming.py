@@ -23,7 +23,7 @@ from bonsai_fast.checkpoints.streaming.slots import CpuSlot, CudaSlot
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.runs.directory import fingerprint
+from bonsai_fast.runs.identity import fingerprint
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import remove_units, save_pretrained
 

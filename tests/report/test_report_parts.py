@@ -21,7 +21,7 @@ from bonsai_fast.report.chart import DARK, LIGHT, Scale, document, element, numb
 from bonsai_fast.report.figures import LayerRow, by_layer, descent, head_cells, ranked
 from bonsai_fast.report.reproduce import command_line, recorded_config
 from bonsai_fast.report.search_data import Estimate, Step
-from bonsai_fast.runs.directory import MEASURED, NOT_IDENTITY
+from bonsai_fast.runs.identity import MEASURED, NOT_IDENTITY
 
 SVG = "{http://www.w3.org/2000/svg}"
 
