@@ -35,8 +35,8 @@ def prune_result(**changes: Any) -> bf.PruneResult:
 
 
 def test_layout() -> None:
-    assert repr(bf.Layout.of(tiny_llama(), attention="kv_group", sublayers=True)) == (
-        "Layout(llama, 4 layers, units: 8 kv_group, 512 channel, 4 attention, 4 mlp; "
+    assert repr(bf.Layout.of(tiny_llama(), attention="kv-group", sublayers=True)) == (
+        "Layout(llama, 4 layers, units: 8 kv-group, 512 channel, 4 attention, 4 mlp; "
         "98,688 of 111,120 parameters in the decoder)"
     )
 
