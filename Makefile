@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.bonsai-fast
-SOURCES := bonsai_fast tests bench kernels examples setup.py
+SOURCES := bonsai_fast bonsai_fast_cli.py tests bench kernels examples setup.py
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 DEMO_FLAGS ?= --sparsity 0.2 --output runs/demo

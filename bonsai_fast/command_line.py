@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from cyclopts import (
@@ -21,49 +21,27 @@ from cyclopts import (
 )
 from cyclopts.config import Dict
 
+from bonsai_fast.config.options import ARGUMENTS, OUTPUT, TOPICS, choices_of
 from bonsai_fast.console import fail
 from bonsai_fast.files import write_atomically
 from bonsai_fast.help_page import LABEL_WIDTH, HelpPage
 
-# headings of the help
-GROUPS = ("Arguments", "What to remove", "How to search", "Text", "Model and device", "Output")
-ARGUMENTS, WHAT, SEARCH, TEXT, MODEL, OUTPUT = GROUPS
+T = TypeVar("T")
 # what stands for a value in the help
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", bool: ""}
 
 
-def option(
-    default: Any,
-    help_text: str,
-    group: str = OUTPUT,
-    shown: str | None = None,
-    *,
-    value: str | None = None,
-) -> Any:
-    """A field of a dataclass that is an option of a command.
-
-    Args:
-        default: of the field; None for values that are worked out later.
-        help_text: one or two sentences.
-        group: heading under which the help lists it.
-        shown: the default in words, where `default` does not say it.
-        value: what stands for the value in the help, such as FILE, where its type does not say it.
-    """
-    metadata = {"help": help_text, "group": group, "shown": shown, "value": value}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Option:
+class Entry:
     """One option, or one positional argument, of a command.
 
     Attributes:
         name: with underscores, as in Python and YAML.
         hint: its type.
         help: what it does.
-        group: heading in the help.
+        group: topic in the help.
         shown: its default, as the help shows it.
-        value: what stands for its value in the help; None: by its type.
+        value: what stands for its value in the help; None: its choices or its type.
         listed: whether the help lists it; it is parsed in any case.
         positional: whether it is given without its name.
         required: whether it must be given.
@@ -87,10 +65,12 @@ class Option:
     def parameter(self, group: Group) -> inspect.Parameter:
         """The same, as a parameter of a function that cyclopts reads."""
         kinds = tuple(kind for kind in get_args(self.hint) if kind is not type(None))
-        choices = _choices(self.hint)
+        choices = choices_of(self.hint)
         value, text = "|".join(choices), self.help
         if len(f"{self.flag} {value}") > LABEL_WIDTH:
-            value, text = "NAME", f"{text} One of {', '.join(choices)}."
+            value = "NAME"
+            if not self.value and not all(choice in text for choice in choices):
+                text = f"{text} One of {', '.join(choices)}."
         kind = (kinds or (self.hint,))[0]
         value = self.value or value or PLACEHOLDERS.get(kind, "TEXT ...")
         settings = Parameter(
@@ -103,6 +83,8 @@ class Option:
             # --no-NAME only where neither yes nor no is the default
             negative=None if bool in kinds else (),
             consume_multiple=True,
+            # the last one wins
+            allow_repeating=True,
         )
         return inspect.Parameter(
             self.name,
@@ -114,9 +96,9 @@ class Option:
         )
 
 
-def argument(name: str, hint: Any, help_text: str, shown: str | None = None) -> Option:
+def argument(name: str, hint: Any, help_text: str, shown: str | None = None) -> Entry:
     """A positional argument; required unless `shown` says its default."""
-    return Option(
+    return Entry(
         name=name,
         hint=hint,
         help=help_text,
@@ -127,46 +109,62 @@ def argument(name: str, hint: Any, help_text: str, shown: str | None = None) -> 
     )
 
 
-def options_of(kind: Any, shown: Mapping[str, str] | None = None) -> list[Option]:
-    """The options that the fields of a dataclass stand for.
+def entry(name: str, hint: Any, field: Field[Any], *defaults: Any, listed: bool = True) -> Entry:
+    """The option that a field of a dataclass stands for.
 
     Args:
-        kind: the dataclass; metadata `help`, `group` and, if any, `shown` describe its fields.
-        shown: defaults in words by the name of the field; they win over those of the fields.
+        name, hint, field: of the field; `config.options.option` made it.
+        defaults: those of the presets "default" and "paper"; the field's own if left out.
+        listed: whether the help lists it.
     """
+    metadata = field.metadata
+    texts = [_words(value, metadata["shown"]) for value in defaults or (field.default,)]
+    shown = texts[0] if texts[-1] == texts[0] else f"{texts[0]}; paper: {texts[-1]}"
+    if hint is bool:
+        shown = None  # --NAME says it
+    return Entry(
+        name=name,
+        hint=hint,
+        help=metadata["help"] + _only_with(metadata["read_with"]),
+        group=metadata["group"],
+        shown=shown,
+        value=metadata["value"],
+        listed=listed,
+    )
+
+
+def entries_of(kind: Any) -> tuple[Entry, ...]:
+    """The options that the fields of a dataclass stand for."""
     hints = get_type_hints(kind)
-    return [
-        Option(
-            name=item.name,
-            hint=hints[item.name],
-            help=item.metadata["help"],
-            group=item.metadata.get("group", MODEL),
-            shown=(shown or {}).get(item.name, item.metadata.get("shown") or _words(item.default)),
-            value=item.metadata.get("value"),
-        )
-        for item in fields(kind)
+    return tuple(entry(item.name, hints[item.name], item) for item in fields(kind))
+
+
+def _words(value: Any, none: str | None) -> str | None:
+    """A default as the help shows it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return none if value is None else str(value)
+
+
+def _only_with(read_with: Mapping[str, Iterable[Any]]) -> str:
+    if not read_with:
+        return ""
+    texts = [
+        f"--{name.replace('_', '-')} {' or '.join(map(str, values))}"
+        for name, values in read_with.items()
     ]
-
-
-def _words(default: Any) -> str | None:
-    return None if default is None or default is MISSING or default is False else str(default)
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The values of a Literal, or of a Literal or None."""
-    kinds = (hint, *get_args(hint))
-    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    return f" Only with {' or with '.join(texts)}."
 
 
 FILES = (
-    Option(
+    Entry(
         name="config",
         hint=str | None,
         help="Read options from a YAML file; the command line wins.",
         group=OUTPUT,
         value="FILE",
     ),
-    Option(
+    Entry(
         name="save_config",
         hint=str | None,
         help="Write all options that are used to a YAML file, for --config.",
@@ -182,15 +180,15 @@ class Command:
 
     Attributes:
         name: behind `bonsai-fast`.
-        summary: its first paragraph says what it does in one line.
+        summary: what it does; its first paragraph is one line.
         arguments: positional ones.
-        options: of the words of a command line, because the help of some depends on others.
+        options: all others.
     """
 
     name: str
     summary: str
-    arguments: tuple[Option, ...]
-    options: Callable[[Sequence[str]], Iterable[Option]]
+    arguments: tuple[Entry, ...]
+    options: tuple[Entry, ...]
 
     @property
     def usage(self) -> str:
@@ -202,16 +200,19 @@ class Command:
         ]
         return " ".join(["bonsai-fast", self.name, *words, "[OPTION ...]"])
 
-    def app(self, words: Sequence[str] = ()) -> App:
-        """The parser of cyclopts; what it calls returns the values that were given."""
+    def app(self, *, list_all: bool = False) -> App:
+        """The parser of cyclopts; `list_all` makes it list every option, for shell completion."""
 
         def given(*values: Any, **named: Any) -> None: ...
 
-        options = (*self.arguments, *self.options(words), *FILES)
-        # a command's own groups come before the usual ones
+        options = [
+            replace(item, listed=item.listed or list_all)
+            for item in (*self.arguments, *self.options)
+        ]
+        # a command's own topics come after its arguments
         names = sorted(
             dict.fromkeys(item.group for item in options),
-            key=lambda name: GROUPS.index(name) if name in GROUPS else 0.5,
+            key=lambda name: TOPICS.index(name) if name in TOPICS else 0.5,
         )
         groups = {name: Group(name, sort_key=place) for place, name in enumerate(names)}
         parameters = [item.parameter(groups[item.group]) for item in options]
@@ -239,7 +240,7 @@ class Command:
             Values by name, without those that were left out; where to save the configuration.
         """
         words = list(sys.argv[1:] if words is None else words)
-        app = self.app(words)
+        app = self.app()
         try:
             command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
         except (CycloptsError, OSError) as error:
@@ -292,6 +293,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CycloptsError(msg=f"{path}: expected lines of the form name: value")
     return {name: value for name, value in values.items() if value not in ("", "null", "~")}
+
+
+def taken(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass from those of the values that are its fields, which are removed from them."""
+    names = [item.name for item in fields(cast(Any, kind)) if item.name in values]
+    return kind(**{name: values.pop(name) for name in names})
 
 
 def save_config(path: str | None, **values: Any) -> None:

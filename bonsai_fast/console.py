@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 Advance = Callable[[int], None]
@@ -72,28 +70,6 @@ USAGE_ERROR = 2
 
 
 INTERRUPTED = 130
-
-
-class OneLineParser(HfArgumentParser):
-    """Options by dataclasses; what is wrong with a command line is said in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(USAGE_ERROR, f"error: {message}\n")
-
-    def parse(self, arguments: list[str] | None) -> tuple[Any, ...]:
-        """The dataclasses in their order, then a namespace with the rest.
-
-        Args:
-            arguments: of the command; those that the process was started with if None.
-        """
-        try:
-            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
-                sys.argv[1:] if arguments is None else arguments
-            )
-        except ValueError as error:
-            self.error(str(error))
-        return parsed
 
 
 def silence_transformers() -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 # of the left column, in characters
-LABEL_WIDTH = 30
+LABEL_WIDTH = 24
 
 
 class HelpPage:
@@ -20,13 +20,13 @@ class HelpPage:
         """Print one group."""
         if not panel.entries:
             return
-        console.print(Text(f"\n{panel.title}", style="bold"))
+        console.print(Text(panel.title, style="bold"))
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(width=LABEL_WIDTH, overflow="fold", style="cyan")
         table.add_column(overflow="fold")
         for entry in panel.entries:
             table.add_row(Text(_label(entry)), entry.description)
-        console.print(Padding(table, (0, 0, 0, 2)))
+        console.print(Padding(table, (0, 0, 1, 2)))
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
         """Print the first line."""

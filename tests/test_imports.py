@@ -26,10 +26,9 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"methods"},
     "evaluation": {"evaluation"},
     "records and scores": {"runs", "scoring"},
-    "checkpoints": {"checkpoints"},
+    "checkpoints and command lines": {"checkpoints", "command_line"},
     "models": {"models"},
     "ops and options": {"config", "ops"},
-    "command lines": {"command_line"},
     "ground": {"_C", "console", "files", "help_page", "hub", "kernels"},
 }
 # No more than this may stand above one another.

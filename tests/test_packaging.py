@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "bonsai_fast_cli.py",
+)
 TEMPLATES = {f"bonsai_fast/report/templates/report.{kind}" for kind in ("html", "css")}
 
 pytestmark = pytest.mark.slow
@@ -71,7 +79,10 @@ def test_wheel_holds_the_package(wheel, checkout):
 
 def test_wheel_holds_nothing_else(wheel):
     folders = {name.partition("/")[0] for name in wheel.namelist()}
-    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"bonsai_fast"}
+    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {
+        "bonsai_fast",
+        "bonsai_fast_cli.py",
+    }
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from bonsai_fast.checkpoints.memory import (
 )
 from bonsai_fast.checkpoints.streaming import open_streamed, stream_layers
 from bonsai_fast.config.choices import ModelDtype
+from bonsai_fast.config.options import DEVICE, option
 from bonsai_fast.console import Reporter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,9 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TrustOptions:
     """Whether code that comes with a model is run."""
 
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that comes with the model. Only if you trust it."},
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the model. Only if you trust it.", group=DEVICE
     )
 
 
@@ -47,8 +47,8 @@ class TrustOptions:
 class DeviceOptions(TrustOptions):
     """Where a model is put."""
 
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, cuda:N, or auto: cuda if there is one."}
+    device: str = option(
+        "auto", "cpu, cuda, cuda:N, or auto: cuda if there is one.", group=DEVICE, value="DEVICE"
     )
 
 
@@ -56,9 +56,8 @@ class DeviceOptions(TrustOptions):
 class LoadingOptions(DeviceOptions):
     """Where a model is put, and how it is read."""
 
-    dtype: ModelDtype = field(
-        default="auto",
-        metadata={"help": "Number format of the weights. auto: that of the checkpoint."},
+    dtype: ModelDtype = option(
+        "auto", "Number format of the weights. auto: that of the checkpoint.", group=DEVICE
     )
 
 

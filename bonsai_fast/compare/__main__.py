@@ -1,52 +1,72 @@
-"""`python -m bonsai_fast.compare MODEL --methods a,b,c --sparsity 0.2,0.35,0.5`: methods compared.
+"""Prune a model by several methods and tabulate what each costs and loses.
 
-Every method reads the same calibration text and is evaluated on the same other text; those that
-search spend the same number of forward tokens. METHOD:paper takes a method's published setting,
-METHOD:OPTION=VALUE another value of one of its options. Writes comparison.csv, .json and .svg; the
-last line of stdout is JSON. The same command resumes.
+All methods read the same calibration text and are evaluated on the same other text; methods that
+search spend the same number of forward tokens. METHOD:paper is a method with its published
+settings, METHOD:OPTION=VALUE sets one option of one method. --route and --precision, which
+bonsai-fast prune --method bonsai --help explains, are for all. Writes comparison.csv, .json and
+.svg; the last line of stdout is JSON. The same command resumes an interrupted run.
+
+    bonsai-fast compare MODEL --methods wanda-sp,flap,bonsai --sparsity 0.2,0.5
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
+from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config, taken
 from bonsai_fast.compare.comparison import SHARED, Comparison, as_table
-from bonsai_fast.console import INTERRUPTED, OneLineParser, Reporter, fail, silence_transformers
+from bonsai_fast.config.options import OUTPUT, REMOVED, SEARCH, check_values, option
+from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.methods import configure
-from bonsai_fast.methods.configure import all_options
+from bonsai_fast.methods.configure import resolve
+from bonsai_fast.prune.prune_options import preset_entry
 from bonsai_fast.runs.ledger import LedgerError
 
+# explained by the help of prune
+UNLISTED = ("route", "precision")
 METHODS = "random,magnitude-l1,wanda-sp,flap,bonsai"
-
-
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(LoadingOptions):
     """What is compared; the options that methods share are those of `bonsai_fast.prune`."""
 
-    methods: str = _option(
-        METHODS, "Methods, separated by commas; METHOD[:paper][:OPTION=VALUE]..."
+    methods: str = option(
+        METHODS,
+        "Separated by commas; each is METHOD, METHOD:paper or METHOD:OPTION=VALUE.",
+        group=REMOVED,
+        value="NAMES",
     )
-    sparsity: str = _option("0.2", "Sparsities, separated by commas.")
-    output: str | None = _option(None, "Directory of the comparison.")
-    search_tokens: int | None = _option(
-        None, "Forward tokens for each search. Default: what Bonsai's default plans."
+    sparsity: str = option(
+        "0.2",
+        "Fractions of the decoder's parameters to remove, such as 0.2,0.5.",
+        group=REMOVED,
+        value="X,X...",
     )
+    search_tokens: int | None = option(
+        None,
+        "Forward tokens for the search of each method.",
+        group=SEARCH,
+        minimum=1,
+        shown="as many as bonsai plans",
+    )
+    output: str | None = option(
+        None, "Directory of the comparison.", group=OUTPUT, shown="runs/compare-MODEL", value="DIR"
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
     def cells(self) -> list[tuple[str, float]]:
-        """(method, sparsity) in the order in which they are run.
+        """Pairs (method, sparsity) in the order of the runs.
 
         Raises:
-            ValueError: a sparsity is no number, or nothing is asked for.
+            ValueError: a sparsity is not a number, or a list is empty.
         """
         names = [name.strip() for name in self.methods.split(",") if name.strip()]
         try:
@@ -60,51 +80,49 @@ class CompareOptions(LoadingOptions):
         return [(name, sparsity) for sparsity in sparsities for name in names]
 
 
-def _shared_flags() -> type:
-    """A field for every option that methods share; None means that it is not given."""
-    options = all_options()
-    return make_dataclass(
-        "SharedFlags",
-        [
-            (name, option.hint | None, field(default=None, metadata={"help": option.help}))
-            for name, option in options.items()
-            if name in SHARED
-        ],
-        kw_only=True,
-    )
+COMMAND = Command(
+    "compare",
+    __doc__,
+    (argument("model", str | None, "Hub name or directory of the model.", NAME),),
+    (
+        *entries_of(CompareOptions),
+        *(
+            preset_entry(name, "bonsai", ("default",), listed=name not in UNLISTED)
+            for name in SHARED
+        ),
+        *FILES,
+    ),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = OneLineParser(
-        cast(Any, (CompareOptions, _shared_flags())),
-        prog="python -m bonsai_fast.compare",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "model", nargs="?", help=f"Hub name or directory of the model; {NAME} if left out."
-    )
-    options, shared, rest = parser.parse(arguments)
+    given, save_to = COMMAND.parse(arguments)
+    name = given.pop("model", None)
     reporter = Reporter()
     silence_transformers()
-    output = Path(options.output or f"runs/compare-{Path(rest.model or NAME).name}")
     try:
+        options = taken(CompareOptions, given)
+        base = configure(**given)
+        shared = {item: value for item, value in resolve(base).values().items() if item in SHARED}
+        save_config(save_to, model=name, **asdict(options), **shared)
+        output = Path(options.output or f"runs/compare-{Path(name or NAME).name}")
         wanted = options.cells()
-        with reporter.busy(f"loading {rest.model or NAME} and its text"):
-            model, tokenizer = load_parent(rest.model, options)
+        with reporter.busy(f"loading {name or NAME} and its text"):
+            model, tokenizer = load_parent(name, options)
             comparison = Comparison(
-                model, tokenizer, configure(**vars(shared)), output,
+                model, tokenizer, base, output,
                 search_tokens=options.search_tokens, reporter=reporter,
             )  # fmt: skip
-        # all that can be refused is refused before any work is done
-        tasks = [(name, comparison.task_of(name, sparsity)) for name, sparsity in wanted]
-        for name, task in tasks:
-            comparison.run(name, task)
+        # refuse what cannot be done before any work is done
+        tasks = [(method, comparison.task_of(method, sparsity)) for method, sparsity in wanted]
+        for method, task in tasks:
+            comparison.run(method, task)
             comparison.write()
     except (ValueError, OSError, LedgerError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {output}", file=sys.stderr)
+        print(f"interrupted; run the same command again to resume from {output}", file=sys.stderr)
         return INTERRUPTED
     reporter.table(as_table(comparison.cells, comparison.dense()))
     reporter.note(f"written to {output}: comparison.csv, comparison.json, comparison.svg")

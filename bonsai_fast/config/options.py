@@ -12,11 +12,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # topics, in the order in which help shows them
+ARGUMENTS = "Arguments"
 REMOVED = "What to remove"
 SEARCH = "How to search"
 TEXT = "Text"
 DEVICE = "Model and device"
 OUTPUT = "Output"
+TOPICS = (ARGUMENTS, REMOVED, SEARCH, TEXT, DEVICE, OUTPUT)
 
 
 def option(
@@ -27,6 +29,8 @@ def option(
     minimum: int | None = None,
     positive: bool = False,
     read_with: Mapping[str, Iterable[Any]] | None = None,
+    shown: str | None = None,
+    value: str | None = None,
 ) -> Any:
     """A field that is an option.
 
@@ -38,6 +42,8 @@ def option(
         positive: whether only finite numbers above 0 are allowed.
         read_with: values of other options of the same method; with none of them, this option has
             no effect. None: it always has one.
+        shown: what None means, as help shows it.
+        value: what stands for its value in help, such as FILE. None: its type or its choices.
     """
     metadata = {
         "help": help,
@@ -45,6 +51,8 @@ def option(
         "minimum": minimum,
         "positive": positive,
         "read_with": {name: tuple(values) for name, values in (read_with or {}).items()},
+        "shown": shown,
+        "value": value,
     }
     return field(default=default, metadata=metadata)
 

@@ -24,44 +24,50 @@ class CommonOptions:
 
     sparsity: float | None = option(
         None,
-        "Fraction of the decoder's parameters to remove, in (0, 1); 0.2 by default. For methods "
-        "that zero weights: the fraction of each matrix, 0.5 by default.",
+        "Fraction of the decoder's parameters to remove or, for methods that zero weights, of "
+        "each matrix.",
         group=REMOVED,
+        shown="0.2; for those methods 0.5",
+        value="X",
     )
     target: str | None = option(
         None,
-        "Instead of a sparsity: sparsity=0.3 or, in parameters of the whole model, params=1.1B.",
+        "Instead of --sparsity: sparsity=0.2, or params=1.1B for the whole model.",
         group=REMOVED,
+        value="TARGET",
     )
-    method: MethodName = option("bonsai", "Pruning method.", group=SEARCH)
+    method: MethodName = option("bonsai", "One of the methods above.", group=SEARCH, value="METHOD")
     preset: PresetName = option(
         "default",
-        "'default' is the best that we know; 'paper' is the method's setting as published.",
+        "Values of options that are not given. default: the best known; paper: as published.",
         group=SEARCH,
     )
-    seed: int = option(0, "Seed of everything that is drawn.", group=SEARCH, minimum=0)
+    seed: int = option(0, "Seed of all random numbers.", group=SEARCH, minimum=0)
     calibration: str = option(
         "builtin",
-        "Calibration text: wikitext2, c4, hf:NAME[:CONFIG], FILE.txt, FILE.jsonl, self or builtin.",
+        "Text that methods read: wikitext2, c4, hf:NAME[:CONFIG] (a data set of the hub), "
+        "FILE.txt, FILE.jsonl, self (the model writes it) or builtin.",
         group=TEXT,
     )
     evaluation: str | None = option(
         None,
-        "Text for perplexity, same names. By default: the last quarter of the calibration text, "
-        "which is not used for calibration.",
+        "Text to measure perplexity on, named likewise.",
         group=TEXT,
+        shown="the last quarter of the calibration text, which methods then do not read",
     )
-    evaluation_tokens: int = option(
-        8192, "Tokens of the evaluation text to read.", group=TEXT, minimum=1
-    )
+    evaluation_tokens: int = option(8192, "Tokens of it to measure on.", group=TEXT, minimum=1)
     tasks: str | None = option(
-        None, "Zero-shot tasks for lm-evaluation-harness, separated by commas.", group=TEXT
+        None,
+        "Zero-shot tasks for lm-evaluation-harness, separated by commas.",
+        group=TEXT,
+        value="NAMES",
     )
     memory_budget: str | None = option(
         None,
-        "Memory for scoring beside the weights, such as 800MB. By default 2GiB on a CPU, half of a "
-        "GPU's memory.",
+        "Memory for scoring, besides that of the weights, such as 800MB.",
         group=DEVICE,
+        shown="2GiB on a CPU, half of a GPU's memory",
+        value="SIZE",
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +103,11 @@ class PruneConfig(CommonOptions):
 
     num_sequences: int | None = option(None, "Calibration sequences.", group=TEXT, minimum=1)
     sequence_length: int | None = option(
-        None, "Tokens in each calibration sequence.", group=TEXT, minimum=2
+        None,
+        "Tokens in each calibration sequence.",
+        group=TEXT,
+        minimum=2,
+        shown="as many as the model takes",
     )
     options: MethodOptions | None = None
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from bonsai_fast.checkpoints.saved_model import model_directory
-from bonsai_fast.command_line import OUTPUT, Command, argument, option, options_of, save_config
+from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config
 from bonsai_fast.config.choices import GGUFPrecision
+from bonsai_fast.config.options import OUTPUT, check_values, option
 from bonsai_fast.console import (
     INTERRUPTED,
     WRONG_RESULT,
@@ -52,39 +53,41 @@ class ExportOptions:
         "gguf: one file for llama.cpp and programs that build on it. padded: a checkpoint of the "
         "unpruned model's class, all layers padded with zeros to the widest. decilm: a checkpoint "
         "for vLLM in the layout of Nemotron-NAS; only if no query heads were pruned.",
-        FORM,
+        group=FORM,
     )
     gguf_parent: str | None = option(
         None,
         "gguf: GGUF file of the unpruned model, as F32, F16 or BF16. The result takes its "
         "weights, tokenizer and metadata from it.",
-        FORM,
+        group=FORM,
         value="FILE",
     )
     precision: GGUFPrecision | None = option(
-        None, "gguf: number format of the weight matrices.", FORM, "f16"
+        None, "gguf: number format of the weight matrices.", group=FORM, shown="f16"
     )
     pad_channels_to: int | None = option(
         None,
         "gguf: pad the number of MLP channels with zeros to a multiple of N. llama.cpp's "
         "quantizer needs 256 for its K formats, such as Q4_K_M.",
-        FORM,
-        "32",
+        group=FORM,
+        minimum=1,
+        shown="32",
     )
     output: str | None = option(
         None,
         "File or directory to write.",
-        OUTPUT,
-        "beside the model, such as model-f16.gguf",
+        group=OUTPUT,
+        shown="beside the model, such as model-f16.gguf",
         value="PATH",
     )
     check: bool = option(
-        False, "Run the result in its engine and compare its answers with the model's."
+        False,
+        "Run the result in its engine and compare its answers with the model's.",
+        group=OUTPUT,
     )
 
     def __post_init__(self) -> None:
-        if self.pad_channels_to is not None and self.pad_channels_to < 1:
-            raise ValueError(f"pad_channels_to: expected at least 1, got {self.pad_channels_to}")
+        check_values(self)
         for name in ("gguf_parent", "precision", "pad_channels_to"):
             if self.format != "gguf" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for --format gguf only, got --format {self.format}")
@@ -99,7 +102,7 @@ COMMAND = Command(
     "export",
     __doc__,
     (argument("model", str, "Directory of a run or of a saved model."),),
-    lambda _: options_of(ExportOptions),
+    (*entries_of(ExportOptions), *FILES),
 )
 
 

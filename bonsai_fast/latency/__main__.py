@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, load_model
-from bonsai_fast.command_line import MODEL, Command, argument, option, options_of, save_config
+from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config
+from bonsai_fast.config.options import DEVICE, check_values, option
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.latency.semi_structured import (
     BACKENDS,
@@ -43,22 +44,29 @@ WORK = "What to time"
 class LatencyOptions(LoadingOptions):
     """What the models do while they are timed, and on what."""
 
-    batch: str = option("1", "Sequences at once; 1,8 times both 1 and 8.", WORK, value="N,N...")
-    prompt: int | None = option(
-        None, "Tokens of the prompt.", WORK, f"{PROMPT}, or fewer if a model has fewer positions"
+    batch: str = option(
+        "1", "Sequences at once; 1,8 times both 1 and 8.", group=WORK, value="N,N..."
     )
-    new: int = option(32, "Tokens that are decoded after the first one.", WORK)
-    rounds: int = option(ROUNDS, "Rounds that are timed, after one that is not.", WORK)
-    threads: int | None = option(None, "CPU threads.", MODEL, "PyTorch's")
+    prompt: int | None = option(
+        None,
+        "Tokens of the prompt.",
+        group=WORK,
+        minimum=1,
+        shown=f"{PROMPT}, or fewer if a model has fewer positions",
+    )
+    new: int = option(32, "Tokens that are decoded after the first one.", group=WORK, minimum=1)
+    rounds: int = option(
+        ROUNDS, "Rounds that are timed, after one that is not.", group=WORK, minimum=1
+    )
+    threads: int | None = option(None, "CPU threads.", group=DEVICE, minimum=1, shown="PyTorch's")
     semi_structured: Literal["auto", "off", "cusparselt", "cutlass"] = option(
-        "auto", "GPU kernels for models with 2:4 zeros. auto: the first that works here.", MODEL
+        "auto",
+        "GPU kernels for models with 2:4 zeros. auto: the first that works here.",
+        group=DEVICE,
     )
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "new", "rounds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_values(self)
         self.batches  # noqa: B018, refuses what is no list of numbers
 
     @property
@@ -85,7 +93,7 @@ COMMAND = Command(
             f"Model directories, run directories or hub names; {NAME} is the embedded model.",
         ),
     ),
-    lambda _: options_of(LatencyOptions),
+    (*entries_of(LatencyOptions), *FILES),
 )
 
 

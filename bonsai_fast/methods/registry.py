@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bonsai_fast.config.choices import MethodName
 from bonsai_fast.methods.method import Method
 from bonsai_fast.methods.units import one_shot
 from bonsai_fast.methods.units.bonsai import Bonsai
@@ -34,4 +35,22 @@ WEIGHT_METHODS: dict[str, WeightMethod] = {
     "magnitude": Magnitude(),
     "wanda": Wanda(),
     "sparsegpt": SparseGPT(),
+}
+
+# what a person should know to choose one
+SUMMARIES: dict[MethodName, str] = {
+    "bonsai": "scores random sub-models and estimates from their losses what each part is worth.",
+    "wanda-sp": "removes units with small weights times inputs, after one forward pass.",
+    "magnitude-l1": "removes units with small weights, by the sum of absolute values.",
+    "magnitude-l2": "removes units with small weights, by the sum of squares.",
+    "random": "removes units at random, for comparison.",
+    "layerwise-ppl": "removes the decoder layers without which the loss is lowest.",
+    "flap": "removes units whose output varies little, and adds their mean output as a bias.",
+    "taylor": "removes units with small weights times gradients. Only it needs a backward pass.",
+    "policy-gradient": "learns from losses with what probability each part should be kept.",
+    "mini-llm": "removes units with small weights times gradients times activations; the gradients "
+    "are estimated from losses.",
+    "magnitude": "sets small weights to zero. It reads no text.",
+    "wanda": "sets weights to zero that are small when multiplied by the size of their input.",
+    "sparsegpt": "sets weights to zero and adjusts the others to make up for them.",
 }

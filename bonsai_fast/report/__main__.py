@@ -1,7 +1,7 @@
-"""Write the page of a run, RUN/report.html, again.
+"""Write the HTML page of a run again.
 
-A finished run has a page already. This command writes one for an interrupted run, with other
-prompts, or with the timings of `bonsai-fast latency`. The page is one file that needs no other.
+A finished run has its page, RUN/report.html. This command writes one for an interrupted run, or
+again with other prompts or the timings of `bonsai-fast latency`. The page is one file.
 Notes are written to stderr; the last line of stdout is JSON.
 
     bonsai-fast report runs/mine --prompt "Once upon a time"
@@ -19,14 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import DTYPES, DeviceOptions, LoadingOptions, load_parent
-from bonsai_fast.command_line import (
-    OUTPUT,
-    Command,
-    argument,
-    option,
-    options_of,
-    save_config,
-)
+from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config
+from bonsai_fast.config.options import OUTPUT, option
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
 from bonsai_fast.report import RunRecord, write_report
@@ -39,15 +33,20 @@ CONTENT = "What to show"
 class ReportOptions(DeviceOptions):
     """What the page shows besides the record of the run, and where it is written."""
 
-    output: str | None = option(None, "File of the page.", OUTPUT, "RUN/report.html", value="FILE")
+    output: str | None = option(
+        None, "File of the page.", group=OUTPUT, shown="RUN/report.html", value="FILE"
+    )
     prompt: list[str] | None = option(
-        None, "Prompts that both models complete.", CONTENT, "three built-in ones"
+        None, "Prompts that both models complete.", group=CONTENT, shown="three built-in ones"
     )
     no_samples: bool = option(
-        False, "Do not load the models; show the completions that are on record.", CONTENT
+        False, "Do not load the models; show the completions that are on record.", group=CONTENT
     )
     latency: str | None = option(
-        None, "File with the output of bonsai-fast latency, to be shown too.", CONTENT, value="FILE"
+        None,
+        "File with the output of bonsai-fast latency, to be shown too.",
+        group=CONTENT,
+        value="FILE",
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +58,7 @@ COMMAND = Command(
     "report",
     __doc__,
     (argument("run", str, "Directory of a run, finished or not."),),
-    lambda _: options_of(ReportOptions),
+    (*entries_of(ReportOptions), *FILES),
 )
 
 

@@ -22,14 +22,17 @@ def command_line(manifest: dict[str, Any]) -> list[str]:
     config = recorded_config(manifest)
     usual = preset_values(config.method, config.preset)
     parent = manifest["parent"]
-    words = [["python", "-m", "bonsai_fast.prune"]]
+    words = [["bonsai-fast", "prune"]]
     if parent["name"] != NAME:
         words[0].append(str(parent["name"]) or "MODEL")
     for name, value in config.values_read().items():
         if value is None or (value == usual[name] and name not in SAID):
             continue
-        flag = "--" + name.replace("_", "-")
-        words.append([flag] if value is True else [flag, str(value)])
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append([f"--{flag}" if value else f"--no-{flag}"])
+        else:
+            words.append([f"--{flag}", str(value)])
     if parent["dtype"] in DTYPES:
         words.append(["--dtype", parent["dtype"]])
     words.append(["--device", parent["device"]])

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 
 from bonsai_fast.checkpoints.load import TrustOptions
 from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE
-from bonsai_fast.command_line import Command, argument, option, options_of, save_config
+from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config
+from bonsai_fast.config.options import OUTPUT, option
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.surgery.slice_checkpoint import slice_checkpoint
@@ -24,7 +25,9 @@ from bonsai_fast.surgery.slice_checkpoint import slice_checkpoint
 class SurgeryOptions(TrustOptions):
     """How the smaller model is written."""
 
-    max_shard_size: str = option(MAX_SHARD_SIZE, "Largest weight file, such as 5GB.", value="SIZE")
+    max_shard_size: str = option(
+        MAX_SHARD_SIZE, "Largest weight file, such as 5GB.", group=OUTPUT, value="SIZE"
+    )
 
 
 COMMAND = Command(
@@ -35,7 +38,7 @@ COMMAND = Command(
         argument("mask", str, "Saved mask: which units stay."),
         argument("output", str, "New directory for the smaller model."),
     ),
-    lambda _: options_of(SurgeryOptions),
+    (*entries_of(SurgeryOptions), *FILES),
 )
 
 

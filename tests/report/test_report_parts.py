@@ -51,6 +51,7 @@ def manifest_of(
         {"method": "policy-gradient", "learning_rate": 0.125, "baseline": "antithetic"},
         {"target": "params=1.1B", "uniform": True, "sublayers": True, "round_to": "64"},
         {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "sparsegpt", "weight_update": False},
         {"method": "wanda", "sparsity": 0.6, "preset": "paper", "compare_within": "layer"},
         {"calibration": "a file; rm -rf.txt", "evaluation": "c4", "seed": 3, "tasks": "a,b"},
     ],
@@ -60,8 +61,9 @@ def test_the_command_of_a_run_asks_for_the_same(options: dict[str, object]) -> N
     config = resolve(configure(**options))
     for name in ("SmolLM2-135M-Instruct", "my models/it's"):
         typed = shlex.split(" ".join(command_line(manifest_of(config, name))))
-        assert typed[:3] == ["python", "-m", "bonsai_fast.prune"]
-        model, asked, how = parse(typed[3:])
+        assert typed[:2] == ["bonsai-fast", "prune"]
+        assert not [word for word in typed if word.startswith("--") and "_" in word]
+        model, asked, how = parse(typed[2:])
         assert model == (None if name.startswith("Smol") else name)
         assert how.dtype == "bfloat16" and how.device == "cpu"
         found = resolve(asked)

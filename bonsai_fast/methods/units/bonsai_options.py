@@ -17,16 +17,17 @@ class BonsaiOptions(UnitOptions):
 
     regression: RegressionName = option(
         "groups",
-        "How relevance is estimated: one unknown for each layer and kind of unit (groups), or one "
-        "for each unit.",
+        "How the losses are explained: by the share that is kept of each layer's attention and "
+        "MLP (groups), or by the units that are kept (ridge; paper: the published regression).",
         group=SEARCH,
     )
     prior: PriorName = prior_option()
     rounds: int | None = option(
         None,
-        "Rounds of scoring and removal. By default as many as the target needs.",
+        "Rounds of scoring and removal.",
         group=SEARCH,
         minimum=1,
+        shown="as many as the target needs",
     )
     submodels_per_round: int = option(
         200,

@@ -16,42 +16,43 @@ class UnitOptions(MethodOptions):
 
     attention: AttentionUnit = option(
         "kv-group",
-        "Remove query heads one at a time, or KV groups with all their query heads.",
+        "Remove single query heads (head), or key-value heads with all their query heads "
+        "(kv-group).",
         group=REMOVED,
     )
-    sublayers: bool = option(
-        False, "Whole attention and MLP sub-layers are units too.", group=REMOVED
-    )
+    sublayers: bool = option(False, "Also remove whole attention or MLP blocks.", group=REMOVED)
     head_layout: HeadLayout = option(
         "rectangular",
-        "'rectangular': all KV groups of a layer keep the same number of query heads, which every "
-        "engine can run.",
+        "rectangular: all key-value heads of a layer keep equally many query heads, as most "
+        "engines need. free: they may differ.",
         group=REMOVED,
     )
     round_to: str = option(
         "auto",
-        "MLP widths become multiples of this: 'auto' (32 to 256 by size), or a number.",
+        "Keep a multiple of N channels in each MLP, for speed. auto: 32 to 256, depending on "
+        "the MLP's size.",
         group=REMOVED,
+        value="N",
     )
     uniform: bool = option(
         False,
-        "The same heads and widths in all layers, so that the parent's own class can load the "
-        "result.",
+        "Keep equally many heads and channels in all layers; the result then loads as the "
+        "model's own class.",
         group=REMOVED,
     )
     route: Route = option(
         "auto",
-        "How masked layers are computed: whole with zeros (dense), from copies of what each "
-        "sub-model keeps (slice), by kernels that gather it (gather), from one copy of what any "
-        "sub-model keeps (pack), with each one's part of that copy (tail), or with one product for "
-        "what all keep and kernels that gather the rest (split). 'auto' takes the cheapest, never "
-        "split.",
+        "How to compute sub-models; it changes speed and memory, not results. dense: whole "
+        "layers with zeros. slice: a copy of what each keeps. gather: GPU kernels that skip the"
+        " rest. pack, tail, split: the same, from one copy of what any of them keeps. auto: the"
+        " fastest by estimate, never split.",
         group=DEVICE,
+        value="ROUTE",
     )
     precision: Precision = option(
         "full",
-        "8-bit products while scoring: int8 (CPU or CUDA) or fp8 (CUDA, compute capability 8.9 or "
-        "higher). The ranking is compared with full precision first.",
+        "full, or faster with 8-bit products: int8, or fp8 on GPUs of compute capability 8.9 "
+        "and up. A warning says if that ranks sub-models differently.",
         group=DEVICE,
     )
 
@@ -78,14 +79,17 @@ class SparingOptions(UnitOptions):
 
     spare_first: int = option(
         0,
-        "First decoder layers to leave whole as long as the target can be met elsewhere.",
+        "Leave the first N decoder layers whole if the target allows it.",
         group=REMOVED,
         minimum=0,
     )
-    spare_last: int = option(0, "Last decoder layers to leave whole.", group=REMOVED, minimum=0)
+    spare_last: int = option(0, "The same for the last N layers.", group=REMOVED, minimum=0)
 
 
 def prior_option(read_with: Mapping[str, Iterable[Any]] | None = None) -> Any:
     """The field `prior`."""
-    help_text = "Importance of a unit before any sub-model is scored."
+    help_text = (
+        "First guess of what each part is worth: weights times inputs (wanda), inputs alone "
+        "(activation), how much they vary (fluctuation), or the same for all (uniform)."
+    )
     return option("wanda", help_text, group=SEARCH, read_with=read_with)

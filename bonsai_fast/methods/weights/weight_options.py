@@ -17,18 +17,20 @@ class WeightOptions(MethodOptions):
 
     pattern: str = option(
         UNSTRUCTURED,
-        "Which zeros: 'unstructured' or N:M, N of M neighbours kept, such as 2:4.",
+        "Where zeros may be: anywhere (unstructured), or N:M: of M neighbours, N are kept, such"
+        " as 2:4.",
         group=REMOVED,
+        value="PATTERN",
     )
     compare_within: CompareWithin = option(
         "layer",
-        "Which weights of a matrix compete: all (layer), those of one input or output, or of 128 "
-        "neighbouring inputs or outputs.",
+        "Which weights compete for being kept: all of a matrix (layer), those of one input or "
+        "output, or of 128 neighbouring inputs or outputs.",
         group=SEARCH,
         read_with={"pattern": (UNSTRUCTURED,)},
     )
     weight_update: bool = option(
-        False, "Whether the weights that stay make up for the others.", group=SEARCH
+        False, "Adjust the weights that are kept to make up for the others.", group=SEARCH
     )
 
     def __post_init__(self) -> None:

@@ -20,19 +20,25 @@ class MiniLLMOptions(SparingOptions):
 
     perturbation: Perturbation = option(
         "weights",
-        "What is perturbed; 'weights-divided' is the estimate as its paper prints it.",
+        "What is changed slightly to estimate gradients: weights, or gates that scale each "
+        "unit's output. weights-divided: as in the publication, whose formula divides by the "
+        "change.",
         group=SEARCH,
     )
     perturbation_scale: float | None = option(
         None,
-        "Size of a perturbation. By default 0.001 of weights, 0.05 of gates.",
+        "Standard deviation of the change.",
         group=SEARCH,
         positive=True,
+        shown="0.001 for weights, 0.05 for gates",
     )
-    directions: int = option(8, "Perturbations to average.", group=SEARCH, minimum=1)
+    directions: int = option(
+        8, "Random changes to average over; each takes two forward passes.", group=SEARCH, minimum=1
+    )
     granularity: Granularity = option(
         "blocks",
-        "What has a gate of its own: single units, blocks of channels, or whole layers.",
+        "What shares a gate: nothing (units), a block of similar channels (blocks), or a "
+        "decoder layer (layers).",
         group=SEARCH,
         read_with={"perturbation": ("gates",)},
     )

@@ -23,29 +23,36 @@ from bonsai_fast.methods.units.variables import BLOCKS
 class PolicyGradientOptions(SparingOptions):
     """Of the descent on keep probabilities."""
 
-    rounds: int = option(20, "Steps of the descent.", group=SEARCH, minimum=1)
+    rounds: int = option(20, "Steps of gradient descent.", group=SEARCH, minimum=1)
     submodels_per_round: int = option(
         32, "Sub-models to score in each step.", group=SEARCH, minimum=1
     )
-    batch_size: int = option(1, "Sequences of each step.", group=SEARCH, minimum=1)
-    learning_rate: float = option(
-        0.03, "Step size of the keep probabilities, or of the shares.", group=SEARCH, positive=True
-    )
+    batch_size: int = option(1, "Sequences to score them on in each step.", group=SEARCH, minimum=1)
+    learning_rate: float = option(0.03, "Size of the steps.", group=SEARCH, positive=True)
     granularity: GranularityOrShares = option(
         "shares",
-        "What has a probability of its own: single units, blocks of channels, whole layers, or the "
-        "share of each layer's attention and MLP that is removed.",
+        "What is learned: a probability for each unit (units), block of similar channels "
+        "(blocks) or decoder layer (layers), or the share to remove from each layer's attention"
+        " and MLP (shares).",
         group=SEARCH,
     )
     baseline: Baseline = option(
         "leave-one-out",
-        "What losses are compared with; 'antithetic' also draws sub-models in pairs.",
+        "What a loss is compared with: recent losses (moving-average), the others of its step "
+        "(leave-one-out), or those of sub-models drawn in opposite pairs (antithetic).",
         group=SEARCH,
     )
-    initial: Initial = option("wanda-sp", "Where keep probabilities start.", group=SEARCH)
+    initial: Initial = option(
+        "wanda-sp",
+        "Start of the probabilities: the importance of method wanda-sp or layerwise-ppl, "
+        "random, or random with a sparsity that rises slowly (random-progressive).",
+        group=SEARCH,
+    )
     projection: Projection = option(
         "sigmoid-budget",
-        "How the start becomes probabilities.",
+        "How importance becomes a probability: a sigmoid shifted to meet the target "
+        "(sigmoid-budget), a sigmoid of the normalised importance (sigmoid-norm), or one of two"
+        " constants (score-const).",
         group=SEARCH,
         read_with={"granularity": ("units", "blocks", "layers")},
     )
