@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,35 +23,19 @@ from bonsai_fast.runs.directory import open_run, open_weight_run
 Result = PruneResult | SparseResult
 
 
-class Job(Protocol):
-    """A checked request."""
-
-    @property
-    def name(self) -> str:
-        """The request as part of a file name."""
-
-    def plan(self, reporter: Reporter) -> dict[str, Any]:
-        """Show the work of the run, and return it as values for JSON."""
-
-    def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
-        """Start or resume the run in a directory; the returned function does the work.
-
-        Raises:
-            ValueError, OSError: the directory holds something else, or cannot be created.
-        """
-
-
 @dataclass(frozen=True)
 class UnitJob:
-    """Units are removed."""
+    """A checked request to remove units."""
 
     task: Task[Any]
 
     @property
     def name(self) -> str:
+        """The request as part of a file name."""
         return self.task.config.target_text.replace("=", "-")
 
     def plan(self, reporter: Reporter) -> dict[str, Any]:
+        """Show the work of the run, and return it as values for JSON."""
         plan = self.task.method.plan(self.task)
         with reporter.busy("timing one batch"):
             seconds = estimate_seconds(self.task, plan)
@@ -59,6 +43,11 @@ class UnitJob:
         return {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
+        """Start or resume the run in a directory; the returned function does the work.
+
+        Raises:
+            ValueError, OSError: the directory holds something else, or cannot be created.
+        """
         task = self.task
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
         return lambda: execute(Search(task, run, reporter))
@@ -66,7 +55,7 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class WeightJob:
-    """Weights are zeroed."""
+    """A checked request to zero weights; used like `UnitJob`."""
 
     task: WeightTask
 
@@ -88,7 +77,9 @@ class WeightJob:
         return lambda: execute_weights(task, run, reporter)
 
 
-def job_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig) -> Job:
+def job_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig
+) -> UnitJob | WeightJob:
     """Check the whole request, before any work is done.
 
     Raises:

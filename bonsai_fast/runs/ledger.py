@@ -1,9 +1,8 @@
 """The append-only record of every evaluation of a run.
 
-An entry is one file, `ledger/NNNNNN.safetensors`: packed masks, losses, and which text they belong
-to. It is written to a temporary name, flushed and renamed, so that a crash loses at most the entry
-being written; a checksum over its content tells damage from truth. Nothing is ever changed or
-removed.
+An entry is one file, `ledger/NNNNNN.safetensors`: packed masks, losses, and the hash of their text.
+It is written to a temporary file, flushed and renamed, so a crash loses at most the entry being
+written. A checksum over its content detects damage. Entries are never changed or removed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from bonsai_fast.models.submodels import pack, unpack
 
 
 class LedgerError(ValueError):
-    """An entry is damaged or does not belong to this run."""
+    """A record is damaged or does not belong to this run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class Entry:
     """Scored sub-models.
 
     Attributes:
-        stage: which step of the method asked, e.g. "round-03/search".
+        stage: step of the method that needed them, such as "round-03/search".
         text: hash of the sequences.
         keep: bool [n, P].
         losses: float32 [n, B], nats per predicted token.
@@ -46,7 +45,7 @@ class Ledger:
     """All entries of one run directory, in memory and on disk.
 
     Args:
-        directory: folder of the entries; made if absent.
+        directory: folder of the entries; created if it does not exist.
         num_units: P of the run's layout.
     Raises:
         LedgerError: an entry is damaged or has another number of units.
@@ -70,14 +69,14 @@ class Ledger:
         return tuple(self._entries)
 
     def find(self, text: str, keep: torch.Tensor) -> torch.Tensor | None:
-        """Recorded losses [n, B] of just these sub-models (bool [n, P], in this order), or None."""
+        """Losses [n, B] of one entry with exactly these sub-models, bool [n, P], or None."""
         entry = self._by_key.get(_key(text, keep))
         return None if entry is None else entry.losses
 
     def find_each(self, text: str, keep: torch.Tensor) -> torch.Tensor | None:
-        """The same where sub-models were recorded in other company: recorded one by one, or None.
+        """Losses [n, B] of these sub-models, bool [n, P], collected from all entries, or None.
 
-        The same to rounding: what shares a batch may change the last bits.
+        Equal to `find` up to rounding: the other sub-models of a batch may change the last bits.
         """
         rows: dict[bytes, torch.Tensor] = {}
         for entry in self._entries:
@@ -93,7 +92,7 @@ class Ledger:
         """Record scored sub-models durably.
 
         Raises:
-            OSError: the disk is full or the folder is not writable; nothing is left half-written.
+            OSError: the disk is full or the folder is not writable; no partial file is left.
         """
         entry = Entry(stage, text, keep.clone(), losses.clone())
         tensors = {"keep": pack(keep), "losses": losses.contiguous()}
@@ -111,7 +110,7 @@ class Ledger:
 
 
 def read_entries(directory: Path, num_units: int) -> Iterator[Entry]:
-    """Read a ledger without a claim to it: a run may be writing there.
+    """Read a ledger without locking it: a run may be writing to it.
 
     Args:
         directory: folder of the entries.

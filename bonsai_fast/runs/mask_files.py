@@ -1,4 +1,4 @@
-"""Keep masks on disk: one safetensors file that also says which layout its units stand in."""
+"""Keep masks on disk: one safetensors file each, which also names the layout of its units."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SavedMask:
     Attributes:
         keep: bool [P], True = kept.
         attention, sublayers: the arguments of `Layout.of` that give the layout of these P units.
-        removed: parameters that go.
+        removed: number of parameters removed.
     """
 
     keep: torch.Tensor
@@ -35,11 +35,11 @@ class SavedMask:
 
 
 def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) -> None:
-    """Write a keep mask, whole or not at all.
+    """Write a keep mask atomically.
 
     Args:
         path: of the file.
-        layout: where the units stand.
+        layout: of the units.
         keep: bool [P].
     Raises:
         TypeError, ValueError: the mask is not bool, or not [P].
