@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from op_comparison import WIDTHS, compare
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.testing.cases import random_tensor
 from bonsai_fast.testing.reference import column_moments_reference
 
 
@@ -19,15 +19,9 @@ def eager(x):
 
 IMPLS = {"eager": eager, "op": ops.column_moments}
 NUM_TOKENS = {"cpu": 1024, "cuda": 16384}
-WIDTHS = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape.intermediate_size, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("width", WIDTHS)
+@compare(width=WIDTHS, impl=IMPLS)
 def bench_column_moments(benchmark, record_traffic, repeats, device, width, impl):
     shape = (8, 90) if width is None else (NUM_TOKENS[device.type], width)
     x = random_tensor(*shape, dtype=torch.bfloat16, device=device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_comparison import SHAPES, compare
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
+from bonsai_fast.testing.cases import random_tensor
 
 
 def index_select(source, index, out, dim):
@@ -18,16 +19,10 @@ def op(source, index, out, dim):
 
 
 IMPLS = {"index_select": index_select, "op": op}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
+DIMS = [pytest.param(0, id="rows"), pytest.param(1, id="columns")]
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, dim=DIMS, impl=IMPLS)
 def bench_compact(benchmark, record_traffic, repeats, device, shape, dim, impl):
     channels, hidden = (90, 48) if shape is None else (shape.intermediate_size, shape.hidden_size)
     sizes = (channels, hidden) if dim == 0 else (hidden, channels)

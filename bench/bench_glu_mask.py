@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
+from op_comparison import NUM_GROUPS, WIDTHS, compare
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    assert_within_baseline,
-    random_keep,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_keep, random_tensor
 from bonsai_fast.testing.reference import glu_mask_reference
 
 
@@ -27,17 +21,9 @@ def eager(gate_up, keep, row_group, *, activation, gated):
 
 IMPLS = {"eager": eager, "op": ops.glu_mask}
 NUM_TOKENS = {"cpu": 512, "cuda": 16384}
-NUM_GROUPS = 4
-WIDTHS = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape.intermediate_size, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@compare(width=WIDTHS, dtype=[torch.bfloat16, torch.float32], impl=IMPLS)
 def bench_glu_mask(benchmark, record_traffic, repeats, device, width, dtype, impl):
     num_tokens, width = (8, 90) if width is None else (NUM_TOKENS[device.type], width)
     plan = ops.RowPlan.of([num_tokens // NUM_GROUPS] * NUM_GROUPS, device=device)

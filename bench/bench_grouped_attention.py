@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from op_comparison import SHAPES, compare, options_of
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    assert_within_baseline,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_tensor
 from bonsai_fast.testing.reference import grouped_attention_reference
 
 NUM_SEQUENCES = 2
 LENGTHS = {"cpu": 128, "cuda": 4096}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
 def dense(q, k, v, *tables, length):
@@ -37,16 +28,13 @@ def op(q, k, v, *tables, length):
 IMPLS = {"dense": dense, "op": op}
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("masked", [0.0, 0.3])
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, masked=[0.0, 0.3], impl=IMPLS)
 def bench_grouped_attention(benchmark, record_traffic, repeats, device, shape, masked, impl):
     heads, kv_heads, dim, length = (6, 2, 16, 9) if shape is None else (
         shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim,
         LENGTHS[device.type],
     )  # fmt: skip
-    options = {"dtype": torch.float32 if shape is None else torch.bfloat16, "device": device}
+    options = options_of(shape, device)
     kept = heads - int(masked * heads)
     lengths, groups = [length] * NUM_SEQUENCES, list(range(NUM_SEQUENCES))
     q = random_tensor(length * NUM_SEQUENCES, heads if impl == "dense" else kept, dim, **options)

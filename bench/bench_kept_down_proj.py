@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from op_comparison import SHAPES, compare, options_of, submodels
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    Wave,
-    assert_within_baseline,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_tensor
 from bonsai_fast.testing.reference import kept_down_proj_reference
-
-NUM_GROUPS = 4
-ROWS_PER_GROUP = {"cpu": 64, "cuda": 1024}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
 def dense(wave, a, weight_t, residual):
@@ -48,18 +35,12 @@ def op(wave, a, weight_t, residual):
 IMPLS = {"dense": dense, "sliced": sliced, "op": op}
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("masked", [0.05, 0.5])
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, masked=[0.05, 0.5], impl=IMPLS)
 def bench_kept_down_proj(benchmark, record_traffic, repeats, device, shape, masked, impl):
-    hidden, width, size = (48, 90, 3) if shape is None else (
-        shape.hidden_size, shape.intermediate_size, ROWS_PER_GROUP[device.type]
-    )  # fmt: skip
-    options = {"dtype": torch.float32 if shape is None else torch.bfloat16, "device": device}
-    keep = torch.rand(NUM_GROUPS, width, generator=torch.Generator().manual_seed(0)) >= masked
-    wave = Wave.of(keep, [size] * NUM_GROUPS, multiple=128, device=device)
-    a = random_tensor(size * NUM_GROUPS, wave.kept.width, **options)
+    hidden, width = (48, 90) if shape is None else (shape.hidden_size, shape.intermediate_size)
+    options = options_of(shape, device)
+    wave = submodels(shape, width, masked, device, multiple=128)
+    a = random_tensor(wave.rows.num_rows, wave.kept.width, **options)
     count = wave.kept.count[wave.rows.row_group.long()][:, None]
     a[torch.arange(wave.kept.width, device=device) >= count] = 0
     weight_t = random_tensor(width, hidden, scale=width**-0.5, seed=1, **options)
@@ -68,8 +49,8 @@ def bench_kept_down_proj(benchmark, record_traffic, repeats, device, shape, mask
     out = benchmark.pedantic(IMPLS[impl], args=(wave, a, weight_t, residual), **repeats)
     record_traffic(
         num_bytes=a.nbytes + weight_t.nbytes + 2 * out.nbytes,
-        num_flops=2 * size * int(keep.sum()) * hidden,
-        gemm=options["dtype"],
+        num_flops=2 * int(count.sum()) * hidden,
+        gemm=a.dtype,
     )
     if impl != "dense":
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from op_comparison import SHAPES, compare, options_of, submodels
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    Wave,
-    assert_within_baseline,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_tensor
 from bonsai_fast.testing.reference import kept_head_proj_reference
-
-NUM_GROUPS = 4
-ROWS_PER_GROUP = {"cpu": 64, "cuda": 1024}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
 def dense(wave, x, weight, cos, sin, positions):
@@ -40,30 +27,27 @@ def op(wave, x, weight, cos, sin, positions):
 IMPLS = {"dense": dense, "op": op}
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("masked", [0.05, 0.5])
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, masked=[0.05, 0.5], impl=IMPLS)
 def bench_kept_head_proj(benchmark, record_traffic, repeats, device, shape, masked, impl):
-    hidden, heads, dim, size = (48, 3, 16, 3) if shape is None else (
-        shape.hidden_size, shape.num_attention_heads, shape.head_dim, ROWS_PER_GROUP[device.type]
+    hidden, heads, dim = (48, 3, 16) if shape is None else (
+        shape.hidden_size, shape.num_attention_heads, shape.head_dim,
     )  # fmt: skip
-    options = {"dtype": torch.float32 if shape is None else torch.bfloat16, "device": device}
-    keep = torch.rand(NUM_GROUPS, heads, generator=torch.Generator().manual_seed(0)) >= masked
-    wave = Wave.of(keep, [size] * NUM_GROUPS, device=device)
-    x = random_tensor(size * NUM_GROUPS, hidden, **options)
+    options = options_of(shape, device)
+    wave = submodels(shape, heads, masked, device)
+    x = random_tensor(wave.rows.num_rows, hidden, **options)
     weight = random_tensor(heads * dim, hidden, scale=hidden**-0.5, seed=1, **options)
+    size = wave.rows.sizes[0]
     angle = torch.outer(torch.arange(float(size)), 1e4 ** -torch.linspace(0, 1, dim // 2))
     cos, sin = angle.cos().to(device), angle.sin().to(device)
-    positions = torch.arange(size, device=device).repeat(NUM_GROUPS)
+    positions = torch.arange(size, device=device).repeat(len(wave.keep))
     arguments = (x, weight, cos, sin, positions)
     benchmark.group = f"kept_head_proj {shape} {len(x)} rows, {masked} masked"
     out = benchmark.pedantic(IMPLS[impl], args=(wave, *arguments), **repeats)
-    num_kept = int(keep.sum()) * dim
+    num_outputs = int(wave.kept.count[wave.rows.row_group.long()].sum()) * dim
     record_traffic(
-        num_bytes=x.nbytes + weight.nbytes + size * num_kept * x.itemsize,
-        num_flops=2 * size * num_kept * hidden,
-        gemm=options["dtype"],
+        num_bytes=x.nbytes + weight.nbytes + num_outputs * x.itemsize,
+        num_flops=2 * num_outputs * hidden,
+        gemm=x.dtype,
     )
     if impl != "dense":
 

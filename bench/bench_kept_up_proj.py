@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
-import torch
+from op_comparison import SHAPES, compare, options_of, submodels
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    Wave,
-    assert_within_baseline,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_tensor
 from bonsai_fast.testing.reference import kept_up_proj_reference
 
 OPTIONS = {"activation": "silu", "gated": True}
-NUM_GROUPS = 4
-ROWS_PER_GROUP = {"cpu": 64, "cuda": 1024}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
 def dense(wave, x, weight):
@@ -51,26 +38,20 @@ def op(wave, x, weight):
 IMPLS = {"dense": dense, "sliced": sliced, "op": op}
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("masked", [0.05, 0.5])
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, masked=[0.05, 0.5], impl=IMPLS)
 def bench_kept_up_proj(benchmark, record_traffic, repeats, device, shape, masked, impl):
-    hidden, width, size = (48, 90, 3) if shape is None else (
-        shape.hidden_size, shape.intermediate_size, ROWS_PER_GROUP[device.type]
-    )  # fmt: skip
-    dtype = torch.float32 if shape is None else torch.bfloat16
-    keep = torch.rand(NUM_GROUPS, width, generator=torch.Generator().manual_seed(0)) >= masked
-    wave = Wave.of(keep, [size] * NUM_GROUPS, multiple=128, device=device)
-    x = random_tensor(size * NUM_GROUPS, hidden, dtype=dtype, device=device)
-    scale = hidden**-0.5
-    weight = random_tensor(2 * width, hidden, scale=scale, dtype=dtype, device=device, seed=1)
+    hidden, width = (48, 90) if shape is None else (shape.hidden_size, shape.intermediate_size)
+    options = options_of(shape, device)
+    wave = submodels(shape, width, masked, device, multiple=128)
+    x = random_tensor(wave.rows.num_rows, hidden, **options)
+    weight = random_tensor(2 * width, hidden, scale=hidden**-0.5, seed=1, **options)
     benchmark.group = f"kept_up_proj {shape} {len(x)} rows, {masked} masked"
     out = benchmark.pedantic(IMPLS[impl], args=(wave, x, weight), **repeats)
+    num_outputs = int(wave.kept.count[wave.rows.row_group.long()].sum())
     record_traffic(
-        num_bytes=x.nbytes + weight.nbytes + len(x) * int(keep.sum()) // NUM_GROUPS * x.itemsize,
-        num_flops=4 * size * int(keep.sum()) * hidden,
-        gemm=dtype,
+        num_bytes=x.nbytes + weight.nbytes + num_outputs * x.itemsize,
+        num_flops=4 * num_outputs * hidden,
+        gemm=x.dtype,
     )
     if impl != "dense":
         reference = partial(kept_up_proj_reference, width=wave.kept.width, **OPTIONS)

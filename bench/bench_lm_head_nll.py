@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from op_comparison import SHAPES, compare, options_of
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    assert_within_baseline,
-    random_tensor,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import assert_within_baseline, random_tensor
 from bonsai_fast.testing.reference import lm_head_nll_reference
 
 CHUNK_ROWS = 2048
@@ -31,20 +26,14 @@ def chunked(x, weight, labels):
 
 IMPLS = {"materialized": materialized, "chunked": chunked, "op": ops.lm_head_nll}
 NUM_TOKENS = {"cpu": 128, "cuda": 8192}
-SHAPES = [
-    pytest.param(None, id="smoke"),
-    *(pytest.param(shape, id=shape.name) for shape in MODEL_SHAPES),
-]
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", SHAPES)
+@compare(shape=SHAPES, impl=IMPLS)
 def bench_lm_head_nll(benchmark, record_traffic, repeats, device, shape, impl):
     num_tokens, hidden, vocab = (6, 48, 203) if shape is None else (
         NUM_TOKENS[device.type], shape.hidden_size, shape.vocab_size
     )  # fmt: skip
-    options = {"dtype": torch.float32 if shape is None else torch.bfloat16, "device": device}
+    options = options_of(shape, device)
     x = random_tensor(num_tokens, hidden, **options)
     weight = random_tensor(vocab, hidden, scale=4 * hidden**-0.5, seed=1, **options)
     generator = torch.Generator().manual_seed(2)

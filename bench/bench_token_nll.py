@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_comparison import compare
 from torch.nn import functional as F
 
 from bonsai_fast import ops
-from bonsai_fast.testing.cases import (
-    MODEL_SHAPES,
-    assert_within_baseline,
-    random_logits,
-    synchronized_timer,
-)
+from bonsai_fast.testing.cases import MODEL_SHAPES, assert_within_baseline, random_logits
 from bonsai_fast.testing.reference import token_nll_reference
 
 
@@ -32,10 +28,7 @@ VOCABULARIES = [
 ]
 
 
-@pytest.mark.benchmark(timer=synchronized_timer)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@compare(vocab_size=VOCABULARIES, dtype=[torch.bfloat16, torch.float32], impl=IMPLS)
 def bench_token_nll(benchmark, record_traffic, repeats, device, vocab_size, dtype, impl):
     num_tokens = 4 if vocab_size is None else NUM_TOKENS[device.type]
     logits, labels = random_logits(num_tokens, vocab_size or 509, dtype=dtype, device=device)
