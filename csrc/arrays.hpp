@@ -1,4 +1,4 @@
-// arrays.hpp: NumPy arrays as the matrices that the extension works on, with what is wrong in them.
+// arrays.hpp: checks NumPy arrays and reads them as matrices.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -17,7 +17,7 @@ inline std::string shape_of(const pybind11::array& array) {
 }
 inline std::string dtype_of(const pybind11::array& array) { return pybind11::str(array.dtype()); }
 
-// How an array of `dtype` is stored: NumPy has no bfloat16, so that 16-bit floats come as bits.
+// How an array of `dtype` is stored: NumPy has no bfloat16, so 16-bit floats come as their bits.
 inline Element element_of(const pybind11::array& x, const std::string& dtype) {
   const auto check_storage = [&](const pybind11::dtype& storage) {
     CHECK_TYPE(x.dtype().equal(storage), "x of dtype=\"", dtype, "\" must be stored as ",

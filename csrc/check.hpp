@@ -1,4 +1,4 @@
-// check.hpp: a caller's mistake becomes a Python exception that carries the actual values.
+// check.hpp: wrong arguments become Python exceptions that show the actual values.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kWindow = 64;
 constexpr int64_t kMinBlockBytes = INT64_MAX;
 
-// Moves the elements that stay to the front.
+// Moves the kept elements to the front.
 template <int64_t kItem>
 BONSAI_FAST_INLINE void take_step(const char* source, uint64_t keep, const uint8_t*, char* out) {
   const __m512i window = _mm512_loadu_si512(source);
@@ -48,12 +48,12 @@ BONSAI_FAST_INLINE void take_step(const char* source, uint64_t, const uint8_t* s
 
 #if defined(__AVX2__)
 
-// Rows that share what is read about a step.
+// Rows that use one reading of a step's description.
 constexpr int64_t kRowsAtOnce = 4;
 
 template <int64_t kItem, int64_t kCount>
 BONSAI_FAST_INLINE void step_along(const StepRows& rows, int64_t first) {
-  // Copies: what is written through a char* might otherwise be any of these.
+  // Local copies: the compiler must assume that writes through a char* change the members.
   const int64_t row_stride = rows.row_stride, row_bytes = rows.row_bytes;
   const char* const source = rows.source + first * row_stride;
   const uint8_t* shuffle = rows.shuffles;

@@ -1,12 +1,11 @@
-// half.hpp: 16-bit floats as plain bits, widened to float32 without branches so that loops
-// vectorise.
+// half.hpp: 16-bit floats as plain bits, widened to float32 without branches: loops vectorise.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace bonsai_fast {
-// Every file has a copy of its own: some are compiled for instructions that others must not use.
+// Every file compiles its own copy: some use instructions that others must not contain.
 namespace {
 
 inline float float_from_bits(uint32_t bits) {
@@ -25,7 +24,7 @@ struct Float16 {
   explicit operator float() const {
     const uint32_t sign = (bits & 0x8000u) << 16;
     const uint32_t magnitude = bits & 0x7fffu;
-    // Moves the exponent from bias 15 to bias 127; Inf and NaN move on to the largest exponent.
+    // Moves the exponent from bias 15 to bias 127; Inf and NaN get the largest exponent.
     const uint32_t normal =
         (magnitude << 13) + (112u << 23) + (magnitude >= 0x7c00u ? 112u << 23 : 0u);
     // A subnormal is a multiple of 2^-24, the spacing of float32 in [0.5, 1).

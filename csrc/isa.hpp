@@ -9,7 +9,7 @@
 
 namespace bonsai_fast::isa {
 
-// "portable", "avx2" or "avx512", as far as this processor can run them, or the fastest: "best".
+// "portable", "avx2" or "avx512", if this processor can run it, or "best": the fastest.
 const Kernels& kernels_for(const std::string& isa);
 
 void register_api(pybind11::module_& m);

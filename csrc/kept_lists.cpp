@@ -22,11 +22,11 @@ struct Masks {
   int64_t submodels, units, stride;
 };
 
-// Writes the positions of what one mask keeps, in order, and zeros up to `width` behind them.
+// Writes the positions of what one mask keeps, in order, then zeros up to `width`.
 void list_kept(const uint8_t* mask, int64_t units, int64_t width, int32_t* list) {
   int64_t count = 0;
-  // Written always and counted sometimes: no branch to be guessed wrong. Whatever lies beyond the
-  // list is never written, since no more than `width` are kept.
+  // Every position is written, only kept ones are counted: no branch to mispredict. No write passes
+  // the end of the list, since at most `width` are kept.
   for (int64_t unit = 0; unit < units && count < width; ++unit) {
     list[count] = static_cast<int32_t>(unit);
     count += mask[unit] != 0;

@@ -1,5 +1,5 @@
-// kernel_table.hpp: the kernels put together. A file that includes this says which instruction set
-// it is compiled for: BONSAI_FAST_ISA. Whatever has a name here is that file's own.
+// kernel_table.hpp: the table of all kernels. A file that includes this defines BONSAI_FAST_ISA,
+// its instruction set. All names here are local to that file.
 #include <cstdint>
 #include <cstring>
 

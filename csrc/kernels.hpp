@@ -1,7 +1,7 @@
 // kernels.hpp: inner loops that are compiled once for every instruction set.
 //
-// Nothing else may be included here: what a file compiled for AVX-512 shares with others by name,
-// such as a function of the standard library, could end up in their place.
+// Include nothing else here. The linker keeps one copy of an inline function, and the copy compiled
+// for AVX-512 would crash on other processors.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +25,15 @@ struct Moments {
   float* max_abs;
 };
 
-// One step of a column slice reads a window of a row and writes the elements of it that stay.
+// One step of a column slice reads a window of a row and writes the kept elements.
 struct Step {
-  uint64_t keep;   // bit i: element i stays
+  uint64_t keep;   // bit i: element i is kept
   int64_t source;  // where the window begins, in bytes
-  int64_t bytes;   // how many stay
+  int64_t bytes;   // how many are kept
 };
 
-// `count` rows from `source` to `out`, which holds `row_bytes` a row; strides in bytes. Every step
-// writes a whole window from where the last one stopped, inside the row.
+// `count` rows from `source` to `out`, which has `row_bytes` per row; strides in bytes. Every step
+// writes a whole window, inside the row, from where the last one stopped.
 struct StepRows {
   const char* source;
   int64_t row_stride, count;
@@ -47,13 +47,13 @@ struct StepRows {
 struct Kernels {
   const char* name;
   // Moments of the columns, over the rows, and of the rows, over the columns, from `begin` to
-  // `end`. The same bits from every instruction set, but for those of a NaN.
+  // `end`. The same bits on every instruction set, except in a NaN.
   void (*column_moments)(const Floating&, int64_t begin, int64_t end, const Moments&);
   void (*row_moments)(const Floating&, int64_t begin, int64_t end, const Moments&);
   // Bytes that a step reads and writes; 0 if there is no such kernel.
   int64_t window;
   void (*step_rows)(int64_t item, const StepRows&);
-  // Kept neighbours longer than this, on average, are faster copied one run after the other.
+  // If kept runs are longer than this on average, copying run by run is faster.
   int64_t min_block_bytes;
 };
 

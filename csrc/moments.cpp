@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace bonsai_fast::moments {
 namespace {
 
-// Threads meet at multiples of this many columns or rows, so that they share no cache line.
+// Threads split at multiples of this many columns or rows: they share no cache line.
 constexpr int64_t kGrain = 64;
 
 enum class Axis { kRows, kColumns };

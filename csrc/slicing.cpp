@@ -1,5 +1,4 @@
-// slicing.cpp: copy the kept rows or columns of a matrix into a dense array, runs of neighbours as
-// blocks.
+// slicing.cpp: copy the kept rows or columns of a matrix into a dense array; runs are copied whole.
 #include "slicing.hpp"
 
 #include <pybind11/numpy.h>
@@ -86,14 +85,14 @@ void take_elements(const Matrix& source, const int64_t* index, int64_t count, in
   }
 }
 
-// The kept columns of a row in steps for a kernel, and the few at its end that it cannot take.
+// The kept columns of a row as steps for a kernel; the last few columns do not fit a window.
 struct Steps {
   std::vector<Step> steps;
   std::vector<uint8_t> shuffles;
   int64_t taken = 0;  // columns that the steps take
 };
 
-// A step reads and writes a whole window, so that it must fit into the row on either side.
+// A step reads and writes a whole window, which must fit into the row of source and of output.
 Steps steps_of(const int64_t* index, int64_t count, int64_t columns, int64_t item, int64_t window) {
   Steps plan;
   const int64_t per_window = window / item, row_bytes = count * item;
@@ -186,7 +185,7 @@ void check_index(const int64_t* index, int64_t count, int64_t size, const char* 
   }
 }
 
-// Whether the bytes from an array's first to its last element can meet another's.
+// Whether the byte ranges of two arrays, from first to last element, overlap.
 bool may_overlap(const py::array& a, const py::array& b) {
   if (a.size() == 0 || b.size() == 0) return false;
   struct Extent {

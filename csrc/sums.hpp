@@ -1,9 +1,9 @@
 // sums.hpp: sums, sums of squares and of magnitudes, and the largest magnitude, down the columns of
 // a matrix or along its rows.
 //
-// Sums run in float32 over at most 64 terms, eight at a time, and are put together in float64: an
-// error of at most 16 roundings, 1e-6. Lanes are columns, or fixed places of a row; they are never
-// regrouped, so that every instruction set and every number of threads gives the same bits.
+// Sums run in float32 over at most 64 terms, eight at a time, and are combined in float64: an
+// error of at most 16 roundings, 1e-6. Lanes are columns, or fixed positions in a row, and are
+// never regrouped: every instruction set and every number of threads gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -15,26 +15,26 @@
 namespace bonsai_fast {
 namespace {
 
-// A patch is what is summed in registers: so many rows of so many columns.
+// A patch is summed in registers: kPatchRows rows of kPatchColumns columns.
 constexpr int64_t kPatchRows = 8;
 constexpr int64_t kPatchColumns = 2 * kLanes;
 constexpr int64_t kBlockRows = 8 * kPatchRows;
-// A row is summed as if it were rows of so many columns, whatever the instruction set.
+// A row is summed as if it were rows of this many columns, on every instruction set.
 constexpr int64_t kStripes = 32;
-// Columns read along before the next rows: long enough for the processor to fetch ahead.
+// Columns read before the next rows: enough for the processor to fetch ahead.
 constexpr int64_t kTile = 4096;
 constexpr int32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
 
-// Sums of patches in float32, column by column. `largest` holds the bits of magnitudes, which are
-// ordered as integers as the magnitudes are, with NaN above all.
+// Sums of patches in float32, per column. `largest` holds the bits of magnitudes: as integers they
+// have the order of the magnitudes, with NaN as the largest.
 template <int64_t kColumns>
 struct Partial {
   float squares[kColumns], magnitudes[kColumns], values[kColumns];
   int32_t largest[kColumns];
 };
 
-// Whether float32 can square and sum such magnitudes: nothing overflows, and what underflows is
-// nothing beside the largest.
+// Whether float32 can square and sum such magnitudes: nothing overflows, and squares that underflow
+// are negligible beside the largest.
 inline bool is_tame(int32_t largest) {
   constexpr int32_t kSmall = (127 - 40) << 23, kLarge = (127 + 55) << 23;
   return largest == 0 || (largest >= kSmall && largest <= kLarge);
@@ -133,7 +133,7 @@ void add_exactly(const T* data, int64_t row_stride, int64_t rows, double& square
   }
 }
 
-// Where column c of a patch is kept.
+// The position at which column c of a patch is stored.
 template <typename T>
 BONSAI_FAST_INLINE int64_t place_of(int64_t c) {
   return c;
@@ -195,7 +195,7 @@ inline void clear(Partial<kTile>& sums, int64_t columns) {
   std::memset(sums.largest, 0, bytes);
 }
 
-// What is left of a NaN's bits depends on how it was widened: one NaN for all.
+// The bits of a NaN depend on how it was widened: write the same NaN everywhere.
 inline void unify_nans(const Moments& out, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     int32_t bits;

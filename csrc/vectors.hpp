@@ -1,5 +1,4 @@
-// vectors.hpp: the widest registers of the instruction set that is compiled for, in the compiler's
-// own vector types.
+// vectors.hpp: the widest registers of the instruction set in use, as the compiler's vector types.
 #pragma once
 
 #if defined(__AVX2__)
@@ -66,7 +65,7 @@ BONSAI_FAST_INLINE void load(const Float16* source, Floats& out) {
 // sum += x * x, rounded twice.
 BONSAI_FAST_INLINE void add_square(const Floats& x, Floats& sum) { sum += x * x; }
 
-// The same where the square of a 16-bit float is exact in float32, so that one rounding is two.
+// The same for 16-bit floats: their square is exact in float32, so one rounding gives equal bits.
 BONSAI_FAST_INLINE void add_exact_square(const Floats& x, Floats& sum) {
 #if defined(__AVX512F__)
   __m512 value, total;

@@ -1,4 +1,4 @@
-// wanda.cpp: the Wanda score of every weight, and which N of every M neighbours in a row it keeps.
+// wanda.cpp: the Wanda score of each weight, and the N best of every M neighbours in a row.
 #include "wanda.hpp"
 
 #include <pybind11/numpy.h>
@@ -30,7 +30,7 @@ void score(const T* row, const float* scale, int64_t count, float* scores) {
   for (int64_t c = 0; c < count; ++c) scores[c] = std::fabs(static_cast<float>(row[c])) * scale[c];
 }
 
-// Marks the n largest of m scores; of equal ones, the first.
+// Marks the n largest of m scores, and the first ones of equal scores.
 void keep_by_pairs(const float* scores, int64_t n, int64_t m, bool* keep) {
   for (int64_t i = 0; i < m; ++i) {
     int64_t before = 0;

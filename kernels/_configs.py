@@ -1,4 +1,4 @@
-"""Launch configurations: one chosen default a kernel and architecture, the rest only on request."""
+"""Launch configurations: one default per kernel and architecture, others only on request."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def tile(columns: int, depth: int, warps: int, stages: int) -> Config:
 
 
 def depth(terms: int, warps: int, stages: int) -> Config:
-    """The same where the shape of the problem sets the columns."""
+    """As `tile`, for kernels whose columns follow from the shape of the problem."""
     return Config({"BLOCK_K": terms}, num_warps=warps, num_stages=stages)

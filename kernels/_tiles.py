@@ -1,4 +1,4 @@
-"""What kernels over grouped rows share: which tile a program has, activations, dot products."""
+"""What kernels over grouped rows share: the tile of a program, products, activations, stores."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-# float32 operands take three TF32 products, which keep nearly all of float32's digits; 16-bit ones
-# are multiplied exactly whatever this says.
+# float32 operands are multiplied as three TF32 products, which keep nearly all of float32's digits.
+# Products of 16-bit operands are exact with any setting.
 PRECISION = tl.constexpr("tf32x3")
-# Row tiles that take the same weights one after another, so that those stay in the L2 cache.
+# This many row tiles use the same weights one after another: the weights stay in the L2 cache.
 ROW_TILES_ABREAST = tl.constexpr(8)
-# A finite least maximum keeps what is all -inf away from -inf - (-inf).
+# Running maxima start at a finite number: with -inf, all -inf would give -inf - (-inf) = NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 

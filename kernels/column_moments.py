@@ -1,9 +1,9 @@
 """Sums over all tokens of every channel's square, magnitude and value, and its largest magnitude.
 
 x [T, C] -> partial sums float32 [3, splits, C] and maxima [splits, C], then float64 [3, C] and
-float32 [C]. Every element is read once. A split is ROWS_PER_SPLIT tokens whatever the GPU, and
-splits are added in float64 in a fixed order: results are the same from run to run, and float32
-never adds up more than a few hundred numbers.
+float32 [C]. Every element is read once. A split is ROWS_PER_SPLIT tokens on any GPU, and splits
+are added in float64 in a fixed order: results are the same from run to run, and float32 adds up
+only a few hundred numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bonsai_fast.kernels._configs import tunable
 ROWS_PER_SPLIT = 512
 
 
-# By ahead-of-time compilation, not yet timed: 128-bit loads, no spill.
+# Compiled ahead of time, not yet timed on a GPU: 128-bit loads, no spill.
 @triton.autotune(
     configs=tunable(
         triton.Config({"BLOCK_T": 8, "BLOCK_C": 128}, num_warps=4),
@@ -42,12 +42,12 @@ def _column_moments_kernel(
     base = x_ptr + split * SPLIT * stride_xt + offs_t[:, None] * stride_xt + offs_c[None, :]
     num_left = num_rows - split * SPLIT
 
-    # Lanes stay apart until the end.
+    # Lanes are added up only at the end.
     squares = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     magnitudes = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     values = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     largest = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    # Two loads in flight a thread, for the registers of one.
+    # Two loads in flight per thread, with the registers of one.
     for begin in tl.range(0, SPLIT, BLOCK_T, loop_unroll_factor=2):
         mask = inside & (begin + offs_t < num_left)[:, None]
         x = tl.load(base + begin * stride_xt, mask=mask, other=0.0).to(tl.float32)

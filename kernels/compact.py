@@ -1,11 +1,11 @@
-"""Copy kept rows or columns of a weight side by side into a workspace, zeros behind them.
+"""Copy kept rows or columns of a weight next to each other into a workspace, zeros after them.
 
     out[r, :] = source[index[r], :]         compact_rows
     out[:, c] = source[:, index[c]]         compact_columns
 
-source [R, C], index [n] -> out with n or more places. What is copied and multiplied by the vendor's
-library, one layer of one sub-model at a time, needs one layer of memory; widths that the library
-likes come from the zeros.
+source [R, C], index [n] -> out with n or more places. The vendor's library multiplies the copies,
+one layer of one sub-model at a time, so the workspace holds one layer. The zeros pad to widths at
+which the library is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bonsai_fast.kernels._configs import tunable
 
 
-# By ahead-of-time compilation, not yet timed: 128-bit loads, no spill.
+# Compiled ahead of time, not yet timed on a GPU: 128-bit loads, no spill.
 @triton.autotune(
     configs=tunable(
         triton.Config({"BLOCK_C": 2048}, num_warps=4),
@@ -44,8 +44,8 @@ def _compact_rows_kernel(
     tl.store(out_ptr + row.to(tl.int64) * stride_or + offs, value, mask=inside)
 
 
-# By ahead-of-time compilation, not yet timed: no spill. Kept columns are mostly neighbours, so that
-# a warp's loads fall into few sectors.
+# Compiled ahead of time, not yet timed on a GPU: no spill. Kept columns are mostly neighbours: a
+# warp's loads are in few sectors.
 @triton.autotune(
     configs=tunable(
         triton.Config({"BLOCK_R": 8, "BLOCK_C": 256}, num_warps=4),

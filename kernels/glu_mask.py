@@ -5,7 +5,7 @@
 gate_up [T, 2I] (gate first, then up; [T, I] without a gate), keep [K, I], row_group [T] ->
 out [T, I]. Every element is read and written once, in its own dtype; eager PyTorch reads and writes
 [T, I] once more for the activation and once more for the mask. A masked channel is selected away,
-not multiplied, so that its NaN or Inf goes too.
+not multiplied: NaN or Inf there gives 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bonsai_fast.kernels._configs import tunable
 from bonsai_fast.kernels._tiles import activate
 
 
-# By ahead-of-time compilation, not yet timed: 128-bit loads, no spill.
+# Compiled ahead of time, not yet timed on a GPU: 128-bit loads, no spill.
 @triton.autotune(
     configs=tunable(
         triton.Config({"BLOCK_I": 1024}, num_warps=4),
@@ -37,7 +37,7 @@ def _glu_mask_kernel(
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_channels, BLOCK_I)
-    # One axis: grids are 65535 high at most, and a wave has more rows.
+    # One axis: the other axes of a grid end at 65535, and a wave has more rows.
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
     offs = tl.program_id(0) % num_tiles * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = offs < num_channels

@@ -3,9 +3,9 @@
     out[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, kv]) v[s, kv],   kv = q_to_kv[sub-model, h]
 
 q [T, Hq, D], k and v [T, Hkv, D], compact as from kept_head_proj -> out [T, Hq, D], zeros in slots
-beyond a sub-model's heads. Sequences lie below each other; causal, with an optional sliding window
-and softcap. Query heads of one KV head need not be equally many, which is what masks of single
-query heads leave of grouped-query attention, and what a library's attention cannot express.
+after a sub-model's heads. Sequences follow one another; causal, with an optional sliding window and
+softcap. KV heads may have different numbers of query heads: masks of single query heads leave such
+models, and library attention does not support them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _attend(
     return acc, peak, total
 
 
-# What changes from wave to wave is no reason to compile again.
+# These change from wave to wave and must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_slots", "stride_mk"])
 def _grouped_attention_kernel(
     q_ptr, k_ptr, v_ptr, count_ptr, q_to_kv_ptr, tiles_ptr, out_ptr,
@@ -106,7 +106,7 @@ def _grouped_attention_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = TILE_ROWS // BLOCK_Q
-    # Slots of one tile run side by side: those of one KV head then find it in the cache.
+    # Slots of one tile run at the same time: those that share a KV head find it in the cache.
     slot = tl.program_id(0) % num_slots
     part = tl.program_id(0) // num_slots
     entry = tiles_ptr + (part // PARTS).to(tl.int64) * 4

@@ -2,9 +2,9 @@
 
     out[t, c] = rope(norm(x[t] . W[head's D rows] + b)),   head = index[row's sub-model, c]
 
-x [T, H], W [heads * D, H] -> out [T, slots, D]: the listed heads side by side, zeros beyond them.
-Norm (RMS over a head, as in Qwen3) and rotary embedding are optional. Columns d and d + R/2, which
-the rotation mixes, are neighbours in the accumulator, so that it is local to a thread.
+x [T, H], W [heads * D, H] -> out [T, slots, D]: the listed heads next to each other, zeros after
+them. Norm (RMS over a head, as in Qwen3) and rotary embedding are optional. Columns d and d + R/2,
+which the rotation mixes, are neighbours in the accumulator: the rotation is local to a thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEEPEST = 64
 WIDTH = 128
 
 
-# What changes from wave to wave is no reason to compile again.
+# These change from wave to wave and must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_slots", "num_tiles", "stride_ik"])
 def _kept_head_proj_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr,

@@ -4,8 +4,8 @@
     head = index[row's sub-model, c]
 
 a [T, slots, D] from grouped_attention, W [N, heads * D] as the model holds it, residual [T, N] ->
-out [T, N]. A head is a run of D columns of W: whole blocks are read where they lie, and only the
-block's place is looked up, one step ahead.
+out [T, N]. A head is a run of D columns of W: whole blocks are read in place, and only a block's
+position is looked up, one step ahead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIGS = {
 }
 
 
-# What changes from wave to wave is no reason to compile again.
+# These change from wave to wave and must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_tiles", "stride_ik"])
 def _kept_o_proj_kernel(
     a_ptr, weight_ptr, index_ptr, count_ptr, tiles_ptr, bias_ptr, residual_ptr, out_ptr,
@@ -59,7 +59,7 @@ def _kept_o_proj_kernel(
         a = tl.load(a_base + a_offs)
         weight = tl.load(weight_ptr + (head * HEAD_DIM + step % STEPS * DEPTH) + weight_offs)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
-        # Slots lie side by side: so do the steps.
+        # Slots are contiguous, and so are the steps.
         a_base += DEPTH
         head = next_head
 

@@ -3,10 +3,9 @@
     out[t, c] = act(x[t] . W[i]) * (x[t] . W[I + i]),   i = index[row's sub-model, c]
 
 x [T, H], W [2I, H] (gate rows first, then up rows; [I, H] without a gate) -> out [T, width]:
-the kept channels side by side, zeros beyond them. Weight rows are gathered straight into the matrix
-product, so that no sub-model's weights are ever copied, and gate and up sit in neighbouring columns
-of one accumulator (g0 u0 g1 u1 ...), which makes them one product and the activation local to a
-thread.
+the kept channels next to each other, zeros after them. Weight rows are gathered straight into the
+matrix product: no sub-model's weights are copied. Gate and up are neighbouring columns of one
+accumulator (g0 u0 g1 u1 ...): one product, and the activation is local to a thread.
 """
 
 from __future__ import annotations

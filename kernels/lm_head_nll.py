@@ -3,11 +3,11 @@
     z[v]   = cap * tanh(scale * (x[t] . W[v] + b[v]) / cap)         (without cap: no tanh)
     nll[t] = log sum_v exp(z[v]) - z[labels[t]]
 
-x [T, H], W [V, H], labels [T] -> nll [T] float32, nats. A first kernel computes a tile of logits,
-stores each row's maximum and sum of exponentials in the tile's place of a buffer, and the label's
-logit if it lies there; a second one folds the buffer's V / BLOCK_N entries a row in a fixed order.
-There are no atomic additions: results are the same to the last bit from run to run. The buffer
-takes 8 bytes a row and tile instead of 2 to 4 a logit, and logits stay in float32.
+x [T, H], W [V, H], labels [T] -> nll [T] float32, nats. A first kernel computes a tile of logits
+and stores each row's maximum and sum of exponentials in a buffer, and the label's logit if the tile
+has the label. A second kernel combines the V / BLOCK_N entries of each row in a fixed order. There
+are no atomic additions: results are the same to the last bit from run to run. The buffer takes 8
+bytes per row and tile instead of 2 to 4 per logit, and logits stay in float32.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _lm_head_nll_partial_kernel(
     if HAS_SOFTCAP:
         logits = softcap * tanh(logits / softcap)
     logits = tl.where((offs_n < num_left)[None, :], logits, -float("inf"))
-    # A finite least peak keeps rows of -inf away from -inf - (-inf).
+    # A finite peak: in rows of -inf, -inf - (-inf) would be NaN.
     peak = tl.maximum(tl.max(logits, axis=1), LOWEST)
     total = tl.sum(tl.exp2((logits - peak[:, None]) * LOG2_E), axis=1)
 

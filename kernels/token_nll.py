@@ -3,9 +3,9 @@
     nll[n] = log sum_v exp(logits[n, v]) - logits[n, labels[n]]
 
 logits [N, V], labels [N] -> nll [N] float32, nats. Every logit is read once, in its own dtype, and
-nothing but the result is written: 2 bytes a bfloat16 logit. The straightforward
+nothing but the result is written: 2 bytes per bfloat16 logit. The straightforward
 `cross_entropy(logits.float(), labels, reduction="none")` moves at least 14 (read, write a float
-copy, read it, write log-probabilities) and keeps two float [N, V] tensors alive.
+copy, read it, write log-probabilities) and holds two float [N, V] tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bonsai_fast.kernels._configs import tunable
 # 16 elements are at least 128 bits in every dtype, the widest load there is.
 ALIGNMENT = tl.constexpr(16)
 LOG2_E = tl.constexpr(math.log2(math.e))
-# A finite start keeps -inf logits away from -inf - (-inf).
+# Running maxima start at a finite number: with -inf, all -inf would give -inf - (-inf) = NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -30,7 +30,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 def _fold(x, peak, total):
     """Fold a tile into each lane's running maximum and sum, with one exponential a logit."""
     distance = x - peak
-    # exp2 flushes denormals where exp spends three instructions on keeping them.
+    # exp2 flushes denormals; exp would spend three instructions on keeping them.
     scale = tl.exp2(-tl.abs(distance) * LOG2_E)
     total = tl.where(distance > 0, total * scale + 1.0, total + scale)
     return tl.maximum(peak, x), total
@@ -63,7 +63,7 @@ def _token_nll_kernel(
     offs = tl.arange(0, BLOCK_V)
     tile_ptrs = logits_ptr + start + offs
 
-    # Lanes stay apart until the end: no barrier in the loop.
+    # Lanes are combined only at the end: no barrier in the loop.
     peak = tl.full([BLOCK_V], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
 

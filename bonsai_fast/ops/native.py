@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the C++ extension on the CPU, PyTorch to the same effect elsewhere."""
+"""The C++ extension, called with tensors. On CUDA, PyTorch computes the same."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -17,14 +17,14 @@ except ModuleNotFoundError as error:
         "installed copy"
     ) from error
 
-# Slicing moves bytes: any dtype of this size will do, and NumPy knows these.
+# Slicing copies bytes: each dtype is copied as an integer of its size, which NumPy knows.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-# Rows that a CUDA reduction widens to float64 at a time.
+# Rows that a CUDA reduction converts to float64 at a time.
 _BLOCK_ROWS = 1024
 
 
@@ -73,14 +73,14 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def kept_lists(masks: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """The kept units of every sub-model as lists of one length, for kernels that gather by them.
+    """The kept units of each sub-model as lists of one length, for kernels that gather.
 
     Args:
         masks: bool [S, P], on any device.
         multiple: the length is the largest number kept, rounded up to a multiple of this.
     Returns:
-        int32 [S, length], ascending positions and then zeros, which are valid positions; int32 [S],
-        how many there are. Both on the CPU.
+        int32 [S, length], ascending positions, then zeros; int32 [S], the number of positions. Both
+        on the CPU.
     Raises:
         TypeError, ValueError: `masks` is not bool [S, P], or `multiple` is not positive.
     """
@@ -90,11 +90,11 @@ def kept_lists(masks: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def channel_moments(x: Tensor) -> ChannelMoments:
-    """Sum squares, magnitudes and values, and find the largest magnitude, of every channel.
+    """Sum of squares, magnitudes and values, and the largest magnitude, of each channel.
 
-    Sums run in float32 over 64 tokens at a time and in float64 beyond, to 1e-6 of the sum of
-    magnitudes; they do not depend on the number of threads or the processor. NaN and Inf stay in
-    their channel.
+    Sums of 64 tokens are float32, sums of these are float64: errors are below 1e-6 of the sum of
+    magnitudes. Results do not depend on the number of threads or the processor. NaN and Inf stay
+    in their channel.
 
     Args:
         x: (..., C) float16 | bfloat16 | float32; all leading dims count as tokens.
@@ -108,13 +108,13 @@ def channel_moments(x: Tensor) -> ChannelMoments:
     rows = _rows_of(x)
     if rows.device.type == "cuda":
         return _channel_moments_torch(rows)
-    # Other devices may lack float64: their activations visit the CPU.
+    # Other devices may lack float64: their activations are copied to the CPU.
     moments = _C.column_moments(_storage_of(rows), **_options(rows))
     return ChannelMoments(*map(torch.from_numpy, moments))
 
 
 def column_mean_abs(weight: Tensor) -> Tensor:
-    """Average the magnitude of every input column over the outputs.
+    """Mean magnitude of each input column, over the outputs.
 
     Args:
         weight: (out, in) float16 | bfloat16 | float32, out >= 1.
@@ -132,7 +132,7 @@ def column_mean_abs(weight: Tensor) -> Tensor:
 
 
 def weight_norms(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """L1 and L2 norm of every column (dim 0) or row (dim 1) of a weight.
+    """L1 and L2 norm of each column (dim 0) or row (dim 1) of a weight.
 
     Args:
         weight: (out, in) float16 | bfloat16 | float32.
@@ -156,11 +156,11 @@ def weight_norms(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def wanda_scores(weight: Tensor, root_mean_square: Tensor) -> Tensor:
-    """Score every weight: |W[o, c]| * rms(a_c).
+    """Score of each weight: |W[o, c]| * rms(a_c).
 
     Args:
         weight: (out, in) float16 | bfloat16 | float32.
-        root_mean_square: (in,) of the activations that the columns meet; taken as float32.
+        root_mean_square: (in,) of each input channel's activations; converted to float32.
     Returns:
         (out, in) float32, on `weight`'s device if that is the CPU or CUDA, else on the CPU.
     Raises:
@@ -176,7 +176,7 @@ def wanda_scores(weight: Tensor, root_mean_square: Tensor) -> Tensor:
 
 
 def wanda_keep(weight: Tensor, root_mean_square: Tensor, *, n: int, m: int) -> Tensor:
-    """Keep the n best scored of every m neighbours in a row, the first of equal ones.
+    """Keep the n highest scores of every m neighbours in a row; of equal scores, the first.
 
     Args:
         weight: (out, in) float16 | bfloat16 | float32, finite.
@@ -187,7 +187,7 @@ def wanda_keep(weight: Tensor, root_mean_square: Tensor, *, n: int, m: int) -> T
         CPU.
     Raises:
         TypeError: `weight` has another dtype.
-        ValueError: the shapes or n of m do not fit, or a score is NaN.
+        ValueError: the shapes or n and m do not fit, or a score is NaN.
     """
     rows, scale = _rows_and_scale(weight, root_mean_square)
     if rows.device.type == "cuda":
@@ -212,7 +212,7 @@ def _rows_and_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keep_torch(scores: Tensor, n: int, m: int) -> Tensor:
-    """What CUDA runs, and what the C++ extension is held to."""
+    """The CUDA path. Tests compare the C++ extension with it."""
     if m < 1 or not 0 <= n <= m or scores.shape[1] % m:
         raise ValueError(
             f"expected 0 <= n <= m and m to divide {scores.shape[1]} columns, got {n} of {m}"
@@ -236,13 +236,13 @@ def _rows_of(x: Tensor) -> Tensor:
 
 
 def _storage_of(rows: Tensor) -> NDArray[Any]:
-    """NumPy has no bfloat16: 16-bit floats go to C++ as their bits."""
+    """As a NumPy array. NumPy has no bfloat16: 16-bit floats are passed as their bits."""
     rows = rows.cpu()
     return np.asarray(rows if rows.dtype == torch.float32 else rows.view(torch.uint16))
 
 
 def _channel_moments_torch(rows: Tensor) -> ChannelMoments:
-    """What CUDA runs: blocks of rows, so that the float64 copy stays small."""
+    """The CUDA path, by blocks of rows: the float64 copy stays small."""
     squares, magnitudes, values = rows.new_zeros((3, rows.shape[1]), dtype=torch.float64)
     largest = rows.new_zeros(rows.shape[1], dtype=torch.float32)
     for first in range(0, len(rows), _BLOCK_ROWS):
@@ -256,7 +256,7 @@ def _channel_moments_torch(rows: Tensor) -> ChannelMoments:
 
 
 def _check_index(index: Tensor, size: int) -> None:
-    """The contract that the C++ extension enforces on the CPU."""
+    """The same checks as in the C++ extension."""
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {index.dtype}")
     if index.ndim != 1:

@@ -1,8 +1,8 @@
-"""Index tables that tell kernels which rows belong to which sub-model, and what that one keeps.
+"""Index tables for kernels: which rows belong to which sub-model, and which units it keeps.
 
-A wave holds the tokens of K sub-models below each other: sub-model k's rows are contiguous, in the
-order of k. Tables are made on the CPU, where the masks are drawn, and moved once a wave: no kernel
-launch ever waits for the GPU.
+A wave holds the rows of K sub-models, one after another: sub-model k's rows are contiguous, in the
+order of k. Tables are made on the CPU, where the masks are drawn, and copied once per wave: no
+kernel launch waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class RowPlan:
     """Rows grouped by sub-model.
 
     Attributes:
-        sizes: rows of every sub-model, K of them; zeros are fine.
-        row_group: int32 [T], the sub-model of every row.
+        sizes: rows of each sub-model, K numbers >= 0.
+        row_group: int32 [T], the sub-model of each row.
         tiles: int32 [num_tiles, 3]: sub-model, first row, one past the last row. A tile holds at
             most BLOCK_ROWS rows and never those of two sub-models.
     """
@@ -35,10 +35,10 @@ class RowPlan:
 
     @classmethod
     def of(cls, sizes: Sequence[int], *, device: torch.device | str = "cpu") -> RowPlan:
-        """The plan of K sub-models with so many rows each.
+        """The plan of K sub-models with these numbers of rows.
 
         Raises:
-            ValueError: a size is negative, or all of them do not fit int32.
+            ValueError: a size is negative, or their sum does not fit int32.
         """
         if any(size < 0 for size in sizes):
             raise ValueError(f"sizes must not be negative, got {min(sizes)}")
@@ -61,7 +61,7 @@ class RowPlan:
 
 @dataclass(frozen=True, eq=False)
 class SequencePlan:
-    """Sequences of a wave, for attention: tokens see their own sequence alone.
+    """Sequences of a wave, for attention: tokens see only their own sequence.
 
     Attributes:
         tiles: int32 [num_tiles, 4]: sub-model, first query row, and the sequence's first row and
@@ -78,16 +78,16 @@ class SequencePlan:
         *,
         device: torch.device | str = "cpu",
     ) -> SequencePlan:
-        """The plan of sequences that lie below each other.
+        """The plan of sequences whose rows follow one another.
 
         Args:
-            lengths: tokens of every sequence, in the order of rows.
-            groups: the sub-model of every sequence.
+            lengths: tokens of each sequence, in the order of rows.
+            groups: the sub-model of each sequence.
         Raises:
-            ValueError: as many groups as lengths are needed, and no length is negative.
+            ValueError: the numbers of lengths and groups differ, or a length is negative.
         """
         if len(lengths) != len(groups):
-            raise ValueError(f"expected {len(lengths)} groups, one a sequence, got {len(groups)}")
+            raise ValueError(f"expected {len(lengths)} groups, one per sequence, got {len(groups)}")
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative, got {min(lengths)}")
         sizes = torch.tensor(lengths, dtype=torch.int64)
@@ -95,19 +95,19 @@ class SequencePlan:
         ends = sizes.cumsum(0)
         columns = [torch.tensor(groups, dtype=torch.int64)[owner], first]
         columns += [(ends - sizes)[owner], ends[owner]]
-        # Late queries have the most keys: they start first, so that no long tile is left alone.
+        # Late queries have the most keys and start first: no long tile runs last and alone.
         order = torch.argsort(first - columns[2], descending=True, stable=True)
         return cls(torch.stack(columns, dim=1)[order].to(device, torch.int32))
 
 
 @dataclass(frozen=True, eq=False)
 class KeptLists:
-    """What every sub-model keeps of one layer's channels or heads, as sorted lists.
+    """The channels or heads of one layer that each sub-model keeps, as sorted lists.
 
     Attributes:
-        index: int32 [K, width + INDEX_PADDING]; beyond a list's end its last entry repeats (0 in an
-            empty list), so that kernels may read ahead and never meet what was removed.
-        count: int32 [K], how many are kept.
+        index: int32 [K, width + INDEX_PADDING]; after a list's end its last entry repeats (0 in an
+            empty list): kernels may read ahead and never read a removed unit.
+        count: int32 [K], the number of kept units.
         width: slots of the compact tensors, at least the longest list.
     """
 
@@ -123,9 +123,9 @@ class KeptLists:
 
         Args:
             keep: bool [K, N] on the CPU, True = kept.
-            multiple: `width` is rounded up to it; the channels' projections take multiples of 128.
+            multiple: `width` is rounded up to a multiple of it; channels need 128.
         Raises:
-            ValueError: `keep` is none of this.
+            ValueError: `keep` is not bool [K, N] on the CPU.
         """
         if keep.dtype != torch.bool or keep.dim() != 2:
             raise ValueError(f"keep must be bool [K, N], got {keep.dtype} {list(keep.shape)}")
@@ -147,11 +147,11 @@ class KeptLists:
 
 @dataclass(frozen=True, eq=False)
 class HeadLists:
-    """Query heads that every sub-model keeps, and the KV heads that those need.
+    """The query heads that each sub-model keeps, and the KV heads that those read.
 
     Attributes:
-        query, kv: lists of both; a KV head is needed as long as one of its query heads is kept.
-        q_to_kv: int32 [K, query.width], the slot in `kv` of every slot in `query`.
+        query, kv: lists of both; a KV head is kept as long as one of its query heads is.
+        q_to_kv: int32 [K, query.width], the slot in `kv` of each slot in `query`.
     """
 
     query: KeptLists
@@ -166,9 +166,10 @@ class HeadLists:
 
         Args:
             keep: bool [K, Hq] on the CPU, True = kept.
-            num_kv_heads: KV heads of the model, each with neighbouring query heads of its own.
+            num_kv_heads: KV heads of the model; each is read by the same number of neighbouring
+                query heads.
         Raises:
-            ValueError: `keep` is none of this, or the heads do not divide.
+            ValueError: `keep` is not bool [K, Hq] on the CPU, or `num_kv_heads` does not divide Hq.
         """
         num_heads = keep.shape[-1]
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -180,18 +181,18 @@ class HeadLists:
     def reading(
         cls, keep: Tensor, kv_of_head: Sequence[int], *, device: torch.device | str = "cpu"
     ) -> HeadLists:
-        """The same where KV heads are shared in any way, as in models that were pruned before.
+        """The same for any map from query to KV heads, as in models that were pruned before.
 
         Args:
             keep: bool [K, Hq] on the CPU, True = kept.
-            kv_of_head: KV head that each query head reads, Hq of them.
+            kv_of_head: the KV head that each query head reads, Hq numbers.
         Raises:
             ValueError: `keep` is not bool [K, Hq] on the CPU.
         """
         query = KeptLists.of(keep)
         if len(kv_of_head) != keep.shape[1]:
             raise ValueError(
-                f"expected {keep.shape[1]} KV heads, one a head, got {len(kv_of_head)}"
+                f"expected {keep.shape[1]} KV heads, one per query head, got {len(kv_of_head)}"
             )
         owner = torch.tensor(kv_of_head, dtype=torch.int64)
         readers = torch.zeros(len(keep), max(kv_of_head, default=0) + 1, dtype=torch.int64)

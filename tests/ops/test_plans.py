@@ -120,7 +120,7 @@ def test_head_lists_of_unevenly_shared_kv_heads():
         (lambda: HeadLists.reading(torch.ones(2, 3).bool(), [0]), "expected 3 KV heads.*got 1"),
         (lambda: RowPlan.of([3, -1]), "not be negative, got -1"),
         (lambda: RowPlan.of([2**31]), r"less than 2\^31 rows, got 2147483648"),
-        (lambda: SequencePlan.of([3, 4], [0]), "expected 2 groups, one a sequence, got 1"),
+        (lambda: SequencePlan.of([3, 4], [0]), "expected 2 groups, one per sequence, got 1"),
         (lambda: SequencePlan.of([-3], [0]), "not be negative, got -3"),
         (lambda: KeptLists.of(torch.ones(2, 3)), r"bool \[K, N\], got torch.float32 \[2, 3\]"),
         (lambda: KeptLists.of(torch.ones(2).bool()), r"bool \[K, N\], got torch.bool \[2\]"),
