@@ -45,7 +45,10 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     first = words[0] if words else "--help"
     if first in COMMANDS:
-        return int(import_module(f"bonsai_fast.{first}.__main__").main(words[1:]))
+        try:
+            return int(import_module(f"bonsai_fast.{first}.__main__").main(words[1:]))
+        except KeyboardInterrupt:  # while it was being imported
+            return 130
     if first == INSTALL:
         return install_completion(words)
     if first in ("--help", "-h"):
@@ -62,13 +65,18 @@ def main(words: list[str] | None = None) -> int:
 
 def install_completion(words: list[str]) -> int:
     """Install shell completion for all commands; `--shell` and `--output` say which and where."""
-    from cyclopts import App
+    from cyclopts import App, CycloptsError
+    from cyclopts.completion.detect import ShellDetectionError
 
     app = App(name=NAME, version_flags=())
     for name in COMMANDS:
         app.command(import_module(f"bonsai_fast.{name}.__main__").COMMAND.app(list_all=True))
     app.register_install_completion_command(INSTALL)
-    app(words, result_action="return_value")
+    try:
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, ShellDetectionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

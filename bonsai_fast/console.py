@@ -1,4 +1,4 @@
-"""What a person sees of a command: progress, notes, tables, one-line errors."""
+"""What commands show: progress, notes, tables, one-line errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One line that should not be missed."""
+        """One line, marked as a warning."""
         self.warnings.append(text)
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
@@ -45,7 +45,7 @@ class Reporter:
         self.console.print(table)
 
     def busy(self, text: str) -> AbstractContextManager[object]:
-        """While inside, a terminal shows that something goes on; nothing of it stays."""
+        """Show a spinner with this text inside the context; it is erased afterwards."""
         return self.console.status(text)
 
     @contextmanager
@@ -63,17 +63,14 @@ class Reporter:
             yield lambda count: progress.advance(task, count)
 
 
+# exit codes
 WRONG_RESULT = 1
-
-
 USAGE_ERROR = 2
-
-
 INTERRUPTED = 130
 
 
 def silence_transformers() -> None:
-    """Keep its notes and progress bars from between ours."""
+    """Turn off the notes and progress bars of transformers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -106,6 +106,7 @@ def test_defaults_of_presets_are_shown(page) -> None:
         ("prune --method wanda --uniform=false", "uniform: method wanda does not read it"),
         ("prune --method flap --pattern 2:4", "pattern: method flap does not read it"),
         ("prune --method bonsia", "bonsia"),
+        ("--install-completion --shell tcsh", '"zsh", "bash", "fish"'),
     ],
 )
 def test_mistakes_take_one_line(

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "checkpoints and command lines": {"checkpoints", "command_line"},
     "models": {"models"},
     "ops and options": {"config", "ops"},
-    "ground": {"_C", "console", "files", "help_page", "hub", "kernels"},
+    "ground": {"_C", "console", "files", "hub", "kernels"},
 }
 # No more than this may stand above one another.
 MAX_STOREYS = 9

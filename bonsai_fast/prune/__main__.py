@@ -36,9 +36,10 @@ COMMAND = command(__doc__)
 
 
 def parse(arguments: list[str] | None) -> tuple[str | None, PruneConfig, CommandOptions]:
-    """Command line -> model, configuration, options; a bad one exits with code 2 and one line.
+    """Model, configuration and options of a command line; writes the file of --save-config.
 
-    Writes the file of --save-config.
+    Raises:
+        SystemExit: code 2, after one line that says what is wrong; or code 0 after help.
     """
     words = sys.argv[1:] if arguments is None else arguments
     given, save_to = command(__doc__, words).parse(words)
@@ -75,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
         execute = job.open(output, reporter)
     except (ValueError, OSError) as error:
         return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     try:
         result = execute()
     except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _print_result(result: Result, reporter: Reporter) -> None:
     reporter.table(result_table(result))
-    reporter.note(f"saved to {result.output}; load it with")
+    reporter.note(f"saved to {result.output}; load it with:")
     reporter.note(loading_code(Path(result.output), result.output))
     print(json.dumps(asdict(result)))
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config
+from bonsai_fast.command_line.help_page import LABEL_WIDTH
 from bonsai_fast.config.options import option
-from bonsai_fast.help_page import LABEL_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
