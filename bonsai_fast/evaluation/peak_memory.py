@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak, beside what was there before."""
+"""Peak memory of a block of code, beyond what was in use before."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# what Linux takes as: forget the peak of resident memory
+# written to clear_refs, it resets the peak of resident memory
 _FORGET_PEAK = "5"
 
 
 class PeakMemory:
-    """Measures the block that it stands around.
+    """Measures the peak memory of a `with` block.
 
         with PeakMemory(model.device) as peak: ...
         peak.bytes
 
-    On CUDA it counts what PyTorch allocates there, elsewhere the process's resident memory, as
-    Linux keeps it. glibc is asked to give back what was freed before; what another allocator keeps
-    hides what is taken from it.
+    On CUDA this is PyTorch's allocated memory, elsewhere the process's resident memory, as Linux
+    counts it. At the start glibc is asked to return freed memory to the system. Other allocators
+    may keep it; a block that reuses such memory is measured too low.
 
     Attributes:
-        bytes: peak inside less level at the start; None inside, and where it cannot be measured.
+        bytes: peak inside the block minus the level at its start; None inside the block, and on
+            systems where it cannot be measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,7 +57,7 @@ class PeakMemory:
 
 
 def _give_back_freed() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
 

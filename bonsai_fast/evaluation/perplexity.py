@@ -1,4 +1,4 @@
-"""How good a model is: perplexity with its protocol, zero-shot tasks by lm-evaluation-harness."""
+"""Perplexity of a model on a text, with the protocol that it was measured by."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity and the protocol behind it.
+    """A perplexity and its protocol.
 
     Attributes:
-        value: exp of the mean loss over all predicted tokens; inf where it overflows, nan where the
-            model gives nan.
+        value: exp of the mean loss over all predicted tokens; inf if it overflows, nan if the model
+            gives nan.
         standard_error: of the mean loss, over sequences, in nats; nan for a single sequence.
-        dataset, tokens, window, stride, sha256: what was read: the source, tokens predicted, window
-            and stride in tokens, hash of the tokens.
+        dataset: source of the text.
+        tokens: number of predicted tokens.
+        window, stride: in tokens.
+        sha256: hash of the tokens.
     """
 
     value: float
@@ -37,7 +39,7 @@ class Perplexity:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Everything but the result."""
+        """How the value was measured: all fields but the results."""
         return {
             "dataset": self.dataset,
             "tokens": self.tokens,
@@ -48,7 +50,7 @@ class Perplexity:
 
 
 def perplexity(model: PreTrainedModel, sequences: Sequences) -> Perplexity:
-    """Perplexity on windows that each start afresh and predict all but their first token."""
+    """Perplexity on windows without overlap; in each, all tokens but the first are predicted."""
     input_ids = sequences.input_ids
     length = input_ids.shape[1]
     nll = SequenceNLL(model)
@@ -62,7 +64,7 @@ def perplexity(model: PreTrainedModel, sequences: Sequences) -> Perplexity:
 
 
 def perplexity_of(losses: torch.Tensor, sequences: Sequences) -> Perplexity:
-    """Perplexity from the mean loss of every sequence, float [B], in nats."""
+    """Perplexity from each sequence's mean loss, float [B], in nats."""
     windows, length = sequences.input_ids.shape
     losses = losses.double()
     mean = float(losses.mean())

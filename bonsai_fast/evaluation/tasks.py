@@ -34,9 +34,9 @@ def evaluate_tasks(
     """Run tasks of lm-evaluation-harness on a model in memory.
 
     Args:
-        model, tokenizer: what is evaluated.
-        tasks: as `check_tasks` takes them.
-        limit: only that many examples of each task.
+        model, tokenizer: the model to evaluate.
+        tasks: as for `check_tasks`.
+        limit: number of examples of each task; all if None.
     Returns:
         metric values by task and metric name.
     Raises:

@@ -1,4 +1,4 @@
-"""A saved model in the formats of other engines, and the proof that they run it."""
+"""Write a saved model in the formats of other engines, and check that they run it."""
 
 from bonsai_fast.export.check import TOLERANCE, check_llama_cpp, check_transformers, check_vllm
 from bonsai_fast.export.decilm import to_decilm

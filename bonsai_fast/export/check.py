@@ -1,4 +1,4 @@
-"""Load an export in the engine that it is for, in a process of its own, and compare."""
+"""Load an export in its engine, in a separate process, and compare it with the pruned model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from bonsai_fast.export.reference_answers import (
     compare,
 )
 
-# Largest accepted mean difference of log-probabilities, by the precision of the weights; llama.cpp
+# Largest accepted mean difference of log-probabilities, by the precision of the weights. llama.cpp
 # rounds activations to that precision, too.
 TOLERANCE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.5}
 NUM_LIKELY = 1000
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not."""
+    """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -45,8 +45,8 @@ def check_llama_cpp(
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed.
-        CheckError: it does not load or run, its tokenizer splits a text into another number of
-            tokens, or log-probabilities are off by more than `tolerance` on average.
+        CheckError: it does not load or run, its tokenizer gives another number of tokens for a
+            text, or log-probabilities differ by more than `tolerance` on average.
     """
     if not is_installed("xllamacpp"):
         raise ModuleNotFoundError("llama.cpp is not installed here: pip install xllamacpp")
@@ -75,10 +75,10 @@ def check_llama_cpp(
 def check_transformers(
     directory: str | os.PathLike[str], reference: Reference, *, tolerance: float = TOLERANCE["f32"]
 ) -> Agreement:
-    """Load a directory in a fresh process with transformers alone, and compare.
+    """Load a directory in a fresh process with only transformers, and compare.
 
     Raises:
-        CheckError: it does not load without its own code, or log-probabilities are off by more
+        CheckError: it does not load without code of its own, or log-probabilities differ by more
             than `tolerance` on average.
     """
     engine = f"transformers {importlib.metadata.version('transformers')}"
@@ -92,7 +92,7 @@ def check_vllm(
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
-        CheckError: it does not load or run, or log-probabilities are off by more than `tolerance`
+        CheckError: it does not load or run, or log-probabilities differ by more than `tolerance`
             on average.
     """
     if not is_installed("vllm"):
@@ -120,12 +120,12 @@ def _check_directory(
 
 def _accepted(found: Agreement, tolerance: float) -> Agreement:
     if not found.mean_logprob_difference <= tolerance:
-        raise CheckError(f"{found}; accepted is a mean of {tolerance:g}")
+        raise CheckError(f"{found}; expected a mean difference of at most {tolerance:g}")
     return found
 
 
 def _version(*packages: str) -> str:
-    """Of the first of these that is installed: one engine comes under several names."""
+    """Version of the first installed package: vLLM has one for each kind of device."""
     for package in packages:
         try:
             return importlib.metadata.version(package)
@@ -138,7 +138,7 @@ def run_engine(engine: str, script: Path, request: dict[str, Any]) -> Any:
     """Run a script `REQUEST.json ANSWER.json` in a fresh process.
 
     Raises:
-        CheckError: it fails; the message holds its last words.
+        CheckError: the script fails; the message holds its last error.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "request.json"), Path(scratch, "answer.json")
@@ -147,15 +147,15 @@ def run_engine(engine: str, script: Path, request: dict[str, Any]) -> Any:
         command = [sys.executable, "-P", str(script), str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         if done.returncode or not answered.is_file():
-            raise CheckError(f"{engine} does not run it: {_last_words(done)}")
+            raise CheckError(f"{engine} does not run the export: {_last_words(done)}")
         return json.loads(answered.read_text(encoding="utf-8"))
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a failed process said: the assertion that failed, its error, or its last line."""
+    """The failed assertion of a process, or its error, or its last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     asserted = [line for line in lines if "GGML_ASSERT" in line]
-    # vLLM's engine fails in a process of its own, whose error comes before this one
+    # vLLM's engine fails in another process, which prints the cause before this line
     errors = [
         found[0]
         for line in lines

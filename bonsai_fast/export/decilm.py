@@ -1,7 +1,7 @@
 """A pruned LLaMA in the layout of DeciLM (Nemotron-NAS), which vLLM runs without a plugin.
 
-Every layer says whether it has an attention and an MLP, how many query heads share a KV head, and
-how wide its MLP is. The number of query heads is the same everywhere, so that only MLP widths, KV
+Each layer may lack its attention or its MLP, and has its own number of query heads per KV head and
+its own MLP width. The number of query heads is the same in all layers, so only MLP channels, KV
 heads and whole sub-layers may have been pruned.
 """
 
@@ -32,9 +32,9 @@ from bonsai_fast.surgery.save import check_target, written_beside
 
 FAMILIES = ("llama", "mistral")
 MODEL_TYPE = "nemotron-nas"
-# `ffn_mult` stands for widths that are multiples of this
+# `ffn_mult` can only express multiples of this width
 MULTIPLE = 256
-# not taken over from the model's directory
+# not copied from the model's directory
 OWN_FILES = {"config.json", CARD_NAME, REPORT_NAME, WEIGHTS_NAME, INDEX_NAME}
 
 
@@ -45,7 +45,7 @@ def to_decilm(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         model: a run or model directory.
         output: a directory, new or empty.
     Raises:
-        ValueError: query heads were pruned, or it is no LLaMA block without biases.
+        ValueError: query heads were pruned, or the blocks are not LLaMA's without biases.
         FileExistsError: something is at `output`.
         OSError: it cannot be written; nothing is left behind.
     """
@@ -96,7 +96,7 @@ def block_configs(saved: SavedModel) -> list[dict[str, dict[str, Any]]]:
         last = index == len(saved.shapes) - 1
         group = heads // shape.num_kv_heads if shape.num_heads else None
         if group is None and not has_residual and (shape.channels or last):
-            group = heads  # a stub: all query heads on one KV head, all of it zero
+            group = heads  # a stub of zeros: all query heads on one KV head
         has_residual |= group is not None
         attention = {"no_op": group is None, "replace_with_linear": False}
         ffn = {"no_op": not shape.channels, "replace_with_linear": False}
@@ -110,13 +110,13 @@ def block_configs(saved: SavedModel) -> list[dict[str, dict[str, Any]]]:
 
 
 def num_query_heads(shapes: Sequence[LayerShape]) -> int | None:
-    """The number of query heads that all attentions have, if they have one; 1 if there is none."""
+    """Query heads of every attention; None if they differ, 1 if there is no attention."""
     counts = {shape.num_heads for shape in shapes if shape.num_heads}
     return None if len(counts) > 1 else next(iter(counts), 1)
 
 
 def _width(channels: int, hidden_size: int) -> dict[str, Any]:
-    """`ffn_mult`, which all engines read, where it can say the width; else `intermediate_size`."""
+    """The width as `ffn_mult`, which all engines read, if possible; else as `intermediate_size`."""
     if not channels:
         return {}
     if channels % MULTIPLE:
@@ -134,7 +134,7 @@ def _notes(blocks: list[dict[str, dict[str, Any]]]) -> tuple[str, ...]:
 
 
 def _config(saved: SavedModel, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """config.json: the parent's fields and `block_configs`."""
+    """config.json: the model's fields and `block_configs`."""
     text = (saved.directory / "config.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
     for name in ("per_layer_config", "layer_types", "q_heads_per_kv", "sliding_window"):
@@ -154,7 +154,7 @@ def _config(saved: SavedModel, blocks: list[dict[str, dict[str, Any]]]) -> dict[
 def _write_weights(
     saved: SavedModel, blocks: list[dict[str, dict[str, Any]]], folder: Path
 ) -> None:
-    """The model's own tensors, file by file, and those of a stub."""
+    """Write the model's tensors, file by file, and those of a stub."""
     weight_map: dict[str, str] = {}
     extra = _stub(saved, blocks)
     for path in sorted(set(saved.files.values())):
@@ -170,7 +170,7 @@ def _write_weights(
 
 
 def _stub(saved: SavedModel, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    """Zeros for the attention that the model lacks and the layout wants."""
+    """Zeros for an attention that the model lacks and the layout needs."""
     found: dict[str, torch.Tensor] = {}
     like = saved.tensor("model.norm.weight")
     query, width = (num_query_heads(saved.shapes) or 1) * saved.head_dim, len(like)
@@ -186,7 +186,7 @@ def _stub(saved: SavedModel, blocks: list[dict[str, dict[str, Any]]]) -> dict[st
 
 
 def _copy_the_rest(directory: Path, folder: Path) -> None:
-    """Tokenizer and generation config, and the configuration's Python file."""
+    """Copy tokenizer, generation configuration and the Python file of the configuration."""
     shutil.copy(str(configuration_decilm.__file__), folder / "configuration_decilm.py")
     for path in directory.iterdir():
         ours = path.suffix in (".py", ".safetensors") or path.name in OWN_FILES

@@ -1,4 +1,4 @@
-"""What every export says of itself."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """A written export.
 
     Attributes:
         output: the file or directory.
         format: "gguf", "padded" or "decilm".
         kind: llama.cpp's architecture, or the model type.
         size_bytes: of the file, or of the directory's weights.
-        notes: what a person should know about it.
+        notes: limits of the export, for people.
     """
 
     output: str

@@ -1,7 +1,7 @@
 """A pruned model as its parent's stock class: every layer padded with zeros to the widest one.
 
-It loads wherever the parent's class does, computes the same, and costs what a model costs all of
-whose layers are as wide as the widest.
+It loads wherever the parent's class does and computes the same as the pruned model. It is as large
+and as slow as a model whose layers are all as wide as the widest one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def to_padded(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         model: a run or model directory.
         output: a directory, new or empty.
     Raises:
-        ValueError: it is of a stock class already, or that class cannot be as narrow.
+        ValueError: the model is of a stock class already, or that class cannot express it.
         FileExistsError: something is at `output`.
         OSError: it cannot be written; nothing is left behind.
     """
@@ -55,12 +55,12 @@ def to_padded(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
 
 @torch.no_grad()
 def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function as a model of the parent's stock class: the inverse of `remove_units`.
+    """The same function in the parent's stock class: the inverse of `remove_units`.
 
     Args:
         model: a bonsai_* model.
     Raises:
-        ValueError: the stock class has no biases where the model got some.
+        ValueError: the stock class has no place for biases that the model got.
     """
     config = cast(Any, model.config)
     assert isinstance(config, HeterogeneousConfig)
@@ -74,7 +74,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     copies: dict[int, nn.Parameter] = {}
     for name, empty in list(child.named_parameters(remove_duplicate=False)):
         if not kept.keeps(name):
-            # norms of removed sub-layers: whatever they give, zeros follow
+            # the norm of a removed sub-layer: its output is multiplied by zeros
             fill = float(empty.dim() == 1 and name.endswith("weight"))
             _put(child, name, nn.Parameter(torch.full(empty.shape, fill, dtype=empty.dtype)))
             continue
@@ -105,7 +105,7 @@ def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 def _narrowest(
     model: PreTrainedModel, shapes: list[LayerShape]
 ) -> tuple[PreTrainedModel, LayerShape]:
-    """A stock model that all shapes fit into, on the meta device, and the shape of its layers."""
+    """The smallest stock model that holds all shapes, on the meta device, and its layer shape."""
     for groups in _candidates(cast(Any, model.config), shapes):
         shape = LayerShape(groups, max(1, *(layer.channels for layer in shapes)))
         child = stock_structure(model, shape)
@@ -115,14 +115,14 @@ def _narrowest(
 
 
 def _candidates(config: Any, shapes: list[LayerShape]) -> Iterator[tuple[int, ...]]:
-    """Query heads per KV head, from the fewest that are needed to the parent's."""
+    """Query heads per KV head, from the fewest needed to the parent's."""
     with config.as_dense():
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     needed_kv = max(1, *(shape.num_kv_heads for shape in shapes))
     needed = max(1, *(count for shape in shapes for count in shape.q_heads_per_kv or (1,)))
     if any(shape.alibi_heads is not None for shape in shapes):
-        needed_kv = kv_heads  # a head's position information hangs on its number
+        needed_kv = kv_heads  # ALiBi slopes depend on the number of a head
     sizes = {
         (kv, per_kv)
         for kv in range(needed_kv, kv_heads + 1)
@@ -133,9 +133,9 @@ def _candidates(config: Any, shapes: list[LayerShape]) -> Iterator[tuple[int, ..
 
 
 def _has_head_dim(child: PreTrainedModel, head_dim: int) -> bool:
-    """Whether all of a stock class agrees on the width of a head.
+    """Whether all parts of a stock class use this width of a head.
 
-    Where it is no field of the configuration, some parts may derive it from the number of heads.
+    If it is no field of the configuration, some parts may derive it from the number of heads.
     """
     config: Any = child.config
     if "head_dim" not in type(config).__dataclass_fields__:
@@ -144,7 +144,7 @@ def _has_head_dim(child: PreTrainedModel, head_dim: int) -> bool:
 
 
 def _filled(layout: Layout, shapes: list[LayerShape], padded: LayerShape) -> torch.Tensor:
-    """Which units of the padded model the pruned one's go to: bool [P]."""
+    """The units of the padded model that hold the pruned model's: bool [P]."""
     keep = torch.zeros(len(layout), dtype=torch.bool)
     per_kv = padded.q_heads_per_kv[0]
     for group in layout.groups:

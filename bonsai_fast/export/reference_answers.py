@@ -1,4 +1,4 @@
-"""What a pruned model says, so that an engine's answers can be held against it."""
+"""A pruned model's answers in transformers, and how an engine's answers compare with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = (
     "def largest(numbers):\n    result = numbers[0]\n    for",
 )
 NUM_GREEDY_TOKENS = 12
-# tokens that a comparison needs room for, if the model takes that many
+# context of a comparison, in tokens; less if the model takes fewer
 CONTEXT_LENGTH = 128
 NUM_COMPARED = 10  # most likely tokens of each distribution
 
@@ -32,13 +32,13 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reference:
-    """Prompts, and what the pruned model makes of them in float32.
+    """Prompts, and the pruned model's answers in float32.
 
     Attributes:
-        texts: the prompts as text; empty where the model has no tokenizer.
+        texts: the prompts as text; empty if the model has no tokenizer.
         prompts: their token ids.
-        greedy: the most likely continuation of each: int64 [N].
-        logprobs: float32 [N, V] of each, before each of its tokens.
+        greedy: the greedy continuation of each prompt, N token ids.
+        logprobs: for each prompt float32 [N, V], what each of its greedy tokens was chosen by.
     """
 
     texts: tuple[str, ...]
@@ -51,7 +51,7 @@ class Reference:
         return self.logprobs[0].shape[-1]
 
     def prefixes(self) -> list[list[int]]:
-        """Every prompt, and every prompt followed by some of its continuation."""
+        """Every prompt, followed by 0 to N - 1 tokens of its continuation."""
         return [
             [*prompt, *continuation[:length]]
             for prompt, continuation in zip(self.prompts, self.greedy, strict=True)
@@ -64,12 +64,12 @@ class Agreement:
     """How far an engine agrees with the pruned model in transformers, in float32.
 
     Attributes:
-        engine: what ran the export, with its version.
-        distributions: how many next-token distributions were compared.
+        engine: name and version.
+        distributions: number of next-token distributions that were compared.
         mean_logprob_difference, max_logprob_difference: absolute, over the `NUM_COMPARED` most
-            likely tokens of each.
-        greedy_tokens: how many greedy tokens were compared.
-        greedy_equal: how many of them were the same.
+            likely tokens of each distribution.
+        greedy_tokens: number of greedy tokens that were compared.
+        greedy_equal: how many of those are the same.
         tokenizer: "same" or "not compared".
     """
 
@@ -109,10 +109,13 @@ def reference_of(directory: str | os.PathLike[str]) -> Reference:
 
 
 def _prompts(saved: SavedModel) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Some texts as token ids, shortened to fit; random ids where there is no tokenizer."""
+    """Texts and their token ids, shortened to fit; random ids if there is no tokenizer."""
     room = min(CONTEXT_LENGTH, context_length(saved.config)) - NUM_GREEDY_TOKENS - 1
     if room < 1:
-        raise ValueError(f"the model takes too few tokens to be compared: {room + 1} too few")
+        needed = NUM_GREEDY_TOKENS + 2
+        raise ValueError(
+            f"a check needs a context of {needed} tokens, the model has {needed + room - 1}"
+        )
     if not (saved.directory / "tokenizer.json").is_file():
         generator = torch.Generator().manual_seed(0)
         size = (len(TEXTS), min(8, room))
@@ -137,7 +140,8 @@ def compare(
     """Compare an engine's answers to `Reference.prefixes`.
 
     Args:
-        likely: for every prefix the engine's most likely tokens, [id, log-probability] each.
+        likely: for every prefix, the engine's most likely tokens as [id, log-probability].
+        tokenizer: result of comparing the tokenizers.
     """
     expected = torch.cat(reference.logprobs)
     greedy = [token for continuation in reference.greedy for token in continuation]
@@ -149,9 +153,9 @@ def compare(
         equal += max(found, key=lambda identifier: found[identifier]) == token
         wanted = row.topk(min(NUM_COMPARED, len(row)))
         for value, identifier in zip(wanted.values.tolist(), wanted.indices.tolist(), strict=True):
-            # what the engine does not list is no likelier than the last that it does
+            # a token that the engine does not list is at most as likely as its last one
             differences.append(abs(found.get(identifier, min(lowest, value)) - value))
-    # NaN is infinitely far from anything
+    # NaN counts as an infinite difference
     far = torch.tensor(differences, dtype=torch.float64).nan_to_num(float("inf"))
     mean, largest = float(far.mean()), float(far.max())
     return Agreement(engine, len(expected), mean, largest, len(greedy), equal, tokenizer)

@@ -12,12 +12,12 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 
 from bonsai_fast.evaluation.text import (
-    builtin_text,
     calibration_sequences,
     evaluation_sequences,
     ledger_key,
     tokens_sha256,
 )
+from bonsai_fast.evaluation.text_sources import builtin_text
 
 TOKENIZER = byte_tokenizer()
 

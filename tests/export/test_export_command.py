@@ -84,7 +84,7 @@ def test_what_a_failed_engine_said(
     monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
     with pytest.raises(CheckError) as caught:
         run_engine("the engine", Path("script.py"), {})
-    assert f"the engine does not run it: {said}" in str(caught.value)
+    assert f"the engine does not run the export: {said}" in str(caught.value)
 
 
 def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
     save_pruned(tmp_path / "model", "llama3")
     reference = reference_of(tmp_path / "model")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(CheckError, match=r"does not run it: .*exit code|signal"):
+    with pytest.raises(CheckError, match=r"does not run the export: .*exit code|signal"):
         check_llama_cpp(tmp_path / "broken.gguf", reference, tolerance=1.0)
 
 
@@ -103,7 +103,7 @@ def test_a_file_of_another_model(tmp_path: Path) -> None:
     save_pruned(tmp_path / "other", "llama3", "mlp of layer 1")
     reference = reference_of(tmp_path / "model")
     to_gguf(tmp_path / "other", tmp_path / "other.gguf", precision="f32")
-    with pytest.raises(CheckError, match="accepted is a mean of"):
+    with pytest.raises(CheckError, match="expected a mean difference of at most"):
         check_llama_cpp(tmp_path / "other.gguf", reference, tolerance=TOLERANCE["f32"])
 
 

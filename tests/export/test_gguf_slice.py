@@ -64,7 +64,7 @@ def test_cutting_needs_no_model_directory(tmp_path: Path) -> None:
     assert torch.equal(read.tensors["blk.0.ffn_up.weight"][:2], up[[1, 5]])
     assert read.fields["deci.attention.head_count"] == [3, 0, 3]
     for wrong, message in (
-        ([*kept, kept[0]], "it has 3 layers, what is kept is of 4"),
+        ([*kept, kept[0]], "it has 3 layers, the pruned model's parent 4"),
         ([KeptLayer((6,), (0,)), *kept[1:]], "query head 6 of layer 0 is kept, but it has 6"),
         ([KeptLayer((0, 1, 3), (0,)), *kept[1:]], r"serve \[2, 1\] query heads"),
     ):
@@ -101,22 +101,22 @@ def _one_more_bias(directory: Path) -> None:
 
 WRONG_PARENTS = {
     "quantized": (lambda t: dense_file(t / "p", "llama3", "q8_0"), None, "is quantized"),
-    "other heads": (lambda t: dense_file(t / "p", "llama"), None, "has other widths"),
+    "other heads": (lambda t: dense_file(t / "p", "llama"), None, "give other widths"),
     "other weights": (lambda t: dense_file(t / "p", "qwen2"), None, "is of another model, or"),
     "changed weights": (
         lambda t: dense_file(t / "p", "llama3"),
         _other_weights,
-        r"blk\.1\.ffn_down\.weight is off by 9\.1%; leave out --gguf-parent",
+        r"blk\.1\.ffn_down\.weight differs by 9\.1%; leave out --gguf-parent",
     ),
     "biases that are not in it": (
         lambda t: dense_file(t / "p", "llama3"),
         _compensated,
-        "has biases that .* has not; leave out --gguf-parent",
+        "has biases that .* does not have; leave out --gguf-parent",
     ),
     "a tensor that is not in it": (
         lambda t: dense_file(t / "p", "llama3"),
         _one_more_bias,
-        r"only one of them has blk\.1\.attn_q\.bias",
+        r"only one of the two has blk\.1\.attn_q\.bias",
     ),
     "no report": (lambda t: dense_file(t / "p", "llama3"), _no_report, "says what is kept"),
     "no file": (lambda t: t / "none.gguf", None, "not readable as GGUF"),
@@ -140,5 +140,7 @@ def test_wrong_parents(name: str, tmp_path: Path) -> None:
 
 def test_pruned_files_cannot_be_cut_again(tmp_path: Path) -> None:
     exported(tmp_path, "llama3")
-    with pytest.raises(ValueError, match=r"architecture 'deci'.*Leave out --gguf-parent"):
+    with pytest.raises(
+        ValueError, match=r"dense model of architecture .*, got 'deci'; leave out --gguf-parent"
+    ):
         to_gguf_from_parent(tmp_path / "model", tmp_path / "model.gguf", tmp_path / "cut.gguf")

@@ -1,1 +1,1 @@
-"""Scripts that run prompts in an engine, each in a process of its own."""
+"""Scripts that run prompts in an engine, each in a separate process."""

@@ -1,10 +1,10 @@
-"""Runs alone, in a process of its own: llama.cpp aborts where a file is wrong.
+"""A script that runs prompts in llama.cpp, which aborts its process if a file is wrong.
 
     python run_llama_cpp.py REQUEST.json ANSWER.json
 
-The request holds the model's path, prompts as token ids, how many of the most likely tokens are
-wanted, and how many cores to use; the answer one list of [token id, log-probability] a prompt. A
-prompt may be a text instead: the answer then also says how many tokens it became.
+The request holds the model's path, prompts as token ids or text, the number of likely next tokens
+to return, and the number of threads. The answer holds, for each prompt, one list of
+[token id, log-probability] and the prompt's number of tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Any that is a whole piece of text will do; few models have this many that are not.
+# Tokens to try until one is a whole piece of text; few models have this many that are not.
 MAX_TRIALS = 400
 
 
 def load(path: str, context_length: int, num_threads: int) -> Any:
-    """A server in this process, with a key-value cache as precise as the weights can be."""
+    """A server in this process, with a key-value cache in float32."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -31,7 +31,7 @@ def load(path: str, context_length: int, num_threads: int) -> Any:
     parameters.verbosity = -1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = num_threads
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    # it rounds to float16
+    # flash attention rounds to float16
     kinds = xllamacpp.llama_flash_attn_type
     parameters.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(parameters)
@@ -40,8 +40,8 @@ def load(path: str, context_length: int, num_threads: int) -> Any:
 class Prober:
     """Asks for the distribution of the next token.
 
-    The server leaves log-probabilities out where the token that it draws is only a part of a
-    character. What it draws is forced to be another one; log-probabilities are of the model alone.
+    The server gives no log-probabilities if the token that it draws is only part of a character.
+    A bias forces another token, until one works; log-probabilities do not include the bias.
     """
 
     def __init__(self, server: Any, num_likely: int) -> None:
@@ -50,7 +50,7 @@ class Prober:
         self.drawn = 3
 
     def next_token(self, prompt: list[int] | str) -> tuple[list[list[float]], int]:
-        """The most likely tokens with their log-probabilities, and the length of the prompt."""
+        """The most likely tokens with log-probabilities, and the prompt's number of tokens."""
         request = {
             "prompt": prompt,
             "n_predict": 1,

@@ -1,9 +1,9 @@
-"""Runs alone, in a process of its own: transformers with nothing of ours.
+"""A script that runs prompts in transformers, without bonsai_fast.
 
     python run_transformers.py REQUEST.json ANSWER.json
 
-The request holds the model's directory, prompts as token ids and how many of the most likely next
-tokens are wanted; the answer one list of [token id, log-probability] a prompt.
+The request holds the model's directory, prompts as token ids, and the number of likely next tokens
+to return. The answer holds one list of [token id, log-probability] for each prompt.
 """
 
 from __future__ import annotations

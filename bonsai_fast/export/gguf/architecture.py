@@ -1,4 +1,4 @@
-"""Which llama.cpp architecture runs a model, and why none does."""
+"""Choose the llama.cpp architecture that runs a model, or say why there is none."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from bonsai_fast.checkpoints.saved_model import SavedModel
 from bonsai_fast.export.gguf.plan import GGUFLayer, is_uniform, plan_layers
 from bonsai_fast.hub import LayerShape
 
-# What is on disk is one of these blocks whatever the family is called.
+# Families whose blocks llama.cpp computes with layers of different widths.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROPE_TYPES = ("default", "llama3", "linear")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A llama.cpp architecture as far as writing files for it goes.
+    """What must be known of a llama.cpp architecture to write files for it.
 
     Attributes:
         name: value of `general.architecture`.
-        rotates_pairs: the rotary embedding turns neighbours (2i, 2i+1) and not (i, i + K/2) as
-            transformers does, so that the rows of q and k are stored in that order.
+        rotates_pairs: the rotary embedding rotates neighbours (2i, 2i+1), not (i, i + K/2) as in
+            transformers; rows of q and k are stored in that order.
         fuses_qkv: q, k and v are one tensor.
-        per_layer_widths: layers may differ.
-        can_skip_attention: so far that a layer has no attention.
+        per_layer_widths: layers may have different widths.
+        can_skip_attention: layers may have no attention.
         has_rope_factors: it reads the factors of LLaMA 3's rotary embedding.
     """
 
@@ -54,7 +54,7 @@ class GGUFPlan:
     """An architecture and its layers.
 
     Attributes:
-        notes: what a person should know about the file.
+        notes: limits of the file, for people.
     """
 
     architecture: Architecture
@@ -63,10 +63,10 @@ class GGUFPlan:
 
 
 def plan_gguf(model: SavedModel, *, pad_channels_to: int = 32) -> GGUFPlan:
-    """Choose the architecture for a saved model and decide what becomes of every layer.
+    """Choose the architecture for a saved model, and plan every layer.
 
     Raises:
-        ValueError: llama.cpp cannot run it; the message says why.
+        ValueError: llama.cpp cannot run the model; the message says why.
     """
     check_model(model)
     plan = choose(
@@ -79,8 +79,8 @@ def plan_gguf(model: SavedModel, *, pad_channels_to: int = 32) -> GGUFPlan:
     rope_type = rope_of(model.config)["rope_type"]
     if rope_type == "llama3" and not plan.architecture.has_rope_factors:
         raise ValueError(
-            f"llama.cpp's {plan.architecture.name} has no factors for the rotary embedding, "
-            "which this model scales by 'llama3'"
+            f"llama.cpp's architecture {plan.architecture.name} has no factors for the rotary "
+            "embedding, which this model scales by 'llama3'"
         )
     return GGUFPlan(plan.architecture, plan.layers, (*plan.notes, *_window_notes(model.config)))
 
@@ -93,7 +93,7 @@ def choose(
     keeps_biases: bool,
     pad_channels_to: int,
 ) -> GGUFPlan:
-    """Choose the architecture by the shapes of the layers alone.
+    """Choose the architecture by the shapes of the layers.
 
     Raises:
         ValueError: no architecture has such layers.
@@ -120,22 +120,22 @@ def choose(
 
 
 def check_model(model: SavedModel) -> None:
-    """Refuse what no architecture computes, whatever its widths.
+    """Refuse models that no architecture computes, whatever their widths.
 
     Raises:
-        ValueError: the family, its activation, its rotary embedding or its biases.
+        ValueError: for the family, its activation, its rotary embedding or its biases.
     """
     config: Any = model.config
     if model.family not in FAMILIES:
         if model.is_stock:
             raise ValueError(
-                f"model type {config.model_type!r} is as transformers knows it: "
-                "llama.cpp's own convert_hf_to_gguf.py converts it"
+                f"model type {config.model_type!r} is a stock class of transformers: convert it "
+                "with llama.cpp's own convert_hf_to_gguf.py"
             )
         raise ValueError(
-            f"llama.cpp has no architecture whose layers may differ for a pruned {model.family}; "
-            f"it has one for {', '.join(FAMILIES)}. --format padded or pruning with --uniform "
-            "gives a model that llama.cpp's own converter takes"
+            f"llama.cpp has no architecture for a {model.family} with layers of different widths, "
+            f"only for {', '.join(FAMILIES)}; use --format padded, or prune with --uniform, and "
+            "then llama.cpp's own converter"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"llama.cpp computes these blocks with silu, got {config.hidden_act!r}")
@@ -143,7 +143,9 @@ def check_model(model: SavedModel) -> None:
         raise ValueError("llama.cpp has no biases where q and k are normalised")
     rope = rope_of(config)
     if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("llama.cpp's block for this model rotates whole heads, the model parts")
+        raise ValueError(
+            "llama.cpp's block for this model rotates whole heads, the model only part of them"
+        )
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"rotary embeddings of type {rope['rope_type']!r} are not exported to GGUF; "
@@ -152,18 +154,18 @@ def check_model(model: SavedModel) -> None:
 
 
 def rope_of(config: Any) -> dict[str, Any]:
-    """The parameters of the rotary embedding, with a type and a theta."""
+    """Parameters of the rotary embedding; always with `rope_type` and `rope_theta`."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 
 def context_length(config: Any) -> int:
-    """Up to how many tokens the file computes what the model computes."""
+    """Number of tokens up to which the file computes the same as the model."""
     return min(int(config.max_position_embeddings), _window(config) or 1 << 62)
 
 
 def _window(config: Any) -> int | None:
-    """Width of the sliding window, if some layer has one."""
+    """Width of the sliding window in tokens; None if no layer has one."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return None
@@ -176,11 +178,11 @@ def _window_notes(config: Any) -> tuple[str, ...]:
     if window is None or window >= config.max_position_embeddings:
         return ()
     return (
-        f"the model attends within {window} tokens, llama.cpp's block to all: "
-        f"the context is limited to {window}, where both are the same",
+        f"the model attends within a window of {window} tokens, llama.cpp to all tokens: the "
+        f"context is limited to {window} tokens, where both are the same",
     )
 
 
 def _dropped(shapes: Sequence[LayerShape], layers: Sequence[GGUFLayer]) -> tuple[str, ...]:
-    gone = sorted(set(range(len(shapes))) - {layer.source for layer in layers})
-    return (f"layers {gone} keep nothing and are left out",) if gone else ()
+    removed = sorted(set(range(len(shapes))) - {layer.source for layer in layers})
+    return (f"layers {removed} keep nothing and are left out",) if removed else ()

@@ -1,6 +1,6 @@
-"""A dense model's GGUF file, and what is kept of it.
+"""A dense model's GGUF file, read as the pruned model's tensors.
 
-Whole heads are cut, which is the same in every order of rows that files come in.
+Whole heads are removed, so the order of rows inside a head does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bonsai_fast.hub import LayerShape
 # architectures of dense files -> the family of their blocks
 PARENTS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-# what the new file says for itself
+# entries that the new file has its own values for
 OWN_KEYS = (
     "general.architecture",
     "general.file_type",
@@ -34,7 +34,7 @@ OWN_KEYS = (
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What of a dense layer is kept: query heads and channels by their numbers, ascending."""
+    """The query heads and channels of a dense layer that are kept, by number, ascending."""
 
     heads: tuple[int, ...]
     channels: tuple[int, ...]
@@ -44,10 +44,10 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+\.(?:weight|bias))")
 
 
 class DenseGGUF:
-    """A dense model's file, and `TensorSource` over what is kept of it.
+    """A dense model's file, and a `TensorSource` of its kept heads and channels.
 
     Raises:
-        ValueError: no GGUF file, an architecture that cannot be cut, or quantized weights.
+        ValueError: not a GGUF file, an architecture that cannot be cut, or quantized weights.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,12 +60,11 @@ class DenseGGUF:
         self.architecture = str(self.value("general.architecture"))
         if self.architecture not in PARENTS:
             raise ValueError(
-                f"{self.path} is of architecture {self.architecture!r}; a dense file of one of "
-                f"{', '.join(PARENTS)} can be cut. Leave out --gguf-parent to export from the "
-                "model directory"
+                f"{self.path}: expected a dense model of architecture {', '.join(PARENTS)}, got "
+                f"{self.architecture!r}; leave out --gguf-parent to export from the model directory"
             )
         if self.value("expert_count", 0):
-            raise ValueError(f"{self.path} is a mixture of experts, which cannot be cut")
+            raise ValueError(f"{self.path} is a mixture of experts, which cannot be pruned")
         quantized = [t for t in self.reader.tensors if t.tensor_type not in PLAIN_TYPES]
         if quantized:
             raise ValueError(
@@ -88,19 +87,19 @@ class DenseGGUF:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embeddings are the LM head, too."""
+        """Whether embeddings and LM head are the same tensor."""
         return "output.weight" not in self.tensors
 
     def value(self, key: str, default: Any = None) -> Any:
         """An entry of the metadata, with or without the architecture's prefix.
 
         Raises:
-            ValueError: there is none and no default.
+            ValueError: there is no such entry and no default.
         """
         full = key if key.startswith("general.") else f"{self.architecture}.{key}"
         field = self.reader.get_field(full)
         if field is None and default is None:
-            raise ValueError(f"{self.path} does not say {full}")
+            raise ValueError(f"{self.path} has no entry {full}")
         return default if field is None else field.contents()
 
     def fields(self, architecture: str) -> Fields:
@@ -120,20 +119,20 @@ class DenseGGUF:
 
     @property
     def has_output_biases(self) -> bool:
-        """Whether a removed sub-layer leaves a bias behind."""
+        """Whether removed sub-layers leave a bias."""
         names = ("blk.0.attn_output.bias", "blk.0.ffn_down.bias")
         return any(name in self.tensors for name in names)
 
     def keep(self, kept: Sequence[KeptLayer]) -> None:
-        """Choose what `get` gives from now on.
+        """Set what `has`, `get` and `shapes` describe.
 
         Raises:
-            ValueError: another number of layers, or heads or channels that are not there.
+            ValueError: another number of layers, or heads or channels that do not exist.
         """
         if len(kept) != self.num_layers:
             raise ValueError(
-                f"{self.path} is of another model: it has {self.num_layers} layers, "
-                f"what is kept is of {len(kept)}"
+                f"{self.path} is of another model: it has {self.num_layers} layers, the pruned "
+                f"model's parent {len(kept)}"
             )
         for index, layer in enumerate(kept):
             for what, found, size in (
@@ -148,11 +147,11 @@ class DenseGGUF:
         self.kept = kept
 
     def shapes(self) -> list[LayerShape]:
-        """What every layer keeps, as the exporter plans with it."""
+        """What every layer keeps."""
         return [LayerShape(self._groups(layer), len(layer.channels)) for layer in self.kept]
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, and something of it is kept."""
+        """Whether there is such a tensor and some of it is kept."""
         if name not in self.tensors:
             return False
         found = _BLOCK.fullmatch(name)
@@ -162,7 +161,7 @@ class DenseGGUF:
         return bool(layer.heads if found[2].startswith("attn") else layer.channels)
 
     def get(self, name: str) -> torch.Tensor:
-        """What is kept of a tensor."""
+        """The kept part of a tensor."""
         tensor = self._whole(name)
         found = _BLOCK.fullmatch(name)
         if found is None:

@@ -1,6 +1,6 @@
-"""A GGUF file cut out of the dense model's, by what of each layer is kept.
+"""Write a pruned model's GGUF file from the dense model's GGUF file.
 
-Tokenizer and all other metadata are taken over, so that nothing here knows tokenizers.
+The tokenizer and all other metadata are copied from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bonsai_fast.export.gguf.names import SavedTensors, tensor_names
 from bonsai_fast.export.gguf.tensors import pair_order, tensor_specs
 from bonsai_fast.export.gguf.write import write_gguf
 
-# how far the parent's rounding may be from the model's: a share of a tensor's norm
+# largest accepted difference of a tensor from the model's, as a share of its norm: rounding
 SAME_WEIGHTS = 0.02
 LEAVE_OUT = "leave out --gguf-parent to export from the model directory"
 
@@ -33,14 +33,14 @@ def slice_gguf(
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:
-    """Cut what is kept out of a dense model's file; nothing else is read.
+    """Write the kept heads and channels of a dense model's file; only these are read.
 
     Args:
-        dense: the file, F32, F16 or BF16, as llama.cpp's own converter makes it.
-        kept: of every layer.
+        dense: the file, F32, F16 or BF16, as llama.cpp's own converter writes it.
+        kept: heads and channels of every layer.
         output, precision, pad_channels_to, advance: as in `to_gguf`.
     Raises:
-        ValueError: `kept` is not of such a model, or llama.cpp cannot run the result.
+        ValueError: `kept` does not fit the model, or llama.cpp cannot run the result.
         FileExistsError, OSError: as in `to_gguf`.
     """
     dense.keep(kept)
@@ -66,25 +66,32 @@ def to_gguf_from_parent(
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:
-    """Write a saved model as GGUF by cutting it out of its dense parent's file.
+    """Write a saved model as GGUF from its dense parent's GGUF file.
 
-    `bonsai_report.json` says what is kept. What is cut out is compared with the model's own
-    weights before anything is written.
+    `bonsai_report.json` says which heads and channels are kept. The parent's weights for them are
+    compared with the model's before anything is written.
 
+    Args:
+        model: a run or model directory.
+        parent: the dense model's GGUF file.
+        output, precision, pad_channels_to, advance: as in `to_gguf`.
     Raises:
-        ValueError: no report, a parent that cannot be cut or is another model's, weights that have
-            changed since they were cut, or llama.cpp cannot run such a model.
+        ValueError: there is no report, the parent cannot be cut or is of another model, the model's
+            weights have changed since it was pruned, or llama.cpp cannot run such a model.
         FileExistsError, OSError: as in `to_gguf`.
     """
     saved = open_saved(model)
     check_model(saved)
     dense = DenseGGUF(parent)
     if saved.has_output_biases and not dense.has_output_biases:
-        raise ValueError(f"{saved.directory} has biases that {parent} has not; {LEAVE_OUT}")
+        raise ValueError(f"{saved.directory} has biases that {parent} does not have; {LEAVE_OUT}")
     kept = kept_layers(saved)
     dense.keep(kept)
     if tuple(dense.shapes()) != saved.shapes:
-        raise ValueError(f"{parent} cut by {saved.directory}'s report has other widths than it")
+        raise ValueError(
+            f"{parent} and the report of {saved.directory} give other widths than the model has; "
+            f"{LEAVE_OUT}"
+        )
     _compare(saved, dense)
     return slice_gguf(
         dense,
@@ -97,10 +104,10 @@ def to_gguf_from_parent(
 
 
 def kept_layers(saved: SavedModel) -> list[KeptLayer]:
-    """What a model's report says that it keeps of its parent.
+    """The heads and channels that a model keeps of its parent, by its report.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: there is no such report.
     """
     entries = saved.report.get("kept")
     if not isinstance(entries, dict):
@@ -115,12 +122,12 @@ def kept_layers(saved: SavedModel) -> list[KeptLayer]:
 
 
 def _compare(saved: SavedModel, dense: DenseGGUF) -> None:
-    """Make sure that what is cut out is the model."""
+    """Check that the kept part of the dense file is the model."""
     own = SavedTensors(saved)
     own.check_complete()
     for name in tensor_names(dense.num_layers):
         if own.has(name) != dense.has(name):
-            raise ValueError(f"{dense.path} is of another model: only one of them has {name}")
+            raise ValueError(f"{dense.path} is of another model: only one of the two has {name}")
         if not own.has(name):
             continue
         wanted, found = own.get(name).float(), dense.get(name).float()
@@ -128,12 +135,12 @@ def _compare(saved: SavedModel, dense: DenseGGUF) -> None:
             wanted = pair_order(wanted, dense.head_dim)
         if wanted.shape != found.shape:
             raise ValueError(
-                f"{dense.path} is of another model: {name} cut out of it is "
-                f"{tuple(found.shape)}, the model's {tuple(wanted.shape)}"
+                f"{dense.path} is of another model: the kept part of {name} has shape "
+                f"{tuple(found.shape)}, in the model {tuple(wanted.shape)}"
             )
         difference = float((wanted - found).norm() / wanted.norm().clamp(min=1e-30))
         if not difference <= SAME_WEIGHTS:
             raise ValueError(
                 f"{dense.path} is of another model, or the model's weights have changed since it "
-                f"was cut: {name} is off by {difference:.1%}; {LEAVE_OUT}"
+                f"was pruned: {name} differs by {difference:.1%}; {LEAVE_OUT}"
             )

@@ -1,4 +1,4 @@
-"""A GGUF file from a model directory, with its weights and its tokenizer."""
+"""Write a GGUF file from a model directory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def to_gguf(
     pad_channels_to: int = 32,
     advance: Callable[[], None] = lambda: None,
 ) -> Exported:
-    """Write a saved model as GGUF, which stock llama.cpp runs at the model's true cost.
+    """Write a saved model as GGUF, which unmodified llama.cpp runs at the pruned model's cost.
 
     Args:
         model: a run or model directory.
-        output: the file; it may not exist.
-        precision: of matrices; norms and biases are float32 always.
-        pad_channels_to: 256 if the file is to be quantized to a K-quant, whose blocks are that
-            long; zero channels change nothing.
+        output: the file; it must not exist.
+        precision: of matrices; norms and biases are always float32.
+        pad_channels_to: MLP widths are padded with zero channels to a multiple of this: 256 if the
+            file is to be quantized to a K-quant, whose blocks are that long.
         advance: called after each tensor.
     Raises:
-        ValueError: llama.cpp cannot run such a model, or there is no tokenizer; before any work.
+        ValueError: llama.cpp cannot run such a model, or there is no tokenizer. Raised before any
+            work.
         FileExistsError: `output` exists.
         OSError: it cannot be written; nothing is left behind.
     """

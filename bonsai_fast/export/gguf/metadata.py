@@ -10,7 +10,7 @@ from bonsai_fast.export.gguf.write import Fields, number, real, text, widths
 
 
 def hyperparameters(model: SavedModel, plan: GGUFPlan) -> Fields:
-    """Everything but the tokenizer, for a model directory."""
+    """All entries for a model directory, except the tokenizer's."""
     config: Any = model.config
     rope = rope_of(config)
     fields = {
@@ -30,9 +30,9 @@ def hyperparameters(model: SavedModel, plan: GGUFPlan) -> Fields:
 
 
 def layer_fields(plan: GGUFPlan, head_dim: int) -> Fields:
-    """What a file says of its layers; without the architecture's prefix.
+    """The entries about layers, without the architecture's prefix.
 
-    Key and value lengths are always there: llama.cpp would derive them from the first layer.
+    Key and value lengths are always given: llama.cpp would derive them from the first layer.
     """
     return {
         "block_count": number(len(plan.layers)),
@@ -46,7 +46,7 @@ def layer_fields(plan: GGUFPlan, head_dim: int) -> Fields:
 
 
 def prefixed(fields: Fields, architecture: str) -> Fields:
-    """Put the architecture's name before every key that is not general."""
+    """Add the architecture's name to every key that does not start with "general."."""
     return {
         key if key.startswith("general.") else f"{architecture}.{key}": value
         for key, value in fields.items()

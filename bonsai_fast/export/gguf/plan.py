@@ -1,17 +1,18 @@
-"""What a GGUF will hold, layer by layer, decided before anything is written.
+"""Plan the layers of a GGUF file, before anything is written.
 
 llama.cpp reads per-layer widths for every architecture, but only two plain pre-norm SwiGLU blocks
 use them: `deci` (LLaMA's block) and `openelm` (q and k normalised, embeddings tied). A uniform
 model keeps its parent's architecture.
 
-A removed sub-layer is left out only where the engine computes the right thing without it:
+A removed sub-layer is left out only if llama.cpp then computes the same:
 
-* a layer that keeps nothing is the identity, and is dropped;
-* `deci` takes a layer without attention, except as layer 0, whose head count sizes the rotary
-  embedding;
-* a layer that keeps its attention and has no MLP would silently lose the attention, too.
+* A layer that keeps nothing is the identity and is left out.
+* `deci` accepts a layer without attention, except layer 0, whose head count sets the size of the
+  rotary embedding.
+* A layer with attention and without MLP would silently lose its attention, too.
 
-All other cases get a stub: one head, or `STUB_CHANNELS` channels, of zeros.
+In all other cases a removed sub-layer becomes a stub of zeros: one head, or `STUB_CHANNELS`
+channels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class GGUFLayer:
 
     Attributes:
         source: number of the layer in the model.
-        shape: what of it the model keeps.
+        shape: what the model keeps of that layer.
         num_heads, num_kv_heads: heads in the file; 0 if it has no attention.
         channels: width of the MLP in the file, padding included; 0 if it has none.
     """
@@ -42,7 +43,7 @@ class GGUFLayer:
     channels: int
 
     def tensor(self, name: str) -> str:
-        """Name of one of its tensors where the model's come from."""
+        """Name of one of its tensors in the source of tensors."""
         return f"blk.{self.source}.{name}"
 
     @property
@@ -57,13 +58,13 @@ def plan_layers(
     can_skip_attention: bool,
     keeps_biases: bool,
 ) -> tuple[GGUFLayer, ...]:
-    """Decide what becomes of every layer.
+    """Decide the widths of every layer in the file.
 
     Args:
         shapes: of the model's layers.
         pad_channels_to: MLP widths are padded with zero channels to a multiple of this.
-        can_skip_attention: the architecture takes layers without attention.
-        keeps_biases: a removed sub-layer leaves a bias behind, so that nothing can be dropped.
+        can_skip_attention: the architecture accepts layers without attention.
+        keeps_biases: a removed sub-layer leaves a bias, so no sub-layer can be left out.
     Raises:
         ValueError: the KV groups of a layer keep different numbers of query heads.
     """
@@ -77,7 +78,7 @@ def plan_layers(
         if shape.num_heads or shape.channels or keeps_biases:
             channels = -(-shape.channels // pad_channels_to) * pad_channels_to
             layers.append(GGUFLayer(index, shape, shape.num_heads, shape.num_kv_heads, channels))
-    if not layers:  # an engine wants at least one
+    if not layers:  # llama.cpp needs at least one
         layers = [GGUFLayer(0, shapes[0], 0, 0, 0)]
     return tuple(
         _with_stubs(layer, position == 0 or not can_skip_attention or keeps_biases, pad_channels_to)
@@ -94,5 +95,5 @@ def _with_stubs(layer: GGUFLayer, needs_attention: bool, pad_channels_to: int) -
 
 
 def is_uniform(layers: Sequence[GGUFLayer]) -> bool:
-    """Whether all layers are alike and complete, as every architecture can express it."""
+    """Whether all layers are equal and have an attention, as every architecture can express."""
     return len({layer.widths for layer in layers}) == 1 and layers[0].num_heads > 0

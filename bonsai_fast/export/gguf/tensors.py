@@ -1,7 +1,7 @@
-"""The tensors of a GGUF, made one at a time from whatever holds the model's.
+"""The tensors of a GGUF file, made one at a time from a source of the model's tensors.
 
-A source gives the tensors of a layer by llama.cpp's names, unfused, rows in its own order; here
-they are put in the architecture's order, fused, padded, and stubs are made.
+A source gives a layer's tensors under llama.cpp's names, unfused, with rows in its own order. Here
+rows are reordered for the architecture, tensors are fused and padded, and stubs are made.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bonsai_fast.export.gguf.plan import GGUFLayer
 
 
 class TensorSource(Protocol):
-    """What holds a model's tensors, under llama.cpp's names: "blk.7.attn_q.bias", "output.weight".
+    """A model's tensors under llama.cpp's names: "blk.7.attn_q.bias", "output.weight".
 
     Attributes:
-        rotates_pairs: rows of q and k are stored for a rotary embedding that turns neighbours.
-        has_head_norms: q and k are normalised, in every layer that has them.
+        rotates_pairs: rows of q and k are in the order for a rotary embedding of neighbours.
+        has_head_norms: q and k are normalised, in every layer with an attention.
         head_dim, hidden_size, vocab_size: sizes of the model.
     """
 
@@ -37,7 +37,7 @@ class TensorSource(Protocol):
         ...
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in any floating dtype; only of a name that `has` knows."""
+        """The tensor, on the CPU, in any floating dtype; `has(name)` must be true."""
         ...
 
 
@@ -48,7 +48,7 @@ class TensorSpec:
     Attributes:
         name: in the file.
         shape: in PyTorch's order.
-        make: gives it, on the CPU, in any floating dtype.
+        make: returns the tensor, on the CPU, in any floating dtype.
     """
 
     name: str
@@ -58,14 +58,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a tensor of a block has which size: rows and columns in the file."""
+    """Size of a block's tensor in the file; no columns if it is a vector."""
 
     rows: int
     columns: int | None = None
 
 
 def tensor_specs(plan: GGUFPlan, source: TensorSource) -> Iterator[TensorSpec]:
-    """All tensors in the order in which llama.cpp reads them; only their sizes are known yet."""
+    """All tensors, in the order in which llama.cpp reads them; none is read yet."""
     sizes = {
         "token_embd.weight": (source.vocab_size, source.hidden_size),
         "output_norm.weight": (source.hidden_size,),
@@ -126,7 +126,7 @@ def _is_wanted(source: TensorSource, layer: GGUFLayer, name: str) -> bool:
     if source.has(layer.tensor(name)):
         return True
     if name.endswith("_norm.weight"):
-        # of a stub; q and k are normalised in every layer or in none
+        # a stub's norm; q and k are normalised in every layer or in none
         return not name.startswith(("attn_q", "attn_k")) or source.has_head_norms
     return _is_stub(layer, name) and not name.endswith(".bias")
 
@@ -139,7 +139,7 @@ def _is_stub(layer: GGUFLayer, name: str) -> bool:
 def _fitted(
     source: TensorSource, layer: GGUFLayer, name: str, part: _Part, permutes: bool
 ) -> torch.Tensor:
-    """A tensor of a block in the file's size and order."""
+    """A block's tensor, padded to its size in the file, with rows in the file's order."""
     shape = (part.rows,) if part.columns is None else (part.rows, part.columns)
     if not source.has(layer.tensor(name)):
         return torch.ones(shape) if name.endswith("_norm.weight") else torch.zeros(shape)
@@ -154,7 +154,7 @@ def _fitted(
 
 
 def pair_order(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of every head from halves (i, i + K/2) to neighbours (2i, 2i + 1).
+    """Reorder the rows of every head: halves (i, i + K/2) become neighbours (2i, 2i + 1).
 
     Args:
         tensor: [H * K, ...], rows of whole heads.

@@ -1,7 +1,10 @@
 """A tokenizer's entries in a GGUF file, from a tokenizer.json.
 
-llama.cpp holds the splitting into words as code and picks it by name (`tokenizer.ggml.pre`), so
-that a tokenizer can be written only if its rules are among those known here.
+llama.cpp has the rules that split text into words in its code and chooses them by name
+(`tokenizer.ggml.pre`). A tokenizer can be written only if its rules are listed here.
+
+Special tokens are not read by `gguf.SpecialVocab`: it takes ids from config.json that the tokenizer
+does not have, and guesses from templates whether BOS and EOS are added; here a text is tokenized.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ): "tekken",
 }
-WHAT_TO_DO = "give the dense model's GGUF with --gguf-parent, whose tokenizer is then taken over"
+WHAT_TO_DO = "give the dense model's GGUF with --gguf-parent: its tokenizer is then copied"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -41,7 +44,7 @@ def tokenizer_fields(model: SavedModel) -> Fields:
     """The entries for a model directory's tokenizer.
 
     Raises:
-        ValueError: there is none, or llama.cpp's tokenizers have no rules like its own.
+        ValueError: there is none, or llama.cpp has no tokenizer with its rules.
     """
     path = model.directory / "tokenizer.json"
     if not path.is_file():
@@ -64,7 +67,7 @@ def _byte_level(data: dict[str, Any], size: int, path: Path) -> Fields:
         raise ValueError(
             f"{path}: llama.cpp has no name for a pre-tokenizer like {list(rules)}; {WHAT_TO_DO}"
         )
-    # llama.cpp wants one at least; this one never applies, since no text is split into such parts
+    # llama.cpp needs at least one; this one never applies, no text is split into such parts
     merges = [_merge(merge) for merge in data["model"]["merges"]] or ["[none] [none]"]
     tokens, types = _vocabulary(data, size, TokenType.NORMAL)
     return {
@@ -77,7 +80,7 @@ def _byte_level(data: dict[str, Any], size: int, path: Path) -> Fields:
 
 
 def _sentencepiece(data: dict[str, Any], size: int) -> Fields:
-    """A BPE that came from SentencePiece: llama.cpp merges by score, which is the merge's rank."""
+    """A BPE from SentencePiece: llama.cpp merges by score, which is minus the merge's rank."""
     tokens, types = _vocabulary(data, size, TokenType.NORMAL)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(data["model"]["merges"]):
@@ -98,7 +101,7 @@ def _sentencepiece(data: dict[str, Any], size: int) -> Fields:
 def _vocabulary(
     data: dict[str, Any], size: int, default: TokenType
 ) -> tuple[list[str], list[TokenType]]:
-    """Every row of the embeddings has a token; those beyond the tokenizer's are never used."""
+    """A token for every row of the embeddings; rows that the tokenizer lacks get unused ones."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size
     known = {identifier: (token, default) for token, identifier in data["model"]["vocab"].items()}
@@ -107,7 +110,8 @@ def _vocabulary(
         known[added["id"]] = (added["content"], kind)
     if known and max(known) >= size:
         raise ValueError(
-            f"the tokenizer has a token {max(known)}, but the model only {size} embeddings"
+            f"expected token ids below {size}, the number of embeddings; the tokenizer has token "
+            f"{max(known)}"
         )
     for identifier, (token, kind) in known.items():
         tokens[identifier], types[identifier] = token, kind
@@ -122,9 +126,9 @@ def _token_fields(tokens: list[str], types: list[TokenType]) -> Fields:
 
 
 def _special(directory: Path, tokens: list[str]) -> Fields:
-    """Ids of the special tokens, what is put before and behind a text, and the chat template.
+    """Ids of the special tokens, whether BOS and EOS are added to a text, and the chat template.
 
-    Only of tokens that tokenizer.json holds: transformers may add some that the model never saw.
+    Only tokens in tokenizer.json count: transformers may add some that the model never saw.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     fields: Fields = {}
@@ -149,7 +153,7 @@ def _merge(merge: str | list[str]) -> str:
 
 
 def _rules(pre_tokenizer: dict[str, Any] | None, path: Path) -> Iterator[str]:
-    """A pre-tokenizer's steps: "gpt2", "digits", or the regular expression of a split."""
+    """The steps of a pre-tokenizer: "gpt2", "digits", or the regular expression of a split."""
     kind = (pre_tokenizer or {}).get("type")
     if kind == "Sequence":
         assert pre_tokenizer is not None
@@ -173,7 +177,7 @@ def _rules(pre_tokenizer: dict[str, Any] | None, path: Path) -> Iterator[str]:
 
 
 def _prefixes_space(data: dict[str, Any]) -> bool:
-    """Whether a space is put before a text: by a normalizer, or by the pre-tokenizer."""
+    """Whether the normalizer or the pre-tokenizer adds a space before a text."""
     steps = [data.get("normalizer") or {}, data.get("pre_tokenizer") or {}]
     steps += steps[0].get("normalizers", [])
     return any(

@@ -1,4 +1,4 @@
-"""Write a GGUF file, whole or not at all, holding one tensor in memory at a time."""
+"""Write a GGUF file, whole or not at all, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Field:
     """One entry of the metadata.
 
     Attributes:
-        sub_type: of the elements, if it is an array.
+        sub_type: type of the elements of an array.
     """
 
     value: Any
@@ -65,12 +65,12 @@ def flag(value: bool) -> Field:
 
 
 def array(values: Sequence[Any], sub_type: GGUFValueType) -> Field:
-    """An array; not empty."""
+    """An array with at least one element."""
     return Field(list(values), GGUFValueType.ARRAY, sub_type)
 
 
 def widths(values: Sequence[int]) -> Field:
-    """A number for every layer: one integer if all are the same."""
+    """A number for every layer; a single integer if all are equal."""
     if len(set(values)) == 1:
         return number(values[0])
     return array([int(value) for value in values], GGUFValueType.INT32)
@@ -84,20 +84,23 @@ def write_gguf(
     precision: GGUFPrecision,
     advance: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write a file; norms and biases stay in float32, as llama.cpp wants them.
+    """Write a file. Norms and biases are float32, as llama.cpp needs them.
 
-    A matrix whose rows are no multiple of a block of 32 is stored in float16 where q8_0 is asked
-    for.
+    With q8_0, a matrix whose rows are no multiple of its block of 32 is stored as float16.
 
     Args:
-        path: where to; nothing may be there.
+        path: of the file; it must not exist.
+        architecture: llama.cpp's name.
+        fields: the metadata.
+        tensors: in the order of the file.
+        precision: of matrices.
         advance: called after each tensor.
     Returns:
-        bytes written.
+        size of the file in bytes.
     Raises:
         FileExistsError: `path` exists.
         ValueError: a value is too large for float16.
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; no part of it is left.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another output")
@@ -131,7 +134,7 @@ def write_gguf(
         raise OSError(f"could not write {path}: {error.strerror or error}") from error
     finally:
         writer.close()
-        with suppress(OSError):  # it may never have been there
+        with suppress(OSError):  # it may not exist
             scratch.unlink()
     return size
 
@@ -158,7 +161,7 @@ def _bytes(spec: TensorSpec, kind: GGMLQuantizationType) -> int:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{needed / 1e6:.0f} MB are needed there, {free / 1e6:.0f} MB are free")
+        raise OSError(f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
 
 
 def _encoded(spec: TensorSpec, kind: GGMLQuantizationType) -> Any:
@@ -168,7 +171,9 @@ def _encoded(spec: TensorSpec, kind: GGMLQuantizationType) -> Any:
     if kind == GGMLQuantizationType.F16:
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if largest > HALF_MAX:
-            raise ValueError(f"{spec.name} holds {largest:.4g}, too much for f16: ask for bf16")
+            raise ValueError(
+                f"{spec.name} holds {largest:.4g}, too large for f16: use --precision bf16"
+            )
         values = tensor.half().contiguous().numpy()
     elif kind == GGMLQuantizationType.BF16:
         values = tensor.bfloat16().contiguous().view(torch.int16).numpy()

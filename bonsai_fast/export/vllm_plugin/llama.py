@@ -14,9 +14,9 @@ ONLY_TRANSFORMERS = "runs on vLLM's Transformers backend only (model_impl='trans
 
 
 class BonsaiDecoderLayer(nn.Module):
-    """What a layer keeps of LLaMA's block: attention, MLP, both or neither.
+    """A layer with LLaMA's attention, MLP, both or neither.
 
-    vLLM hands the residual from layer to layer and adds it in the next norm.
+    vLLM passes the residual from layer to layer and adds it in the next norm.
     """
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
@@ -30,7 +30,7 @@ class BonsaiDecoderLayer(nn.Module):
                 f"layer {index}: KV heads serve {list(shape.q_heads_per_kv)} query heads, but vLLM "
                 "shares them evenly; prune with --head-layout rectangular"
             )
-        # Qwen2 has biases on q, k and v alone, and no field that says so
+        # Qwen2 has biases only on q, k and v, and no field for them
         output_bias = bool(getattr(config, "attention_bias", False))
         self.self_attn = self.mlp = None
         if shape.num_heads:
@@ -91,7 +91,7 @@ class BonsaiForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # unknown to m
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         if not any(shape.num_heads for shape in config.layer_shapes()):
-            raise ValueError("vLLM serves no model without any attention")
+            raise ValueError("vLLM cannot run a model without any attention")
         if getattr(config, "output_bias", False):
             raise ValueError(f"a model with biases of its own {ONLY_TRANSFORMERS}")
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
@@ -100,7 +100,7 @@ class BonsaiForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # unknown to m
 
 
 def _check_nothing_removed(config: Any) -> None:
-    """A removed sub-layer leaves the bias of its output projection, which has no place here."""
+    """Refuse removed sub-layers: the bias of their output projection would have no place."""
     for index, shape in enumerate(config.layer_shapes()):
         if not (shape.num_heads and shape.channels):
             raise ValueError(
