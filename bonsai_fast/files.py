@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """The project's folder in the user's cache, by the XDG rules; it need not exist yet."""
+    """The project's folder in the user's cache ($XDG_CACHE_HOME or ~/.cache); it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "bonsai_fast"
 
@@ -17,7 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it into place.
 
     Raises:
-        OSError: the content could not be written; `path` is as before and nothing is left behind.
+        OSError: the content could not be written; `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

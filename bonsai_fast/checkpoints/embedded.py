@@ -29,10 +29,10 @@ CACHE_VERSION = 2
 
 
 def embedded_model() -> Path:
-    """Directory of the embedded model as a Hugging Face checkpoint, made on first use (about 15 s).
+    """Directory of the embedded model, an ordinary checkpoint, made on first use in about 15 s.
 
     Raises:
-        FileNotFoundError: its package is not installed; the message gives the command.
+        FileNotFoundError: its package is not installed; the message gives the command to do so.
     """
     directory = embedded_directory()
     if not directory.is_dir():

@@ -12,19 +12,22 @@ from huggingface_hub import snapshot_download
 
 from bonsai_fast.checkpoints.safetensors_reader import open_checkpoint
 
-# what a model in safetensors consists of; weights in other formats are left where they are
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
+# the files of a model in safetensors; weights in other formats are not downloaded
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
+DEFAULT_BUDGET_BYTES = 2 * 2**30
+CUDA_FRACTION = 0.5
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def local_directory(name: str, *, download: bool) -> Path:
-    """The directory of a model by its path or hub name.
+    """The directory of a model, by its path or hub name.
 
     Args:
-        name: of the model.
-        download: fetch it from the hub if it is not there yet.
+        name: path or hub name.
+        download: download the model if it is not in the hub's cache.
     Raises:
-        ValueError: there is no such model, or it is not there yet.
+        ValueError: there is no such model, or it is not in the cache and may not be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -41,9 +44,9 @@ def weight_bytes(directory: Path, dtype: torch.dtype | None = None) -> int:
 
     Args:
         directory: of a model in safetensors.
-        dtype: that it is loaded in; as it is stored if None.
+        dtype: of the loaded model; as stored if None.
     Raises:
-        ValueError, SafetensorError: it is damaged or in another format.
+        ValueError, SafetensorError: the model is damaged or in another format.
     """
     return sum(
         prod(tensor.shape) * (dtype or tensor.dtype).itemsize
@@ -52,7 +55,7 @@ def weight_bytes(directory: Path, dtype: torch.dtype | None = None) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a device's memory; of the machine's, or what this process may have of it."""
+    """Memory of a device in bytes; for the CPU, the machine's or this process's limit."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -61,15 +64,6 @@ def device_memory(device: torch.device) -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
-
-
-DEFAULT_BUDGET_BYTES = 2 * 2**30
-
-
-CUDA_FRACTION = 0.5
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -85,7 +79,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that scoring may use beside the weights by default, the same on every run."""
+    """Default memory budget of scoring in bytes, beside the weights; the same on every run."""
     if device.type == "cuda":
         return int(CUDA_FRACTION * torch.cuda.get_device_properties(device).total_memory)
     return DEFAULT_BUDGET_BYTES

@@ -1,4 +1,4 @@
-"""A saved model as it is on disk: its structure on the meta device, its tensors in their files."""
+"""A saved model that is not loaded: its structure on the meta device, its tensors in files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from bonsai_fast.checkpoints.safetensors_reader import Checkpoint, StoredTensor, open_checkpoint
 from bonsai_fast.hub import register
 
-# buffers that old versions of transformers saved and new ones compute
+# buffers that old versions of transformers saved; new ones compute them
 OUTDATED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 COMPARED_BYTES = 1 << 24
 
@@ -26,11 +26,11 @@ class ParentOnDisk:
     """A saved model that has not been loaded.
 
     Attributes:
-        model: on the meta device, with the dtypes, ties and generation configuration that loading
-            gives it.
+        model: on the meta device, with the dtypes, ties and generation configuration of the loaded
+            model.
         checkpoint: its files.
-        tensors: where each entry of the model's state lies; tied ones lie in the same place.
-        unknown: names of stored tensors that are none of the model's.
+        tensors: the stored tensor of each entry of the model's state; tied entries share one.
+        unknown: names of stored tensors that do not belong to the model.
     """
 
     model: PreTrainedModel
@@ -45,12 +45,12 @@ def open_parent(
     """Open a saved model.
 
     Args:
-        directory: where it was saved.
-        dtype: of the model; that of its configuration, or else of its files, if None.
-        trust_remote_code: build it from code that it carries.
+        directory: of the model.
+        dtype: of the model; if None, that of its configuration, or else of its files.
+        trust_remote_code: build the model from code in its directory.
     Raises:
         ValueError: no such model, quantized, not in safetensors, damaged, or tensors are missing or
-            have other shapes than the configuration says.
+            have other shapes than the configuration gives.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory}: expected the directory of a saved model")
@@ -69,7 +69,8 @@ def open_parent(
         )
     if model._get_dtype_plan(dtype):
         raise ValueError(
-            f"{type(model).__name__} keeps parts of itself in float32: load it, then remove_units"
+            f"{type(model).__name__} keeps some weights in float32: load the model and use "
+            "remove_units"
         )
     if model.can_generate():
         model.generation_config = _generation_config(directory)
@@ -82,16 +83,17 @@ def open_parent(
 
 
 def names_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Name in a model's state -> name under which transformers saves it, in the order of saving.
+    """Name in a model's state -> name in the saved files, in the order of saving.
 
     Raises:
-        ValueError: saving changes more than names.
+        ValueError: saving changes more than the names of tensors.
     """
     saved = revert_weight_conversion(model, dict(state))
     own = {id(tensor): name for name, tensor in state.items()}
     if {id(tensor) for tensor in saved.values()} != own.keys():
         raise ValueError(
-            f"{type(model).__name__} is not saved as it is in memory: load it, then remove_units"
+            f"{type(model).__name__} is saved with other tensors than it has in memory: load the "
+            "model and use remove_units"
         )
     return {own[id(tensor)]: name for name, tensor in saved.items()}
 
@@ -99,7 +101,7 @@ def names_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
 def _locate(
     model: PreTrainedModel, checkpoint: Checkpoint, directory: Path
 ) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Where the model's tensors lie, and which of the stored names are theirs."""
+    """The stored tensors of the model's state, and the stored names that are used."""
     state = model.state_dict()
     stored_names = names_on_disk(model, state)
     found: dict[str, str] = {}
@@ -112,11 +114,11 @@ def _locate(
     for names in _tied(model, state):
         present = [name for name in names if name in found]
         if not present:
-            raise ValueError(f"{directory}: its weights lack {stored_names[names[0]]}")
+            raise ValueError(f"{directory}: expected a tensor {stored_names[names[0]]}, found none")
         source = checkpoint.tensors[found[present[0]]]
         for name in names:
             tensors[name] = source
-        # as loading does it: ties that the checkpoint contradicts are none
+        # like loading: entries with different values in the checkpoint are not tied
         for name in present[1:]:
             other = checkpoint.tensors[found[name]]
             if not _equal(source, other):
@@ -125,14 +127,14 @@ def _locate(
     for name, source in tensors.items():
         if source.shape != tuple(state[name].shape):
             raise ValueError(
-                f"{directory}: {found.get(name, name)} has shape {source.shape}, the configuration "
-                f"says {tuple(state[name].shape)}"
+                f"{directory}: {found.get(name, name)} has shape {source.shape}, expected "
+                f"{tuple(state[name].shape)} by the configuration"
             )
     return tensors, set(found.values())
 
 
 def _spellings(model: PreTrainedModel, *names: str) -> Iterator[str]:
-    """Names that loading accepts: checkpoints of the base model lack its prefix, or have it."""
+    """Names that loading accepts: with and without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     for name in names:
         yield name
@@ -140,7 +142,7 @@ def _spellings(model: PreTrainedModel, *names: str) -> Iterator[str]:
 
 
 def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """The names in a model's state, those of the same tensor together."""
+    """The names in a model's state, grouped by tensor."""
     groups: dict[int, list[str]] = {}
     for name in state:
         groups.setdefault(id(model.get_parameter_or_buffer(name)), []).append(name)

@@ -1,4 +1,8 @@
-"""The tensors of a checkpoint where they lie: memory-mapped safetensors, read a block at a time."""
+"""Tensors in memory-mapped safetensors files, read one block at a time.
+
+`safetensors.safe_open(...).get_slice` gives the same views, but its pages stay resident while the
+file is open: reading a file raises the peak memory by its whole size, here by one block.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-# safetensors' names, in the order in which its writer sorts tensors, last ones first
+# names in safetensors; its writer sorts tensors by the reverse of this order
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -44,7 +48,7 @@ class StoredTensor:
         file: the mapped bytes of the file.
         dtype: of its elements.
         shape: its sizes.
-        start: where its bytes begin in the file.
+        start: offset of its bytes in the file.
     """
 
     file: mmap.mmap
@@ -57,10 +61,10 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def blocks(self, max_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Its rows, in order: (number of the first row, views of as many as fit in `max_bytes`).
+        """Its rows in order, as pairs of (number of the first row, view of some rows).
 
-        At least one row at a time. A view is valid until the next one is asked for; its pages are
-        then given back, so that a file larger than memory can be read.
+        A view has as many rows as fit into `max_bytes`, but at least one. It is valid until the
+        next one is requested: its pages are then released, so files larger than memory can be read.
         """
         if self.num_bytes == 0:
             yield 0, torch.empty(self.shape, dtype=self.dtype)
@@ -81,7 +85,7 @@ class StoredTensor:
             _give_back(self.file, start, start + count * row_bytes)
 
     def mapped(self) -> torch.Tensor:
-        """The whole tensor where it lies; the operating system reads what of it is used."""
+        """A view of the whole tensor in the file; the operating system reads pages on use."""
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         count = prod(self.shape)
@@ -95,7 +99,7 @@ class Checkpoint:
 
     Attributes:
         tensors: by the name in the files.
-        metadata: what the files say of themselves, put together.
+        metadata: of all files, merged.
     """
 
     tensors: dict[str, StoredTensor]
@@ -106,7 +110,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Map the safetensors files of a model's directory.
 
     Raises:
-        ValueError: there are none, one is missing, or holds a dtype that PyTorch does not know.
+        ValueError: there are none, one is missing, or a dtype is unknown to PyTorch.
         SafetensorError: a file is damaged.
     """
     tensors: dict[str, StoredTensor] = {}
@@ -119,12 +123,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            # private pages, so that PyTorch may take them for writable; nothing writes there
+            # private pages: PyTorch needs writable memory, but nothing writes to it
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for name in names:
             entry = header[name]
             if (dtype := DTYPES.get(entry["dtype"])) is None:
-                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; expected a plain one")
+                raise ValueError(
+                    f"{path}: {name} has dtype {entry['dtype']}, which PyTorch does not have"
+                )
             start = 8 + length + entry["data_offsets"][0]
             tensors[name] = StoredTensor(mapped, dtype, tuple(entry["shape"]), start)
     return Checkpoint(tensors, metadata)
@@ -143,12 +149,12 @@ def _weight_files(directory: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise ValueError(f"{directory}: {index.name} names {missing[0]}, which is not there")
+        raise ValueError(f"{directory}: {missing[0]} is missing, which {index.name} names")
     return [directory / name for name in names]
 
 
 def _give_back(file: mmap.mmap, start: int, stop: int) -> None:
-    """Let go of the pages that lie in [start, stop) as a whole."""
+    """Release the pages that are entirely inside [start, stop)."""
     if hasattr(mmap, "MADV_DONTNEED"):
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = stop // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""Write safetensors files whose tensors come block by block."""
+"""Write safetensors files, block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved model as exporters read it: its configuration, layer shapes, and one tensor at a time."""
+"""A saved model, read without loading it: configuration, layer shapes, single tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SavedModel:
     """A directory that `save_pretrained` or transformers wrote; no weights are in memory.
 
     Attributes:
-        directory: where it lies.
+        directory: of the model.
         config: its configuration.
-        files: which file holds a tensor, by the tensor's name.
+        files: the file of every tensor, by the tensor's name.
     """
 
     directory: Path
@@ -43,7 +43,7 @@ class SavedModel:
 
     @property
     def is_stock(self) -> bool:
-        """Whether its model type is the parent's own."""
+        """Whether it has the parent's own class, not a bonsai_* class."""
         return self.family == self.config.model_type
 
     @property
@@ -54,12 +54,12 @@ class SavedModel:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embeddings are the LM head, too."""
+        """Whether embeddings and LM head are the same tensor."""
         return bool(self.config.tie_word_embeddings)
 
     @property
     def has_output_biases(self) -> bool:
-        """Whether an output projection has a bias, which stays when its sub-layer goes."""
+        """Whether output projections have a bias, which is kept if their sub-layer is removed."""
         return any(name.endswith(("o_proj.bias", "down_proj.bias")) for name in self.files)
 
     @cached_property
@@ -76,7 +76,7 @@ class SavedModel:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """What `bonsai_report.json` says; empty if there is none."""
+        """Content of `bonsai_report.json`; empty if there is none."""
         path = self.directory / REPORT_NAME
         if not path.is_file():
             return {}
@@ -87,7 +87,7 @@ class SavedModel:
         """Read one tensor.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no tensor of this name.
         """
         if name not in self.files:
             raise ValueError(f"{self.directory} holds no tensor {name}")
@@ -100,7 +100,7 @@ def open_saved(path: str | os.PathLike[str]) -> SavedModel:
     """Open a model directory, or the model of a run directory.
 
     Raises:
-        ValueError: neither of them, an unknown model type, or no safetensors weights.
+        ValueError: `path` is neither, the model type is unknown, or there are no safetensors.
     """
     directory = model_directory(path)
     register()
@@ -115,7 +115,7 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
     """The folder with config.json: the given one, or its folder 'model'.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: neither folder has one.
     """
     given = Path(path)
     for directory in (given, given / "model"):

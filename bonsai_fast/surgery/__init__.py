@@ -1,6 +1,6 @@
-"""Units go for real: a smaller model in memory, and its directory on disk.
+"""Remove units from a model, in memory or on disk, and save the smaller model.
 
-`python -m bonsai_fast.surgery` cuts a directory without loading it.
+`python -m bonsai_fast.surgery` prunes a model's directory without loading the model.
 """
 
 from bonsai_fast.surgery.kept import kept_positions

@@ -1,4 +1,4 @@
-"""From a keep mask over units to what every layer and every parameter keeps."""
+"""What every layer and every parameter keeps, by a keep mask over units."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from bonsai_fast.hub import LayerShape
 from bonsai_fast.models import AttentionBlock, family_of
 from bonsai_fast.models.layout import Layout
 
-# Their position information hangs on the number of a head.
+# Families whose position information (ALiBi) depends on the number of a head.
 ALIBI_FAMILIES = frozenset({"bloom"})
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of a parent.
+    """The kept part of a parent.
 
     Attributes:
         shapes: what each decoder layer keeps.
-        slices: (dim, int64 index of what stays) of every parameter that loses a part.
-        removed: prefixes of the parameters that go as a whole.
-        spared: parameters below those prefixes that stay all the same.
+        slices: for every parameter that loses a part: (dim, int64 index of what is kept).
+        removed: prefixes of the parameters that are removed as a whole.
+        spared: parameters with such a prefix that are kept.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -33,11 +33,11 @@ class Kept:
     spared: frozenset[str]
 
     def keeps(self, name: str) -> bool:
-        """Whether anything of a parameter stays."""
+        """Whether any part of a parameter is kept."""
         return name in self.spared or not name.startswith(self.removed)
 
     def shape_of(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Shape of what stays of a parameter."""
+        """Shape of the kept part of a parameter."""
         shape = list(parameter.shape)
         if name in self.slices:
             dim, index = self.slices[name]
@@ -46,7 +46,7 @@ class Kept:
 
 
 def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
-    """Find out what stays of `model`, which `layout` was made from; `keep_mask` is on the CPU."""
+    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU."""
     shapes = [LayerShape((), 0) for _ in range(layout.decoder.num_layers)]
     slices: dict[str, tuple[int, torch.Tensor]] = {}
     removed: list[str] = []
@@ -72,7 +72,7 @@ def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> 
 def _kept_heads(
     model: PreTrainedModel, block: AttentionBlock, keep_heads: torch.Tensor
 ) -> dict[str, Any]:
-    """What a `LayerShape` says about an attention that keeps some of its query heads."""
+    """The fields of a `LayerShape` for an attention that keeps some of its query heads."""
     heads = keep_heads.nonzero().flatten().tolist()
     readers = torch.tensor(block.kv_of_head)[keep_heads].bincount(minlength=block.num_kv_heads)
     change: dict[str, Any] = {"q_heads_per_kv": tuple(readers[readers > 0].tolist())}
@@ -85,16 +85,14 @@ def _kept_heads(
 
 
 def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, list[int]]]:
-    """List every layer's kept query heads and channels, for a report.
-
-    Numbers are the parent's.
+    """List the query heads and channels that every layer keeps, by the parent's numbers.
 
     Args:
         layout: units of the parent.
         keep_mask: bool [P].
     Returns:
-        one `{"heads": [...], "channels": [...]}` a layer, ready for JSON; empty lists where the
-        sub-layer is gone.
+        for each layer `{"heads": [...], "channels": [...]}`, ready for JSON; an empty list if the
+        sub-layer is removed.
     Raises:
         TypeError, ValueError: the mask is not bool, or not [P].
     """

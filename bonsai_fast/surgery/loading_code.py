@@ -18,7 +18,7 @@ def loading_code(directory: Path, path: str = ".") -> str:
         path: what the code calls it; "." works inside the directory.
     """
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] in VLLM_TYPES:
+    if config.get("model_type") in VLLM_TYPES:
         return f"from vllm import LLM\n\nmodel = LLM({path!r}, trust_remote_code=True)"
     has_tokenizer = (directory / "tokenizer_config.json").is_file()
     names = ["AutoModelForCausalLM", *(["AutoTokenizer"] if has_tokenizer else [])]

@@ -7,31 +7,22 @@ from the parent, if it is on this machine. Nothing is downloaded.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig
 
-from bonsai_fast.checkpoints.meta_model import OUTDATED
-from bonsai_fast.checkpoints.safetensors_reader import open_checkpoint
 from bonsai_fast.checkpoints.saved_model import REPORT_NAME
 from bonsai_fast.files import write_atomically
-from bonsai_fast.hub import HeterogeneousConfig
 from bonsai_fast.surgery.loading_code import loading_code, needs_our_class
+from bonsai_fast.surgery.model_size import KINDS, layer_widths, weight_size
 from bonsai_fast.surgery.parent_card import CARD_NAME, TAG, Parent, find_parent
-from bonsai_fast.surgery.skeleton import CHANNELS_ATTRIBUTES
 
+MEASURED = {"dense_perplexity", "pruned_perplexity", "protocol"}
 # options of a run that a reader of the card may want
 OPTIONS = ("preset", "target_text", "head_layout", "round_to", "weight_update", "seed")
-KINDS = ("query heads", "KV heads", "MLP channels")
-# how many of KINDS a layer has; None where the configuration does not say
-Widths = tuple[int | None, int | None, int | None]
 
 
 def write_model_card(directory: Path, parent: str | None = None) -> None:
@@ -60,7 +51,7 @@ def write_model_card(directory: Path, parent: str | None = None) -> None:
         language=found.card.get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", TAG, *([report["method"]] if "method" in report else [])],
+        tags=["pruned", TAG, *([report["method"]] if report.get("method") else [])],
     )
     paragraphs = (
         f"# {found.name}, pruned" if name else "# A pruned model",
@@ -92,7 +83,7 @@ def record_measurements(directory: Path, measured: dict[str, Any]) -> None:
 
 
 def _summary(report: dict[str, Any], parent: Parent) -> Iterator[str]:
-    how = f", method `{report['method']}`" if "method" in report else ""
+    how = f", method `{report['method']}`" if report.get("method") else ""
     source = f" from {parent.link}" if parent.name else ""
     yield f"Made{source} by `bonsai_fast`{how}."
     options = [f"`{name}` {report[name]}" for name in OPTIONS if report.get(name) is not None]
@@ -109,8 +100,8 @@ def _summary(report: dict[str, Any], parent: Parent) -> Iterator[str]:
 
 def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[str]:
     measured = report.get("measured", {})
-    dense, dense_bytes = _weights(parent.directory)
-    parameters, num_bytes = _weights(directory)
+    dense, dense_bytes = weight_size(parent.directory)
+    parameters, num_bytes = weight_size(directory)
     dense = measured.get("parameters_dense", dense)
     rows = [
         ("", "parent", "this model"),
@@ -118,11 +109,11 @@ def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[
         ("parameters", _count(dense), _count(parameters)),
         ("size of the weights", _megabytes(dense_bytes), _megabytes(num_bytes)),
     ]
-    if measured:
+    if measured.keys() >= MEASURED:
         values = (measured["dense_perplexity"], measured["pruned_perplexity"])
         rows.append(("perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}"))
     yield _table(rows)
-    if measured:
+    if measured.keys() >= MEASURED:
         protocol = measured["protocol"]
         yield (
             f"Perplexity on `{protocol['dataset']}`: {protocol['tokens']:,} predicted tokens, "
@@ -133,7 +124,7 @@ def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[
 
 def _removed(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[str]:
     """What was removed: single weights, or heads and channels by layer."""
-    if "pattern" in report:
+    if report.get("pattern"):
         yield "## What was removed"
         yield (
             "In the linear layers of the decoder, weights are zero by the pattern "
@@ -141,11 +132,11 @@ def _removed(directory: Path, report: dict[str, Any], parent: Parent) -> Iterato
             "parent's."
         )
         return
-    layers, dense = _widths(directory)
+    layers, dense = layer_widths(directory)
     if not layers:
         return
     if dense is None and parent.directory is not None:
-        dense = next(iter(_widths(parent.directory)[0]), None)
+        dense = next(iter(layer_widths(parent.directory)[0]), None)
     yield "## What was removed"
     rows: list[tuple[str, ...]] = [("layer", *KINDS), ("---",) * 4]
     if dense is not None:
@@ -184,46 +175,6 @@ def _licence(parent: Parent) -> Iterator[str]:
         else "The parent's, which was not known where this model was saved: look it up before you "
         "share the model."
     )
-
-
-def _widths(directory: Path) -> tuple[list[Widths], Widths | None]:
-    """What every layer has; what every layer of the dense model had, if the configuration says."""
-    try:
-        found: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError):  # a class of its own
-        return [], None
-    config = found.get_text_config(decoder=True)
-    if isinstance(config, HeterogeneousConfig):
-        shapes = cast(Any, config).layer_shapes()
-        layers = [(shape.num_heads, shape.num_kv_heads, shape.channels) for shape in shapes]
-        with config.as_dense():
-            return layers, _layer(config, (config.channels_attribute,))
-    return [_layer(config, CHANNELS_ATTRIBUTES)] * getattr(config, "num_hidden_layers", 0), None
-
-
-def _layer(config: Any, channels_attributes: tuple[str, ...]) -> Widths:
-    heads = getattr(config, "num_attention_heads", None)
-    channels = (getattr(config, name, None) for name in channels_attributes)
-    return (
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        next((width for width in channels if width is not None), None),
-    )
-
-
-def _weights(directory: Path | None) -> tuple[int | None, int | None]:
-    """Parameters and bytes in a directory's weight files; None where there are none to read."""
-    try:
-        tensors = open_checkpoint(directory).tensors if directory else {}
-    except (ValueError, OSError, SafetensorError):  # in another format
-        tensors = {}
-    buffers = re.compile("|".join(OUTDATED))
-    sizes = [
-        tensor.num_bytes // tensor.dtype.itemsize
-        for name, tensor in tensors.items()
-        if tensor.dtype.is_floating_point and not buffers.search(name)
-    ]
-    return sum(sizes) or None, sum(tensor.num_bytes for tensor in tensors.values()) or None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -20,22 +20,21 @@ def remove_units(
 ) -> PreTrainedModel:
     """Build the smaller model that a keep mask describes.
 
-    It computes what the parent computes with the removed units' contribution zeroed at the input of
-    the output projection: a sub-layer that goes leaves the bias of that projection, if there is
-    one. The parent stays as it is and shares no memory with the result; parent and result together
-    are the peak.
+    It computes what the parent computes if the removed units contribute zero to the input of the
+    output projection. A removed sub-layer leaves the bias of that projection, if there is one. The
+    parent is not changed and shares no memory with the result; at the peak both are in memory.
 
-    The result has the parent's dtype, devices, mode, attention implementation and generation
-    configuration. Where the parent's own class can express it (every layer alike, nothing gone,
-    and the configuration allows it) it is of that class; else it is of the family's bonsai_*
-    class, which `save_pretrained` saves with the code it needs.
+    The result has the parent's dtype, device, mode, attention implementation and generation
+    configuration. It has the parent's own class if that can express it (all layers equal, no
+    sub-layer removed, and the configuration allows it), else the family's bonsai_* class, which
+    `save_pretrained` saves with the code it needs.
 
     Args:
-        model: a causal language model, dense or pruned before.
+        model: a causal language model, dense or pruned.
         layout: `Layout.of(model)`, of any granularity.
         keep_mask: bool [P], True = kept, on any device.
     Returns:
-        A new model of its own.
+        the new model.
     Raises:
         TypeError: the mask is not bool.
         ValueError: the mask is not [P], the layout is another model's, the model is quantized,
@@ -60,7 +59,7 @@ def _check_model(model: PreTrainedModel, layout: Layout) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(
-            "the model must lie on one device, neither offloaded nor streamed; "
+            "expected a model on one device, neither offloaded nor streamed; "
             f"its parameters are on {sorted(map(str, devices))}"
         )
     parameters = dict(model.named_parameters())
@@ -74,9 +73,9 @@ def _check_model(model: PreTrainedModel, layout: Layout) -> None:
 
 
 def move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None:
-    """Copy what stays of the parent's tensors into the child; tied ones stay tied.
+    """Copy the kept parts of the parent's tensors into the child; ties are kept.
 
-    A parent on the meta device lends the child its shapes, dtypes and ties alone.
+    From a parent on the meta device the child gets only shapes, dtypes and ties.
     """
     copies: dict[int, nn.Parameter] = {}
     for name, _ in list(child.named_parameters(remove_duplicate=False)):
@@ -94,7 +93,6 @@ def move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None
         module, _, attribute = name.rpartition(".")
         owner, source_owner = child.get_submodule(module), parent.get_submodule(module)
         setattr(owner, attribute, source_owner.get_buffer(attribute).clone())
-        # A rotary embedding that has grown with long inputs knows from this that its buffers have,
-        # too.
+        # A rotary embedding keeps the length here that its buffers have grown to.
         if hasattr(source_owner, "max_seq_len_cached"):
             owner.max_seq_len_cached = source_owner.max_seq_len_cached

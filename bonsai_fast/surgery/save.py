@@ -1,4 +1,4 @@
-"""Write a model to a directory that loads again, whole or not at all."""
+"""Save a model to a directory, whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def save_pretrained(
     removed_attention: RemovedAttentionForm = "absent",
     overwrite: bool = False,
 ) -> None:
-    """Save a model with all that it takes to load it in a fresh process.
+    """Save a model with everything that a fresh process needs to load it.
 
-    A bonsai_* model takes its Python files along and loads with `trust_remote_code=True`, or
-    without it where bonsai_fast has been imported. A model of a stock class is saved as such.
-    The files are written beside `directory` and moved there in one step, so that it is complete
-    or absent whenever the process stops.
+    A bonsai_* model is saved with its Python files: it loads with `trust_remote_code=True`, or
+    without it if bonsai_fast has been imported. A model of a stock class is saved as such. The
+    model card (README.md) says what was removed and how to load the model.
+    Files are written beside `directory` and moved there in one step: whenever the process stops,
+    the directory is complete or does not exist.
 
     Args:
         model: what `remove_units` returned, or any other model that is not quantized, in memory or
             streamed.
-        directory: where to; missing directories above it are made.
-        tokenizer: saved along.
-        report: what to say in `bonsai_report.json`, e.g. parent id, rounding, `kept_positions`.
-        removed_attention: "absent" leaves nothing of an attention that was removed; "stub" puts one
-            head of zeros in its place, for engines that want an attention in every layer (vLLM
-            without our plugin).
-        overwrite: replace a model that this function saved there before; nothing else, ever.
+        directory: of the saved model; missing directories above it are made.
+        tokenizer: saved with the model.
+        report: content of `bonsai_report.json`, such as the parent's name and `kept_positions`.
+        removed_attention: "absent": a removed attention has no tensors. "stub": it becomes one head
+            of zeros, for engines that need an attention in every layer (vLLM without our plugin).
+        overwrite: replace a model that this function saved there before; never anything else.
     Raises:
         ValueError: the model is quantized, or `removed_attention` is neither of these, or "stub"
             for a streamed model.
         FileExistsError: `directory` is a file or holds something else, or a saved model and
             `overwrite` is not set.
-        OSError: it cannot be written, for example because the disk is full; nothing is left behind.
+        OSError: it cannot be written, for example because the disk is full; no part of it is left.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized: save it with its own save_pretrained")
@@ -111,7 +111,7 @@ def model_directory(
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to write where something is that may not be replaced.
+    """Refuse a directory with content that may not be replaced.
 
     Raises:
         FileExistsError: as in `save_pretrained`.
@@ -130,7 +130,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
-    """A scratch directory on the same file system that becomes `target` at the end, or vanishes."""
+    """A scratch directory on the same file system; at the end it becomes `target` or is deleted."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{target.name}.{uuid.uuid4().hex[:8]}"
@@ -153,7 +153,7 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 
 def _flush(directory: Path) -> None:
-    """A rename may reach the disk before the files do: write them through first."""
+    """Flush files to the disk, because a rename may reach it before their content."""
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -161,7 +161,7 @@ def _flush(directory: Path) -> None:
 
 
 def _drop_quantization(path: Path) -> None:
-    """A dequantized model still says how it was quantized, and would not load."""
+    """Drop the quantization entry of a dequantized model, with which it would not load."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is not None:
         text = json.dumps(config, indent=2, sort_keys=True)

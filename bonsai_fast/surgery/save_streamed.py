@@ -1,4 +1,4 @@
-"""Writes a streamed model tensor by tensor; two of its layers are in memory at a time."""
+"""Write a streamed model tensor by tensor; two of its layers are in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_streamed(model: PreTrainedModel, directory: Path) -> None:
 
     Args:
         model: streamed; weights exchanged by `exchanged_weights` are the ones that are written.
-        directory: where to; it exists.
+        directory: an existing directory.
     Raises:
         ValueError: saving changes more than the names of tensors.
         OSError: a file cannot be written.

@@ -15,7 +15,7 @@ from bonsai_fast.hub.heterogeneous_config import NO_ATTENTION
 from bonsai_fast.models import family_of
 from bonsai_fast.surgery.kept import Kept
 
-# What configurations call the width of an MLP; the first that a configuration has is the one.
+# Names of the MLP width in configurations; the first that a configuration has is its own.
 CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 # Fields of a bonsai_* configuration that its stock class does not know.
 BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "alibi_heads")
@@ -24,11 +24,11 @@ BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "
 def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     """Build the smaller model on the meta device.
 
-    It is of the parent's stock class if that can express the result, else of the family's bonsai_*
+    It has the parent's stock class if that can express the result, else the family's bonsai_*
     class.
 
     Raises:
-        ValueError: neither of them can.
+        ValueError: neither class can.
     """
     if (stock := _stock_structure(parent, kept)) is not None:
         return stock
@@ -38,8 +38,8 @@ def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     ):
         raise ValueError(
             f"{type(parent).__name__} (model type {parent.config.model_type!r}) can only be pruned "
-            "to what its own configuration expresses: all layers alike, all KV groups alike, no "
-            "sub-layer gone; causal language models of these types take any mask: "
+            "to what its own configuration can express: all layers equal, all KV groups equal, no "
+            "sub-layer removed; models of these types can be pruned by any mask: "
             f"{', '.join(FAMILIES)}"
         )
     child = bonsai_structure(parent, kept.shapes)
@@ -49,9 +49,9 @@ def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
 
 
 def bonsai_structure(parent: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreTrainedModel:
-    """A model of the family's bonsai_* class, on the meta device, whose layers have these shapes.
+    """A model of the family's bonsai_* class with these layer shapes, on the meta device.
 
-    Layers that had lost their attention may have one again.
+    A layer may have an attention again that it had lost.
     """
     classes = hub_classes(family_of(parent.config.model_type))
     entries = {
@@ -65,7 +65,7 @@ def bonsai_structure(parent: PreTrainedModel, shapes: Sequence[LayerShape]) -> P
 
 
 def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
-    """No layer is marked as one without attention; that follows from the shapes."""
+    """Remove the marks of layers without attention: these follow from the shapes."""
     if values.get("layer_types") is None:
         return values
     types = ["full_attention" if kind == NO_ATTENTION else kind for kind in values["layer_types"]]
@@ -73,7 +73,7 @@ def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
-    """A model of the parent's stock class, if that can have exactly the kept shapes."""
+    """A model of the parent's stock class, if it can have exactly the kept shapes."""
     first = kept.shapes[0]
     alike = {(shape.q_heads_per_kv, shape.channels) for shape in kept.shapes}
     if len(alike) > 1 or first.is_irregular or not first.num_heads or not first.channels:
@@ -83,9 +83,9 @@ def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | N
 
 
 def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedModel | None:
-    """A model of the parent's stock class, on the meta device, all of whose layers have a shape.
+    """A model of the parent's stock class with this shape in all layers, on the meta device.
 
-    None if such widths do not pass the class's own checks.
+    None if the class's own checks refuse such widths.
     """
     try:
         return _on_meta(_stock_class(parent), _stock_config(parent.config, shape))
@@ -139,7 +139,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _values(config: PreTrainedConfig, drop: Iterable[str] = ()) -> dict[str, Any]:
-    """What a configuration says, ready to make another one of it."""
+    """A configuration's values, to make another configuration from."""
     values = config.to_dict()
     for name in (
         "model_type",
@@ -158,7 +158,7 @@ def _on_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel
 
 
 def _expresses(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> bool:
-    """Whether the child's parameters and buffers are just what stays of the parent's."""
+    """Whether the child's parameters and buffers are exactly the kept ones of the parent."""
     wanted = {
         name: kept.shape_of(name, parameter)
         for name, parameter in parent.named_parameters(remove_duplicate=False)

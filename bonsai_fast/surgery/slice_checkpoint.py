@@ -1,7 +1,7 @@
-"""Remove units from a checkpoint on disk: as loading, `remove_units` and saving, without loading.
+"""Remove units from a checkpoint on disk, with the result of load, `remove_units` and save.
 
-The model is built on the meta device, so that the layout, the slices and the result's class and
-configuration are those of a model in memory; the weights pass through block by block.
+The model is only built on the meta device, which gives layout, slices, class and configuration.
+Weights are read and written block by block.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class SliceResult:
 
     Attributes:
         output: directory of the smaller model.
-        parameters, parameters_dense: of the whole model, after and before.
-        num_bytes: of the weights written.
-        unknown_tensors: tensors that are none of the model's, kept as they were.
+        parameters, parameters_dense: number of parameters of the whole model, after and before.
+        num_bytes: total size of the written weights.
+        unknown_tensors: names of stored tensors that do not belong to the model, copied unchanged.
         seconds: wall time.
     """
 
@@ -74,30 +74,30 @@ def slice_checkpoint(
     report: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> SliceResult:
-    """Cut a saved model to what a keep mask describes, from directory to directory.
+    """Prune a saved model by a keep mask, from directory to directory.
 
-    The files are byte for byte those of `from_pretrained(parent_dir, dtype="auto")`,
-    `remove_units` and `save_pretrained`; memory holds one block of one tensor. Beyond them, tensors
-    that are none of the model's and metadata of the parent's weight files are kept, and the
-    parent's tokenizer files are copied. The output appears in one step when it is complete.
+    The files equal those of `from_pretrained(parent_dir, dtype="auto")`, `remove_units` and
+    `save_pretrained`, byte for byte, but only one block of one tensor is in memory. Also copied are
+    stored tensors that do not belong to the model, metadata of the weight files, and the tokenizer.
+    The output appears in one step when it is complete.
 
     Args:
-        parent_dir: a model in safetensors, sharded or not, dense or pruned before.
+        parent_dir: a model in safetensors, sharded or not, dense or pruned.
         keep_mask: bool [P], True = kept, of `Layout.of(model, attention=..., sublayers=...)`.
         output_dir: a new or empty directory.
         attention, sublayers: which layout the mask belongs to.
         max_shard_size: largest weight file, such as "5GB"; a larger tensor gets its own.
         dtype: of the result; the parent's own if None.
         trust_remote_code: build the model from code that the parent carries.
-        overwrite: replace a model that was saved or cut to there before; nothing else.
-        report: what to say in `bonsai_report.json`; the kept heads and channels if None.
-        reporter: where progress is shown; nowhere if None.
+        overwrite: replace a model that bonsai_fast saved there before; never anything else.
+        report: content of `bonsai_report.json`; the kept heads and channels if None.
+        reporter: shows progress; none is shown if None.
     Raises:
         ValueError: the mask does not fit; the parent is quantized, incomplete, not in safetensors,
             or cannot express the result.
         TypeError: the mask is not bool.
         FileExistsError: `output_dir` holds something that may not be replaced.
-        OSError: it cannot be written, for example because the disk is full; nothing is left behind.
+        OSError: it cannot be written, for example because the disk is full; no part of it is left.
     """
     started = time.perf_counter()
     parent = open_parent(Path(parent_dir), dtype=dtype, trust_remote_code=trust_remote_code)
@@ -135,7 +135,7 @@ def slice_checkpoint(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A tensor of the result: on the meta device, where it comes from, and what of that stays."""
+    """A tensor of the result, on the meta device; its source, and the (dim, index) that is kept."""
 
     result: torch.Tensor
     source: StoredTensor
@@ -154,7 +154,7 @@ class _Part:
 
 
 def _plan(parent: ParentOnDisk, child: PreTrainedModel, kept: Kept) -> dict[str, _Part]:
-    """Every tensor of the result by its name on disk, in the order in which they are saved."""
+    """Every tensor of the result by its name on disk, in the order of saving."""
     state = remove_tied_weights_from_state_dict(child.state_dict(), child)
     plan = {
         stored: _Part(state[name], parent.tensors[name], kept.slices.get(name))

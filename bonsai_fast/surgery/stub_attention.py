@@ -1,4 +1,4 @@
-"""Removed attentions as one head of zeros, for engines that want an attention in every layer."""
+"""Replace removed attentions by one head of zeros, for engines that need one in every layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bonsai_fast.surgery.skeleton import bonsai_structure
 
 
 def with_stub_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function, where every layer has an attention; a removed one is one head of zeros.
+    """The same function with an attention in every layer: a removed one is one head of zeros.
 
     Returns:
-        A model that shares its other parameters with `model`; `model` itself if every layer has
-        an attention.
+        a model that shares its other parameters with `model`; `model` itself if every layer has an
+        attention.
     """
     if not isinstance(model.config, HeterogeneousConfig):
         return model
@@ -38,7 +38,7 @@ def with_stub_attention(model: PreTrainedModel) -> PreTrainedModel:
         module, _, attribute = name.rpartition(".")
         parameter = known.get(name)
         if parameter is None:
-            # a norm's weight may be anything: zeros follow
+            # the value of a norm's weight has no effect: its output is multiplied by zeros
             fill = float(empty.dim() == 1 and attribute == "weight")
             data = torch.full(empty.shape, fill, dtype=like.dtype, device=like.device)
             parameter = nn.Parameter(data)

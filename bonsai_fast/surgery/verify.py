@@ -1,4 +1,4 @@
-"""Load a saved model where nothing of this process can help it, and compare."""
+"""Load a saved model in a fresh process and compare its logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-# Runs with transformers alone: what a directory needs, it must bring along.
+# Runs with only transformers: the directory must hold everything else that it needs.
 _LOAD_AND_RUN = """
 import sys
 import torch
@@ -35,7 +35,7 @@ save_file({"logits": logits.float().cpu().contiguous()}, outputs)
 
 
 class SavedModelError(RuntimeError):
-    """A saved model does not load, or does not compute what it should."""
+    """A saved model does not load, or gives other logits than expected."""
 
 
 def verify_saved(
@@ -51,14 +51,14 @@ def verify_saved(
     The directory's own Python files run there (`trust_remote_code=True`).
 
     Args:
-        directory: what `save_pretrained` wrote.
+        directory: of the saved model.
         input_ids: int64 [B, T].
         expected_logits: float [B, T, V]; the model is loaded on its device, in the dtype that was
             saved.
         tolerance: largest absolute difference that is accepted.
-        attn_implementation: of the fresh model; None takes the default.
+        attn_implementation: for the loaded model; the default if None.
     Returns:
-        The largest absolute difference.
+        the largest absolute difference.
     Raises:
         SavedModelError: it does not load, weights are missing or left over, the shapes differ, a
             logit is NaN where none is expected, or the difference is above `tolerance`.

@@ -352,7 +352,7 @@ def test_bad_directories_are_refused_in_one_line(llama3: PreTrainedModel, tmp_pa
         llama3.save_pretrained(directory)
         left = {key: value for key, value in tensors.items() if key != name}
         save_file(left, directory / "model.safetensors", metadata={"format": "pt"})
-        cases[directory] = f"its weights lack {name}"
+        cases[directory] = f"expected a tensor {name}, found none"
     for directory, message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:
             bf.open_streamed(directory)
