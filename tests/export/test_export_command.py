@@ -121,7 +121,7 @@ def test_a_result_that_differs_is_an_error(
 
 def test_commands_of_the_documentation_parse() -> None:
     page = Path(__file__).parents[2] / "docs" / "export.md"
-    commands = re.findall(r"python -m bonsai_fast\.export ([^`\n]+)", page.read_text())
+    commands = re.findall(r"bonsai-fast export ([^`\n]+)", page.read_text())
     assert len(commands) >= 5
     for command_line in commands:
         given, _ = COMMAND.parse(command_line.split())
