@@ -1,7 +1,7 @@
 """Several methods under one protocol: same text, same budget, same evaluation, one table.
 
-Each (method, sparsity) is a cell with a run directory of its own, which resumes like any other run;
-what a cell came to is written to its `cell.json` once it is known.
+Each (method, sparsity) is a cell with a run directory of its own, which resumes like every run. Its
+results are written to `cell.json` when they are known.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from bonsai_fast.prune.units import prepare, pruned_model
 from bonsai_fast.report.chart import Panel, draw
 from bonsai_fast.runs.directory import open_run
 
-# a cell has these for itself
+# options that differ between cells
 OWN = ("sparsity", "target", "method", "preset")
-# what all methods share; a preset decides about the rest
+# options that all methods share; presets set the rest
 SHARED = tuple(
     name
     for name in (*common_options(), *(item.name for item in fields(UnitOptions)))
@@ -46,19 +46,19 @@ SHARED = tuple(
 
 @dataclass(frozen=True)
 class Cell:
-    """What one method came to at one sparsity.
+    """Results of one method at one sparsity.
 
     Attributes:
-        method: its name, with its preset and its options behind it if they are not the default.
-        asked, sparsity: fraction of the decoder's parameters to remove, and removed.
+        method: its name, followed by preset and options if given.
+        asked, sparsity: requested and removed fraction of the decoder's parameters.
         parameters: of the whole pruned model.
         perplexity: on the common evaluation text; inf where it overflows.
         standard_error: of the mean loss, in nats.
         submodels, tokens: work of the search, as planned.
         seconds: of the search; nan if it was interrupted.
         peak_bytes: memory of the search beside the weights; None where it cannot be measured.
-        protocol: what the perplexity was measured on.
-        tasks: zero-shot results, if asked for.
+        protocol: how the perplexity was measured.
+        tasks: zero-shot results, if requested.
     """
 
     method: str
@@ -76,7 +76,7 @@ class Cell:
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the sparsity is what was asked for, to 0.5 % of it."""
+        """Whether the sparsity differs from the request by at most 0.5 % of it."""
         return abs(self.asked - self.sparsity) <= TOLERANCE * self.asked
 
 
@@ -85,7 +85,7 @@ class Comparison:
 
     Args:
         model, tokenizer: the parent.
-        base: what all methods share (`SHARED`); its method and target do not matter.
+        base: options that all methods share (`SHARED`); its method and target are not used.
         output: directory of the comparison.
         search_tokens: forward tokens for each search; None: what Bonsai's default plans.
         reporter: where progress is shown.
@@ -107,8 +107,8 @@ class Comparison:
             raise ValueError(f"search_tokens: expected at least 1, got {search_tokens}")
         self.output, self.search_tokens, self.reporter = output, search_tokens, reporter
         self.model, self.tokenizer = model, tokenizer
-        self.base = resolve(base)
         self._task = prepare(model, tokenizer, base)
+        self.base = self._task.config
         self.cells: list[Cell] = []
 
     def task_of(self, name: str, sparsity: float) -> Task[Any]:
@@ -133,7 +133,7 @@ class Comparison:
             usual = resolve(configure(**shared, sparsity=sparsity))
             tokens = METHODS["bonsai"].plan(replace(task, config=usual)).tokens
         if KNOBS.get(method) in values:
-            return task  # as many as it is told
+            return task  # the name says how many steps
         return within_tokens(task, tokens)
 
     def dense(self) -> Perplexity:
@@ -209,7 +209,7 @@ class Comparison:
 
 
 def variant(name: str) -> dict[str, Any]:
-    """Configuration of a method as a comparison names it: METHOD[:PRESET][:OPTION=VALUE]...
+    """The options in a name of a comparison: METHOD[:PRESET][:OPTION=VALUE]...
 
     Options are those that methods do not share; their values are text.
 
@@ -239,7 +239,7 @@ def _read(path: Path, evaluation: Sequences) -> Cell | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """NaN and infinity as null, since JSON has neither."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -248,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_csv(cells: list[Cell]) -> str:
-    """One line a cell."""
+    """One line for each cell."""
     names = [field.name for field in fields(Cell) if field.name not in ("protocol", "tasks")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -264,7 +264,7 @@ def as_svg(cells: list[Cell], dense: Perplexity) -> str:
         name: [(0.0, dense.value)] + [(c.sparsity, c.perplexity) for c in cells if c.method == name]
         for name in names
     }
-    # methods that read no text stand at one token
+    # methods that read no text are drawn at one token
     tokens = {
         name: [(float(max(1, c.tokens)), c.perplexity) for c in cells if c.method == name]
         for name in names
@@ -281,7 +281,7 @@ def as_svg(cells: list[Cell], dense: Perplexity) -> str:
 
 
 def as_table(cells: list[Cell], dense: Perplexity) -> Table:
-    """What a person reads."""
+    """The comparison, best perplexity first."""
     table = Table(title=f"methods compared; the parent's perplexity is {dense.value:.2f}")
     for column in ("method", "sparsity", "perplexity", "change", "tokens", "seconds", "peak MiB"):
         justify: Any = "left" if column == "method" else "right"

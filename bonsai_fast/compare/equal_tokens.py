@@ -12,10 +12,10 @@ KNOBS = {"policy-gradient": "rounds", "mini-llm": "directions", "bonsai": "submo
 
 
 def within_tokens(task: Task[Any], tokens: int) -> Task[Any]:
-    """The task with as many steps as fit into this many forward tokens.
+    """The task with as many steps as fit into this number of forward tokens.
 
-    At least one step is taken, whatever it costs. The number of evaluations is fixed for Bonsai's
-    default and for one-shot methods: their task stays as it is.
+    At least one step is made, even if it exceeds the number. Bonsai's default and one-shot methods
+    have a fixed number of evaluations: their task is returned unchanged.
     """
     config = task.config
     knob = KNOBS.get(config.method)

@@ -43,7 +43,7 @@ def option(
         read_with: values of other options of the same method; with none of them, this option has
             no effect. None: it always has one.
         shown: what None means, as help shows it.
-        value: what stands for its value in help, such as FILE. None: its type or its choices.
+        value: placeholder for its value in help, such as FILE. None: its type or its choices.
     """
     metadata = {
         "help": help,
@@ -125,7 +125,7 @@ def plain_type(hint: Any) -> type:
 
 
 def read_value(name: str, hint: Any, value: Any) -> Any:
-    """A value as it was typed or stands in a file, in the type of its option.
+    """A value that was typed or read from a file, in the type of its option.
 
     Raises:
         ValueError: it cannot be one.

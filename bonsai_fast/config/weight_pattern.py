@@ -1,4 +1,4 @@
-"""Patterns of zeros in a weight matrix, and how many of each group go."""
+"""Patterns of zeros in a weight matrix, and how many weights of each group are zeroed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DEFAULT_SPARSITY = 0.5
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many weights of a group go, and whether groups are given by the pattern itself.
+    """How many weights of a group are zeroed, and whether the pattern defines the groups.
 
     Attributes:
-        sparsity: share of a group that goes, exactly as it was written.
-        group: M of N:M, neighbours along the input of which M - N go; None where the groups are a
-            method's own choice.
+        sparsity: fraction of a group that is zeroed, exactly as it was written.
+        group: M of N:M: of M neighbours along the input, M - N are zeroed; None if the method
+            defines the groups.
     """
 
     sparsity: Fraction
@@ -29,9 +29,9 @@ class Pattern:
 
         Args:
             text: the pattern.
-            sparsity: asked for; for N:M it must be 1 - N/M or None.
+            sparsity: requested; for N:M it must be 1 - N/M or None.
         Raises:
-            ValueError: neither, or the sparsity contradicts it.
+            ValueError: the text is neither, or the sparsity contradicts it.
         """
         if text == UNSTRUCTURED:
             return cls(Fraction(str(DEFAULT_SPARSITY if sparsity is None else sparsity)))
@@ -55,5 +55,5 @@ class Pattern:
         return f"{self.group - self.num_pruned(self.group)}:{self.group}"
 
     def num_pruned(self, count: int) -> int:
-        """How many of `count` weights that compete go: rounded down, as in Wanda's algorithm 1."""
+        """How many of `count` weights are zeroed: rounded down, as in Wanda's algorithm 1."""
         return int(self.sparsity * count)

@@ -30,7 +30,7 @@ class Option:
     Attributes:
         name: its name in Python; a flag has dashes for underscores.
         hint: its type, such as `int | None`.
-        field: of its dataclass.
+        field: of its dataclass; see `config.options.option` for its metadata.
         methods: those that read it; empty if all do.
     """
 
@@ -38,15 +38,6 @@ class Option:
     hint: Any
     field: Field[Any]
     methods: tuple[MethodName, ...] = ()
-
-    @property
-    def help(self) -> str:
-        return str(self.field.metadata["help"])
-
-    @property
-    def group(self) -> str:
-        """Its topic."""
-        return str(self.field.metadata["group"])
 
 
 def presets_of(method: str) -> Mapping[PresetName, Preset[Any]]:

@@ -19,7 +19,7 @@ OptionsT = TypeVar("OptionsT", bound=UnitOptions)
 
 @runtime_checkable
 class Compensates(Protocol):
-    """A method that makes up for what is gone, in the model that is left."""
+    """A method that adjusts the smaller model to make up for the removed units."""
 
     def compensate(self, search: Search[Any], smaller: PreTrainedModel, keep: torch.Tensor) -> None:
         """Change the smaller model, made with the keep mask bool [P], in place."""
@@ -33,7 +33,7 @@ class Method(Protocol[OptionsT]):
         """Values for what the user leaves out."""
 
     def plan(self, task: Task[OptionsT]) -> Plan:
-        """Work that `find` is going to do."""
+        """Work that `find` will do."""
 
     def find(self, search: Search[OptionsT]) -> torch.Tensor:
-        """Which units stay, bool [P]; target, head layout and width rounding are met."""
+        """The units to keep, bool [P]; within the budget, with the requested shapes."""

@@ -1,4 +1,4 @@
-"""What every pruning method works with: parent, scorer, text, target, and the ledger between."""
+"""One start of a run: methods ask it for losses, which are scored once and then recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bonsai_fast.scoring import Chunk, ScoringSession
 
 
 def _ignore(count: int) -> None:
-    """A progress bar that nobody sees."""
+    """No progress bar."""
 
 
 class NotRecordedError(ValueError):
@@ -38,10 +38,10 @@ class Search(Generic[O_co]):
     """One start of one run.
 
     Attributes:
-        task: what is to be done.
+        task: the request.
         run: where evaluations are recorded.
-        reporter: what the user sees.
-        submodels_scored, tokens_scored: work of this start; what the ledger held is not counted.
+        reporter: shows progress.
+        submodels_scored, tokens_scored: work of this start, without recorded evaluations.
     """
 
     task: Task[O_co]
@@ -58,13 +58,13 @@ class Search(Generic[O_co]):
 
     @property
     def recorded_only(self) -> bool:
-        """Whether the ledger must answer everything."""
+        """Whether only recorded evaluations may be used."""
         return self.run.start == "retarget"
 
     def losses(
         self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor, *, silent: bool = False
     ) -> torch.Tensor:
-        """Losses of sub-models, from the ledger where it holds them, scored and recorded otherwise.
+        """Losses of sub-models: recorded ones if the ledger has them, else scored and recorded.
 
         Args:
             stage: what the evaluations are for; recorded and shown.
@@ -74,7 +74,7 @@ class Search(Generic[O_co]):
         Returns:
             float32 [S, B], nats per predicted token.
         Raises:
-            NotRecordedError: the run is only re-targeted and its ledger lacks these.
+            NotRecordedError: the run is only re-targeted and these are not recorded.
         """
         session = self.task.scorer.session(input_ids)
         return self.evaluations("", Chunk.losses, stage, keep, session, silent=silent)
@@ -102,7 +102,7 @@ class Search(Generic[O_co]):
         *,
         silent: bool = False,
     ) -> torch.Tensor:
-        """Whatever a method measures of sub-models on text, recorded as losses are.
+        """Any measurement of sub-models on text, recorded like losses.
 
         Sub-models are measured in chunks of a fixed size, one call each, and a chunk is recorded as
         a whole: a resumed run has the same batches, and so the same bits, as an uninterrupted one.
@@ -141,7 +141,7 @@ class Search(Generic[O_co]):
             name: which one.
             stage, keep, input_ids: as `losses`.
         Raises:
-            NotRecordedError: the run is only re-targeted and has no such prior.
+            NotRecordedError: the run is only re-targeted and this is not recorded.
         """
 
         def prior() -> torch.Tensor:
@@ -160,14 +160,14 @@ class Search(Generic[O_co]):
     def measured(
         self, stage: str, measure: Callable[[], dict[str, torch.Tensor]], tokens: int
     ) -> dict[str, torch.Tensor]:
-        """What a method knows before it scores sub-models: measured once, then on record.
+        """What a method measures before it scores sub-models: measured once, then recorded.
 
         Args:
             stage: what it is for; names the record.
             measure: finds it; not called if it is recorded.
             tokens: how many tokens `measure` reads.
         Raises:
-            NotRecordedError: the run is only re-targeted and has no such record.
+            NotRecordedError: the run is only re-targeted and this is not recorded.
         """
         path = self.run.prior_path(stage)
         if path.is_file():
@@ -184,28 +184,28 @@ class Search(Generic[O_co]):
     def record_regression(
         self, stage: str, regression: Regression, utility: torch.Tensor, quantity: str
     ) -> None:
-        """Keep what a round was decided by, for the report.
+        """Record the regression of a round, for the report.
 
         Args:
             stage: the round.
             regression: fitted to `utility`.
             utility: float64 [S].
-            quantity: what that is, in words, with its unit.
+            quantity: name of the utility, with its unit.
         """
         folder = self.run.path / "regressions"
         folder.mkdir(exist_ok=True)
         save_regression(folder / f"{stage}.safetensors", regression, utility, quantity)
 
     def record_relevance(self, relevance: torch.Tensor) -> None:
-        """Keep what the result was selected by, float64 [P], for other targets."""
+        """Record the final relevance, float64 [P], for other targets."""
         path = self.run.path / "relevance.safetensors"
         write_atomically(path, save({"relevance": relevance.contiguous()}))
 
     def recorded_relevance(self) -> torch.Tensor:
-        """What `record_relevance` kept, float64 [P].
+        """The recorded final relevance, float64 [P].
 
         Raises:
-            NotRecordedError: nothing was.
+            NotRecordedError: there is none.
         """
         path = self.run.path / "relevance.safetensors"
         if not path.is_file():
@@ -217,10 +217,10 @@ class Search(Generic[O_co]):
         return any(entry.stage == stage for entry in self.run.ledger.entries)
 
     def recorded(self, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything the ledger holds of a stage: masks bool [S, P] and losses float32 [S, B].
+        """All recorded evaluations of a stage: masks bool [S, P] and losses float32 [S, B].
 
         Raises:
-            NotRecordedError: nothing.
+            NotRecordedError: there are none.
         """
         entries = [entry for entry in self.run.ledger.entries if entry.stage == stage]
         if not entries:

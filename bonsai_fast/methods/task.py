@@ -28,7 +28,7 @@ class Task(Generic[O_co]):
         calibration: text that the method reads.
         evaluation: text for perplexity.
         config: the request, with the preset filled in.
-        method: what it names.
+        method: the method named there.
         budget: number of the decoder's parameters to remove.
     """
 

@@ -9,6 +9,7 @@ import pytest
 
 import bonsai_fast as bf
 from bonsai_fast.config.choices import MethodName, PresetName, UnitMethodName, WeightMethodName
+from bonsai_fast.config.options import TOPICS
 from bonsai_fast.methods import METHODS, WEIGHT_METHODS, configure, resolve
 from bonsai_fast.methods.configure import (
     all_options,
@@ -125,7 +126,8 @@ def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None
 
 def test_every_option_has_help_a_topic_and_one_meaning_for_its_name() -> None:
     for name, option in all_options().items():
-        assert option.help.endswith(".") and option.group, name
+        assert option.field.metadata["help"].endswith("."), name
+        assert option.field.metadata["group"] in TOPICS, name
     for method in METHODS:
         assert {item.name for item in fields(SparingOptions)} - method_options(method).keys() <= {
             "spare_first",

@@ -1,4 +1,4 @@
-"""Which units go: from relevance and a target to the final keep mask."""
+"""Which units to remove: from relevance and a budget to the final keep mask."""
 
 from bonsai_fast.methods.allocation.finish import TOLERANCE, Achieved, finish
 from bonsai_fast.methods.allocation.parameter_count import RemovedCount, group_costs

@@ -1,4 +1,4 @@
-"""The forms that the attention of a layer may take."""
+"""The shapes that the attention of a layer may have."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Shape:
     Attributes:
         form: (KV heads, units of each of them) kept; units are query heads, or the KV head with all
             of its query heads.
-        removed: parameters that go.
-        lost: relevance that goes.
+        removed: parameters removed.
+        lost: relevance removed.
         keep: bool [units of the group].
     """
 
@@ -37,7 +37,7 @@ def has_shared_heads(group: Group) -> bool:
 
 
 def removed_from_group(layout: Layout, group: Group, keep: torch.Tensor) -> int:
-    """Parameters that go if a group keeps these of its units, bool [units of the group]."""
+    """Parameters removed if a group keeps these of its units, bool [units of the group]."""
     return layout.removed_from_block(group.block, keep[group.part_of_unit])
 
 

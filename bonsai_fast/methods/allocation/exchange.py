@@ -51,10 +51,10 @@ def fill(
 ) -> torch.Tensor:
     """Remove more, until at most `tolerance` parameters of the budget are left or nothing fits.
 
-    The attention of one layer changes, and multiples of channels go or come back, wherever that
-    loses least. Of the exchanges that reach the tolerance the one that loses least relevance is
-    made, otherwise the one that leaves least. Widths stay multiples and heads as `head_layout` has
-    them; nothing is emptied, and what is empty stays so.
+    An exchange changes the attention of one layer, and removes or restores multiples of channels
+    where that loses the least relevance. Of the exchanges that reach the tolerance, the one that
+    loses the least relevance is made; otherwise the one that leaves the least of the budget. Widths
+    stay multiples, heads keep their layout, no sub-layer is emptied and empty ones stay empty.
 
     Args:
         keep: bool [P], within the budget.
@@ -114,7 +114,7 @@ def _heads(
 
 
 def _more_or_fewer(group: Group, keep: torch.Tensor, score: np.ndarray) -> list[torch.Tensor]:
-    """Some units less or more, the least relevant going first."""
+    """Some units fewer or more; the least relevant are removed first."""
     ladder = torch.from_numpy(width_ladder(group, keep.numpy(), score) - group.start)
     count = int(keep[group.start : group.stop].sum())
     forms = []
@@ -128,7 +128,7 @@ def _more_or_fewer(group: Group, keep: torch.Tensor, score: np.ndarray) -> list[
 def _channels(
     layout: Layout, keep: torch.Tensor, score: np.ndarray, multiple: int, *, restore: bool
 ) -> Iterator[_Move]:
-    """One multiple of channels, two, three and so on, of whichever layers lose least thereby."""
+    """1, 2, 3, ... multiples of channels, in the layers that lose the least relevance."""
     steps = []
     for group in channel_groups(layout):
         ladder = width_ladder(group, keep.numpy(), score)
@@ -143,7 +143,7 @@ def _channels(
             removed = (width - other) * group.num_parameters
             steps.append(_Move(removed, lost, torch.from_numpy(units)))
             width = other
-    # a layer's steps lose more and more, so that in this order they stand one after another
+    # each further step of a layer loses more, so this order keeps a layer's steps in sequence
     steps.sort(key=lambda step: step.lost)
     total = _NOTHING
     for step in steps[:FARTHEST_WIDTHS]:

@@ -1,4 +1,4 @@
-"""The last step of an allocation: a mask that engines like, at the size that was asked for."""
+"""The last step of an allocation: a mask that engines run well, at the requested size."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TOLERANCE = 0.005  # of the budget
 
 @dataclass(frozen=True)
 class Achieved:
-    """What was asked for, and what came of it.
+    """The requested and the achieved size.
 
     Attributes:
-        asked: decoder parameters to remove.
-        removed: decoder parameters removed, never more than that.
+        asked: requested number of decoder parameters to remove.
+        removed: number removed, at most that.
         num_parameters: parameters of the pruned model.
         sparsity: removed fraction of the decoder's parameters.
         total_sparsity: removed fraction of all parameters.
@@ -65,7 +65,7 @@ class Achieved:
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether at most 0.5 % of what was asked is left."""
+        """Whether at most 0.5 % of the request is missing."""
         return self.asked - self.removed <= TOLERANCE * self.asked
 
 
@@ -79,23 +79,23 @@ def finish(
     round_to: int | Literal["auto"] = "auto",
     uniform: bool = False,
 ) -> tuple[torch.Tensor, Achieved]:
-    """Make heads rectangular and widths round, and use up the budget without exceeding it.
+    """Make heads rectangular, round widths, and use up the budget without exceeding it.
 
-    Heads first, then widths, which fill what heads leave; then small exchanges between sub-layers
-    until at most 0.5 % of the budget is left or none fits. What is left then is smaller than any
-    exchange of two sub-layers; `Achieved.within_tolerance` tells.
+    Heads come first, then widths, which use what heads leave of the budget. Then small exchanges
+    between sub-layers follow, until at most 0.5 % of the budget is left
+    (`Achieved.within_tolerance`) or no exchange fits.
 
     Args:
         keep: bool [P], within the budget.
-        relevance: float [P], of removed units too, on one scale, since units may come back; +inf:
-            the unit stays.
+        relevance: float [P], of removed units too, on one scale, since units may be restored; +inf:
+            the unit is kept.
         budget: parameters to remove in all, at most.
         head_layout: "rectangular": a layer's KV heads serve equally many query heads; "free": heads
-            stay as they are.
-        round_to: MLP widths become multiples of this; "auto": see `auto_multiple`; 1: as they are.
+            are not changed.
+        round_to: MLP widths become multiples of this; "auto": see `auto_multiple`; 1: no rounding.
         uniform: the same heads and widths in all layers; implies rectangular heads.
     Returns:
-        bool [P], and what it amounts to.
+        bool [P], and its size.
     Raises:
         ValueError: an argument is not as described, or no uniform shape is within the budget.
     """

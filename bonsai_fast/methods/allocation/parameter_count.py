@@ -10,7 +10,7 @@ from bonsai_fast.models.layout import Group, Layout
 
 
 def group_costs(layout: Layout) -> torch.Tensor:
-    """Parameters that go with one unit of each group while others of it stay, int64 [G]."""
+    """Parameters of one unit of each group while others of the group are kept, int64 [G]."""
     return torch.tensor([group.num_parameters for group in layout.groups], dtype=torch.int64)
 
 
@@ -25,7 +25,7 @@ def channel_groups(layout: Layout) -> list[Group]:
 
 
 def drop_empty(layout: Layout, keep: torch.Tensor) -> torch.Tensor:
-    """Mark all units of a sub-layer as removed once nothing of it is kept."""
+    """Mark all units of a sub-layer as removed if none of its parts is kept."""
     keep = keep.clone()
     empty = {id(block) for block, kept in layout.keep_by_block(keep) if not kept.any()}
     for group in layout.groups:
@@ -96,8 +96,8 @@ def _part_costs(layout: Layout, block: Block, num_parts: int) -> tuple[list[int]
 class RemovedCount:
     """Parameters removed so far, as `Layout.num_removed_parameters` counts them, unit by unit.
 
-    A shared KV head goes with its last query head, and everything that only a sub-layer reads with
-    its last part.
+    A shared KV head is removed with its last query head. Everything that only one sub-layer reads
+    is removed with its last part.
     """
 
     def __init__(self, layout: Layout, keep: torch.Tensor) -> None:
@@ -116,7 +116,7 @@ class RemovedCount:
         self.removed = sum(block.removed for block in blocks.values())
 
     def cost_of(self, unit: int) -> int:
-        """Parameters that would go with this unit now; 0 if it is gone."""
+        """Parameters that removing this unit now would remove; 0 if it is removed."""
         group = self.group_of_unit[unit]
         return self._block_of_group[group].cost_of(self._parts[group][unit - self._starts[group]])
 

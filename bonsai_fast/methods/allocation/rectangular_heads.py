@@ -22,13 +22,13 @@ def make_rectangular(
 ) -> torch.Tensor:
     """Give all surviving KV heads of a layer equally many query heads, over all layers at once.
 
-    A layer may keep any n of its KV heads with m query heads each, and keeps the most relevant. All
-    layers start whole; then steps to a smaller form are taken, the one that loses least relevance
-    for its parameters first, while attention loses no more than the budget leaves it. Heads may
-    thus be restored as well as dropped; the mask of channels stays. Sub-layers that are gone stay
-    so, and no other one is emptied.
+    A layer may keep any n of its KV heads with m query heads each; it keeps the most relevant ones.
+    All layers start whole. Then layers step to smaller shapes, the step that loses the least
+    relevance per parameter first, within what the budget leaves for attention. Heads may thus be
+    restored as well as removed. The mask of channels stays. Removed sub-layers stay removed, and no
+    other one is emptied.
 
-    Nothing happens where no two query heads share a KV head, or where units are KV groups.
+    Nothing changes where no two query heads share a KV head, or where units are KV groups.
 
     Args:
         keep: bool [P].
@@ -58,7 +58,8 @@ def make_rectangular(
     removed += sum(ladder[0].removed for ladder in ladders)
     if removed > budget:
         raise ValueError(
-            f"no rectangular heads within the budget: {removed} parameters would go, {budget} may"
+            f"no rectangular heads within the budget: {removed} parameters would be removed, "
+            f"the budget is {budget}"
         )
 
     queue = [
@@ -70,7 +71,7 @@ def make_rectangular(
         ladder, step = ladders[number], steps[number]
         cost = ladder[step + 1].removed - ladder[step].removed
         if removed + cost > budget:
-            continue  # the layer stays as it is; smaller steps elsewhere may still fit
+            continue  # this layer is done; smaller steps of other layers may still fit
         removed += cost
         steps[number] = step + 1
         if step + 2 < len(ladder):

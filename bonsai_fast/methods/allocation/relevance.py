@@ -1,7 +1,7 @@
-"""Which units compare with which: from importance inside a layer to relevance over all layers.
+"""Which units compare with each other: from importance in a layer to relevance over all layers.
 
-Relevance here is importance for each parameter times parameters, so that it adds up over units of
-different sizes; `select_units` takes it with order "relevance_per_parameter".
+Relevance here is importance per parameter times parameters, so that it adds up over units of
+different sizes; `select_units` reads it with order "relevance_per_parameter".
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from bonsai_fast.methods.allocation.select import check_relevance
 from bonsai_fast.models.layout import Layout
 
-# units of a spared layer cost this many times as much: they go only if nothing else is left
+# units of a spared layer cost this many times as much: they are removed last
 SPARED = 1e6
 
 
 def equal_shares(layout: Layout, importance: torch.Tensor) -> torch.Tensor:
-    """Relevance that thins out all groups (layer, kind) alike, least important units first.
+    """Relevance by which all groups (layer, kind) lose the same share, least important units first.
 
-    A unit's level is the share of its group that is gone once it is: rank / size, ranks from 1 on.
+    A unit's level is the share of its group that is removed when it is: rank / size, from rank 1.
     Selecting below a level t removes floor(t n) of every group of n.
 
     Args:
-        importance: float [P]; only ranks inside a group matter, ties go by position.
+        importance: float [P]; only ranks inside a group matter; ties are decided by position.
     Returns:
         float64 [P], positive.
     Raises:
@@ -40,7 +40,7 @@ def equal_shares(layout: Layout, importance: torch.Tensor) -> torch.Tensor:
 
 
 def standardised(layout: Layout, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Relevance that compares units of all layers by how far they stand out in their own.
+    """Relevance that compares units of all layers by how much they differ from their own layer.
 
     In each sub-layer the input columns of the output projection are brought to mean 0 and variance
     1; a unit's level is the mean over its columns, above the least of all.
@@ -64,7 +64,7 @@ def standardised(layout: Layout, columns: Mapping[str, torch.Tensor]) -> torch.T
 
 
 def spare_layers(layout: Layout, relevance: torch.Tensor, *, first: int, last: int) -> torch.Tensor:
-    """Keep the first and the last layers whole for as long as the target can be met elsewhere.
+    """Keep the first and the last layers whole while other layers can meet the target.
 
     Args:
         relevance: float64 [P], not negative.

@@ -1,4 +1,4 @@
-"""MLP widths that engines like: multiples of 32 to 256."""
+"""MLP widths that engines run fast: multiples of 32 to 256."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _Step = tuple[
 
 
 def auto_multiple(layout: Layout) -> int:
-    """The multiple to which `round_widths` rounds when left to itself.
+    """The multiple to which `round_widths` rounds by default.
 
     The largest of 256, 128, 64 and 32 that divides every layer's width and moves none by more than
-    2 %; 32 if there is none; 1, no rounding, if a layer has fewer than 128 channels, where 32 would
-    decide more than relevance does.
+    2 %; 32 if there is none; 1, no rounding, if a layer has fewer than 128 channels, where steps of
+    32 would matter more than relevance.
     """
     widths = [len(group) for group in channel_groups(layout)]
     if not widths or min(widths) < 4 * MULTIPLES[-1]:
@@ -47,9 +47,9 @@ def round_widths(
 ) -> torch.Tensor:
     """Make every layer's MLP width a multiple of `multiple`, over all layers at once.
 
-    Each layer is first rounded up, its most relevant removed channels coming back. Then whole
-    multiples of least relevant channels go, those that lose least first, while they fit into the
-    budget. A layer whose width is not such a multiple from the start may also stay whole. Empty
+    First, each layer is rounded up: its most relevant removed channels are restored. Then multiples
+    of the least relevant channels are removed, those that lose the least first, while they fit into
+    the budget. A layer whose width is not such a multiple from the start may also stay whole. Empty
     sub-layers stay so, and no other one is emptied. With `multiple` 1 only what is left of the
     budget is used up.
 
@@ -109,8 +109,8 @@ def round_down(width: int, multiple: int) -> int:
 def width_ladder(group: Group, keep: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Positions of a layer's channels in the order to drop them: removed ones, then by relevance.
 
-    Whatever its relevance, what is gone goes first again: rounding stays near the mask that it is
-    given.
+    Channels that the mask removes come first at any relevance, so that rounding stays near the
+    mask.
     """
     inside = slice(group.start, group.stop)
     return group.start + np.lexsort((score[inside], keep[inside]))

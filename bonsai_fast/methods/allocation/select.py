@@ -1,4 +1,4 @@
-"""Greedy choice of the units that go."""
+"""Greedy choice of the units to remove."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def select_units(
 ) -> torch.Tensor:
     """Remove the least relevant units, over all layers at once, until the budget is used up.
 
-    Units go in rising order for as long as they fit into the budget, which is never exceeded. The
-    first unit of a group that does not fit closes its group, so that no unit goes before a less
-    relevant one of its group; the others go on. Parameters are counted as
-    `Layout.num_removed_parameters` does. Where single units are small, as channels are, the rest
-    that is left is smaller than one of them.
+    Units are removed in rising order while they fit into the budget, which is never exceeded. The
+    first unit that does not fit closes its group, so that no unit is removed before a less relevant
+    one of its group; the other groups continue. Parameters are counted as by
+    `Layout.num_removed_parameters`. Where single units are small, such as channels, less than one
+    of them is left of the budget.
 
     Args:
-        relevance: float [P]; +inf: the unit stays.
+        relevance: float [P]; +inf: the unit is kept.
         keep: bool [P], the current sub-model; units already removed stay so and count towards the
             budget.
         budget: parameters to remove in all, at most.
-        protect: bool [P], units that stay whatever their relevance.
-        order: "relevance", as in the paper, or "relevance_per_parameter", the better deal where
+        protect: bool [P], units that are kept at any relevance.
+        order: "relevance", as in the paper, or "relevance_per_parameter", which is better where
             units differ in size.
     Returns:
         bool [P].
@@ -84,8 +84,8 @@ def plan_mask(
     """Remove a given number of units from each group, the lowest by `order` first.
 
     Args:
-        order: float [P]; only ranks inside a group matter, ties go by position.
-        counts: [G] whole numbers, how many units of each group of the layout go.
+        order: float [P]; only ranks inside a group matter; ties are decided by position.
+        counts: [G] whole numbers, how many units of each group to remove.
     Returns:
         bool [P].
     Raises:

@@ -1,4 +1,4 @@
-"""How small the pruned model shall be."""
+"""The size of the pruned model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Target:
         )
 
     def removal_budget(self, layout: Layout) -> int:
-        """Decoder parameters that may be removed from this model.
+        """Number of decoder parameters to remove from this model.
 
         Raises:
             ValueError: the model is that small already, or what cannot be removed is larger than

@@ -26,9 +26,10 @@ def make_uniform(
 ) -> torch.Tensor:
     """Give all layers the same number of KV heads, of query heads for each, and of channels.
 
-    Each layer keeps its own most relevant ones. Of all forms of the attention, each with the
-    narrowest MLP that the budget allows, the one nearest to `keep` is taken: least parameters moved
-    between attention and MLP plus parameters of the budget left unused; then least relevance lost.
+    Each layer keeps its own most relevant ones. Every shape of the attention is combined with the
+    narrowest MLP that the budget allows. The combination nearest to `keep` is chosen: the fewest
+    parameters moved between attention and MLP plus unused parameters of the budget; then the least
+    relevance lost.
 
     Args:
         keep: bool [P]; what it removed from attention in all layers together is what is aimed at.
@@ -48,7 +49,7 @@ def make_uniform(
     attention, mlp = attention_groups(layout), channel_groups(layout)
     _check_alike(layout, attention, mlp)
 
-    # a sub-layer that is gone comes back: a stock class has every one
+    # removed sub-layers are restored: a stock class has all of them
     left = drop_empty(layout, keep)
     planned = sum(
         removed_from_group(layout, group, left[group.start : group.stop]) for group in attention

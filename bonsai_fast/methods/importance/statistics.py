@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -96,7 +97,9 @@ def collect_statistics(
     return Statistics(blocks, losses)
 
 
-def _recorder(block: Block, blocks: dict[str, BlockStatistics]):  # type: ignore[no-untyped-def]
+def _recorder(
+    block: Block, blocks: dict[str, BlockStatistics]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         states = inputs[0].reshape(-1, inputs[0].shape[-1])
         if block.output not in blocks:

@@ -1,4 +1,4 @@
-"""Method "bonsai": the published algorithm, or the default that grew out of it."""
+"""Method "bonsai": the published algorithm, or the default that was developed from it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bonsai_fast.methods.units.bonsai_paper import PaperBonsai
 
 
 class Bonsai:
-    """Chooses by what the regression estimates: groups of units, or every unit."""
+    """Chooses the variant by what the regression estimates: groups of units, or every unit."""
 
     presets = BONSAI_PRESETS
 
     def plan(self, task: Task[BonsaiOptions]) -> Plan:
-        """Work that `find` is going to do."""
+        """Work that `find` will do."""
         return self._variant(task).plan(task)
 
     def find(self, search: Search[BonsaiOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         return self._variant(search.task).find(search)
 
     def _variant(self, task: Task[BonsaiOptions]) -> GroupedBonsai | PaperBonsai:

@@ -1,18 +1,17 @@
-"""The default: Bonsai with few unknowns, and complete plans that are scored before one is taken.
+"""The default: Bonsai with few unknowns, and complete plans that are scored before one is chosen.
 
-What a unit is worth is split in two. *Which* units of a group (layer, kind) go is left to the
-prior, whose ranks are good inside a group. *How many* go from each group is what sub-models are
-scored for: each of them thins out one group, which tells what that costs. A curve through these
-costs gives every unit its relevance; from there on everything is Bonsai: global selection by
-parameter count, a little at a time.
+The prior decides which units of a group (layer, kind) are removed: its ranks are good inside a
+group. Scored sub-models decide how many are removed from each group: each of them thins out one
+group, which measures the cost. A curve through these costs gives every unit its relevance. The rest
+is Bonsai: global selection by parameter count, in steps.
 
-Costs that were measured one by one do not add up: damage in many layers compounds, and how it does
-depends on where they are. That is not predicted but tried: plans that spare more or fewer of the
-first and last layers are scored as they would be saved, then the measured costs are trusted more
-or less inside the best of these, and the best plans are compared again on other text.
+Costs that were measured one at a time do not add up: damage in several layers compounds, and by how
+much depends on where they are. So plans are tried. First, plans that spare more or fewer of the
+first and last layers are scored as they would be saved. Then, inside the best of these, the
+measured costs get more or less weight. The best plans are compared again on other text.
 
-Probes are judged by their divergence from the parent: on little text the loss would often reward
-small damage by chance. Complete plans are judged by their loss, which is what counts.
+Probes are judged by their divergence from the parent: on little text, the loss often improves by
+chance with small damage. Complete plans are judged by their loss.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from bonsai_fast.models.layout import ATTENTION, Group, Kind, Layout
 
 # a stage removes at most this fraction of the decoder
 STEP = 0.25
-# share of a group that a probe thins out, and beyond which costs are unknown
+# fraction of a group that a probe removes; beyond it, costs are unknown
 REACH: dict[Kind, float] = {
     "channel": 0.6,
     "head": 1 / 3,
@@ -40,21 +39,21 @@ REACH: dict[Kind, float] = {
     "attention": 1.0,
     "mlp": 1.0,
 }
-# units beyond reach, and whatever lies in a spared layer, cost this many times as much
+# units beyond reach, and all units of a spared layer, cost this many times as much
 SPARED = 1000.0
-# shares of the layers that a plan may spare at either end
+# fractions of the layers that a plan may spare at either end
 EDGES = (0.0, 0.05, 0.1, 0.15)
-# curves: costs rise as fraction ** exponent, attention costs this many times what was measured, and
-# measured costs are trusted: cost = median^(1 - k) measured^k
+# curves: costs rise as fraction ** exponent; attention costs this many times the measured value;
+# the weight k of measured costs: cost = median^(1 - k) measured^k
 EXPONENTS = (1.5, 2.0, 3.0)
 ATTENTION_FACTORS = (2.0, 4.0)
 TEMPERATURES = (0.25, 0.5)
-# a cost below this share of its kind's median is noise, and would empty its group
+# a cost below this fraction of its kind's median is noise, and would empty its group
 SMALLEST_COST = 0.25
-# plans that are compared on other text in the end
+# plans that are compared on other text at the end
 FINALISTS = 4
-# calibration sequences on which probes and plans are scored, and others for the finalists; the
-# prior reads all of them: statistics need far more text than a comparison of plans
+# calibration sequences for probes and plans, and others for the finalists; the prior reads all of
+# them: statistics need much more text than a comparison of plans
 SEARCH_SEQUENCES = 6
 FINALIST_SEQUENCES = 6
 
@@ -70,10 +69,10 @@ class _Proposal:
 
 
 class GroupedBonsai:
-    """Stages toward the target, each with probes and scored plans."""
+    """Several stages up to the target, each with probes and scored plans."""
 
     def plan(self, task: Task[BonsaiOptions]) -> Plan:
-        """Probes and plans of every stage, and a pass for the prior in each."""
+        """Probes, plans and one pass for the prior in every stage."""
         stages = len(_goals(task))
         curves = 2 * len(EXPONENTS) * len(ATTENTION_FACTORS) * len(TEMPERATURES)
         first, second = _texts(task)
@@ -132,7 +131,7 @@ class GroupedBonsai:
 
 
 def _texts(task: Task[BonsaiOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences for the search and, from elsewhere in the text, those for the finalists."""
+    """Sequences for the search and, from other parts of the text, for the finalists."""
     input_ids = task.calibration.input_ids
     stride = max(1, len(input_ids) // max(SEARCH_SEQUENCES, FINALIST_SEQUENCES))
     first = input_ids[::stride][:SEARCH_SEQUENCES]
@@ -150,7 +149,7 @@ def _goals(task: Task[BonsaiOptions]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What removing this fraction of what is left of a group costs, in nats per token."""
+    """Cost of removing a fraction of what is left of a group, in nats per token."""
 
     fraction: float
     nats: float
@@ -163,7 +162,7 @@ def _probe(
     prior: torch.Tensor,
     input_ids: torch.Tensor,
 ) -> list[_Cost | None]:
-    """Thin out each group of `keep`; None for a group that is gone."""
+    """Cost of thinning out each group of `keep`; None for a group that was removed."""
     layout = search.task.layout
     order = torch.where(keep, prior, -1.0)
     removed = [len(group) - _left(group, keep) for group in layout.groups]
@@ -191,7 +190,7 @@ def _whole_costs(
     attention_factor: float,
     temperature: float,
 ) -> list[float]:
-    """Cost of each whole group if its curve held; nan for a group that is gone."""
+    """Cost of removing each whole group, by its curve; nan for a group that was removed."""
     kinds = [group.kind for group in layout.groups]
     whole = [cost.nats / cost.fraction**exponent if cost else math.nan for cost in costs]
     layers = layout.decoder.num_layers
@@ -218,9 +217,9 @@ def _relevance(
     prior: torch.Tensor,
     before: torch.Tensor,
 ) -> torch.Tensor:
-    """What each unit adds to its group's cost when those of lower prior are gone: float64 [P].
+    """What each unit adds to its group's cost after those of lower prior: float64 [P].
 
-    Units that are gone have negative relevance, in the order in which they went.
+    Units that were removed have negative relevance, in the order in which they were removed.
     """
     relevance = before - before.max() - 1.0
     for group, cost in zip(layout.groups, whole, strict=True):

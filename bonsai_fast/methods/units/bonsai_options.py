@@ -13,7 +13,7 @@ from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, UnitOptions,
 
 @dataclass(frozen=True, kw_only=True)
 class BonsaiOptions(UnitOptions):
-    """Of both variants: groups of units, or every unit."""
+    """Options of both variants."""
 
     regression: RegressionName = option(
         "groups",

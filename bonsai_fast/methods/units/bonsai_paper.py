@@ -1,4 +1,4 @@
-"""Bonsai as published: sample, score, regress, remove a little, again (paper, algorithm 1)."""
+"""Bonsai as published: rounds of sampling, scoring, regression and removal (algorithm 1)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ STEP_SPARSITY = 0.05
 
 
 class PaperBonsai:
-    """Algorithm 1 with the values of tables 8 and 9, or whatever the configuration sets instead.
+    """Algorithm 1, by default with the values of tables 8 and 9.
 
-    Differs: all rounds score the same sequences, drawn once; each round stops at a whole number of
-    p_iter, so that runs to different targets share their first rounds.
+    Differs: all rounds score the same sequences, drawn once; each round ends at a multiple of
+    p_iter, so that runs with different targets share their first rounds.
     """
 
     def plan(self, task: Task[BonsaiOptions]) -> Plan:
-        """Rounds of sub-models, and a pass for the prior in each."""
+        """Sub-models, and one pass for the prior, in every round."""
         rounds = len(_goals(task))
         submodels = rounds * task.options.submodels_per_round
         return Plan(rounds, submodels, (submodels + rounds) * task.calibration.input_ids.numel())
 
     def find(self, search: Search[BonsaiOptions]) -> torch.Tensor:
-        """Run the rounds; a re-targeted run walks through the recorded ones."""
+        """Run the rounds; a re-targeted run repeats the recorded ones."""
         task, layout = search.task, search.task.layout
         keep = torch.ones(len(layout), dtype=torch.bool)
         relevance = torch.zeros(len(layout), dtype=torch.float64)
@@ -58,7 +58,7 @@ class PaperBonsai:
             removed = layout.num_removed_parameters(keep)
             known = regression.relevance.isfinite()
             relevance[known] = regression.relevance[known]
-            # above all that was estimated, by prior: the last step may need some of them
+            # above all estimated values, by prior: the last step may remove some of them
             untouched = keep & always_kept
             relevance[untouched] = relevance.max() + prior[untouched] / prior.max()
             search.run.save_mask(stage, keep)
@@ -90,7 +90,7 @@ class PaperBonsai:
 
 
 def _goals(task: Task[BonsaiOptions]) -> list[int]:
-    """Parameters removed after each round: multiples of p_iter, or equal steps if asked for."""
+    """Parameters removed after each round: multiples of p_iter, or equal steps."""
     budget, decoder = task.budget, task.layout.num_decoder_parameters
     if (rounds := task.options.rounds) is not None:
         return [budget * number // rounds for number in range(1, rounds + 1)]
@@ -105,10 +105,10 @@ def _regress(
     losses: torch.Tensor,
     prior: torch.Tensor,
 ) -> tuple[Regression, torch.Tensor, str]:
-    """The regression, the utilities that it was fitted to, float64 [S], and what they are."""
+    """The regression, the utilities that it was fitted to, float64 [S], and their meaning."""
     mean_loss = losses.mean(dim=1, dtype=torch.float64)
     if task.options.regression == "paper":
-        # the published utility; a sub-model whose perplexity overflows is left out by the fit
+        # the published utility; the fit leaves out sub-models whose perplexity overflows
         utility = -mean_loss.exp()
         fit = fit_paper(masks, utility, seed=task.config.seed + number)
         return fit, utility, "minus perplexity on the calibration text"

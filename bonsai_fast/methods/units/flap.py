@@ -1,8 +1,8 @@
-"""Method "flap": units whose output fluctuates little go, and a bias replaces their mean.
+"""Method "flap": removes units whose output varies little; a bias replaces their mean.
 
 An input column of an output projection that hardly varies contributes a constant, which a bias can
-give as well. Columns are judged by their variance times the squared norm of their weights, compared
-over all layers after standardisation, and the mean output of what goes is added to the bias.
+replace. A column's score is its variance times the squared norm of its weights, standardised and
+then compared over all layers. The mean output of the removed columns is added to the bias.
 
 Source: An et al., arXiv:2312.11983: the metric of section 3.2 (weighted fluctuation), the global
 structure search of 3.3, the bias compensation of 3.4. Written from the paper's description.
@@ -29,7 +29,7 @@ from bonsai_fast.models import family_of
 
 
 class Flap:
-    """Statistics, a cut, and biases."""
+    """Statistics, a selection, and biases."""
 
     presets = ONE_SHOT_PRESETS
 
@@ -38,7 +38,7 @@ class Flap:
         return Plan(1, 0, task.calibration.input_ids.numel())
 
     def find(self, search: Search[SparingOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         # biases that compensation adds are removed elsewhere
         budget = search.task.budget + _num_new_biases(search.task)
         return cut(search, _measured(search)["relevance"], budget)
@@ -46,7 +46,7 @@ class Flap:
     def compensate(
         self, search: Search[SparingOptions], smaller: PreTrainedModel, keep: torch.Tensor
     ) -> None:
-        """Add to every output projection's bias what the columns that went gave on average."""
+        """Add the mean output of the removed columns to the bias of every output projection."""
         measured, layout, parent = _measured(search), search.task.layout, search.task.model
         model_type = smaller.config.model_type
         if family_of(model_type) != model_type and takes_output_biases(model_type):
@@ -73,7 +73,7 @@ class Flap:
 
 
 def _measured(search: Search[SparingOptions]) -> dict[str, torch.Tensor]:
-    """Relevance, and the mean of every column that an output projection reads."""
+    """Relevance, and the mean of every input column of the output projections."""
     task = search.task
     layout, input_ids = task.layout, task.calibration.input_ids
 

@@ -1,4 +1,4 @@
-"""Method "layerwise-ppl": whole decoder layers go, by the loss of the model without each one."""
+"""Method "layerwise-ppl": removes decoder layers, by the loss of the model without each of them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ SEQUENCES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseOptions(SparingOptions):
-    """Of the cut through the last layer."""
+    """Options of method "layerwise-ppl"."""
 
     prior: PriorName = prior_option()
 
 
 class LayerwisePPL:
-    """Scores the model without one layer at a time, once, and removes what it misses least.
+    """Scores the model without each layer once, and removes the layers that cost the least loss.
 
-    Differs: what a whole number of layers leaves of the target comes out of the layer that would be
-    next, its heads and channels by Wanda's prior.
+    Differs: what whole layers leave of the budget is removed from the next layer, heads and
+    channels by Wanda's prior.
 
     Source: Kim et al., arXiv:2402.02834.
     """
@@ -53,7 +53,7 @@ class LayerwisePPL:
         return Plan(1, layers, layers * input_ids[:SEQUENCES].numel() + input_ids.numel())
 
     def find(self, search: Search[LayerwiseOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         task, layout = search.task, search.task.layout
         everything = torch.ones(len(layout), dtype=torch.bool)
         rank = layer_losses(search).argsort(stable=True).argsort()

@@ -1,6 +1,6 @@
-"""Methods that look at the parent once and cut: Wanda-sp, magnitude, random.
+"""Methods that score the parent's units once and select: Wanda-sp, magnitude, random.
 
-They compare units inside a group (layer, kind) alone, and thin out all groups alike.
+They compare units only inside a group (layer, kind), and remove the same fraction of all groups.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ONE_SHOT_PRESETS: Mapping[PresetName, Preset[SparingOptions]] = {
 
 @dataclass(frozen=True)
 class OneShot:
-    """Importance of every unit, found at once.
+    """A method that computes the importance of every unit once.
 
     Attributes:
-        importance: finds it, float64 [P].
+        importance: computes it, float64 [P].
         reads_text: whether it reads the calibration text.
-        presets: as of every method.
+        presets: see `Method`.
     """
 
     importance: Callable[[Search[Any]], torch.Tensor]
@@ -48,11 +48,11 @@ class OneShot:
     )
 
     def plan(self, task: Task[SparingOptions]) -> Plan:
-        """A pass over the text at most."""
+        """At most one pass over the text."""
         return Plan(1, 0, task.calibration.input_ids.numel() if self.reads_text else 0)
 
     def find(self, search: Search[SparingOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         task = search.task
         tokens = task.calibration.input_ids.numel() if self.reads_text else 0
         importance = search.importance("parent", lambda: self.importance(search), tokens)
@@ -60,7 +60,7 @@ class OneShot:
 
 
 def cut(search: Search[SparingOptions], relevance: torch.Tensor, budget: int) -> torch.Tensor:
-    """Select by relevance for each parameter, and finish.
+    """Select by relevance per parameter, then apply the last step.
 
     Args:
         relevance: float64 [P], not negative, on one scale for all units.
@@ -82,7 +82,7 @@ def cut(search: Search[SparingOptions], relevance: torch.Tensor, budget: int) ->
 
 
 def wanda(search: Search[SparingOptions]) -> torch.Tensor:
-    """|W| times the norm of what flows in, averaged over the output projection.
+    """|W| times the norm of its input, averaged over the output projection.
 
     Source: An et al., arXiv:2312.11983, who made Sun et al., arXiv:2306.11695, structured.
     """
@@ -93,7 +93,7 @@ def wanda(search: Search[SparingOptions]) -> torch.Tensor:
 
 
 def magnitude(search: Search[SparingOptions], *, power: int) -> torch.Tensor:
-    """Sum of |w| ** power over all weights that go with a unit.
+    """Sum of |w| ** power over all weights of a unit.
 
     Source: the baselines of Ma et al., arXiv:2305.11627.
     """
@@ -109,7 +109,7 @@ def magnitude(search: Search[SparingOptions], *, power: int) -> torch.Tensor:
 
 
 def chance(search: Search[SparingOptions]) -> torch.Tensor:
-    """Importance by lot."""
+    """Random importance."""
     rng = np.random.Generator(np.random.PCG64(search.task.config.seed))
     return torch.from_numpy(rng.random(len(search.task.layout)))
 

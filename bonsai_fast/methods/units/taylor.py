@@ -1,8 +1,9 @@
-"""Method "taylor": LLM-Pruner's first-order criterion. It alone needs a backward pass.
+"""Method "taylor": LLM-Pruner's first-order criterion. It is the only method with a backward pass.
 
-A weight matters as much as the loss would change, to first order, without it: |w dL/dw|. A unit is
-worth the sum over all weights that go with it. Beside the weights it holds their gradients and one
-sequence's activations: about twice the memory of every other method.
+The importance of a weight is the change of the loss without it, to first order: |w dL/dw|. That of
+a unit is the sum over all its weights. Gradients of the weights and the activations of one sequence
+are
+in memory: about twice the memory of the other methods.
 
 Source: Ma et al., arXiv:2305.11627, equation 3 element by element, importance summed over a group.
 """
@@ -31,7 +32,7 @@ SEQUENCES = 10
 
 
 class Taylor:
-    """Gradients on a few sequences, and a cut."""
+    """Gradients on a few sequences, and a selection."""
 
     presets: Mapping[PresetName, Preset[SparingOptions]] = {
         "default": Preset(SparingOptions()),
@@ -43,7 +44,7 @@ class Taylor:
         return Plan(1, 0, 3 * task.calibration.input_ids[:SEQUENCES].numel())
 
     def find(self, search: Search[SparingOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         task = search.task
         input_ids = task.calibration.input_ids[:SEQUENCES]
 
@@ -82,7 +83,7 @@ def first_order_importance(
 def weight_gradients(
     model: PreTrainedModel, layout: Layout, input_ids: torch.Tensor
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Gradients of the mean loss by every weight that some unit owns, by name; gone afterwards."""
+    """Gradients of the mean loss by every prunable weight, by name; freed afterwards."""
     names = {found.parameter for block in layout.decoder.blocks() for found in block.cuts}
     before = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     training = model.training

@@ -1,4 +1,4 @@
-"""What a search varies: single units, blocks of channels, or whole decoder layers."""
+"""What a search decides about: single units, blocks of channels, or whole decoder layers."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Optimal Brain Surgeon, column by column: the weights that stay make up for those that go.
+"""Optimal Brain Surgeon, column by column: the other weights are adjusted to make up for zeros.
 
-Zeroing w_j costs least if the columns that are not settled yet, U = {j, j+1, ...}, move by
+Zeroing w_j costs least if the columns that are not final yet, U = {j, j+1, ...}, change by
 
     dw_U = -w_j / [H_U^-1]_jj * [H_U^-1]_{j, U}        H = X^T X / tokens + damping
 
-Column j is then settled for all rows, and the next H_U^-1 loses its first row and column. The upper
+Column j is then final for all rows, and the next H_U^-1 loses its first row and column. The upper
 Cholesky factor of H^-1 holds all of them: its row j is [H_U^-1]_{j, U} / sqrt([H_U^-1]_jj).
 
 Source: Frantar and Alistarh, arXiv:2301.00774 (SparseGPT); the cost is equation 3 of Sun et al.,
 arXiv:2306.11695, appendix D. Written from the description there.
-Differs: the weights of an input that is always zero cost nothing and go first, but stay as they are
-if there is room for them; groups lose exactly their share, ties or not.
+Differs: the weights of an input that is always zero cost nothing and are zeroed first, but are not
+changed if they are kept; groups lose exactly their share, also with ties.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# columns whose effect on all later ones is applied at once
+# columns whose effect on all later columns is applied at once
 BLOCK = 128
-# of the mean of H's diagonal; larger ones are tried where rounding leaves H indefinite
+# fractions of the mean of H's diagonal; larger ones are tried if rounding makes H indefinite
 DAMPING = (0.01, 0.1, 1.0)
 
-# (first column, weights [out, n] as they are by then, costs [out, n]) -> bool [out, n], True = kept
+# (first column, adjusted weights [out, n], costs [out, n]) -> bool [out, n], True = kept
 Choose = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class InverseHessian:
-    """What the sweep needs of H^-1.
+    """The inverse of H, factorised.
 
     Args:
         gram: float32 [in, in], mean of x x^T over tokens.
@@ -54,20 +54,20 @@ class InverseHessian:
 
 
 def prune_columns(weight: Tensor, hessian: InverseHessian, choose: Choose, *, step: int) -> Tensor:
-    """Settle all columns from left to right, in blocks.
+    """Prune all columns from left to right, in blocks.
 
     Args:
         weight: floating [out, in].
         hessian: of its inputs.
-        choose: asked once for every `step` columns, when all columns before them are settled.
-        step: how many; the last step may be shorter.
+        choose: called once for every `step` columns, when all columns before them are final.
+        step: number of columns; the last step may be shorter.
     Returns:
-        float32 [out, in], exactly zero wherever `choose` said so.
+        float32 [out, in], exactly zero where `choose` is False.
     """
     columns = weight.shape[1]
     block = step * max(1, BLOCK // step)
     factor, pivots = hessian.factor, hessian.pivots
-    # by columns, so that each lies in one piece
+    # transposed, so that each column is contiguous
     left = weight.float().T.contiguous()
     for first in range(0, columns, block):
         last = min(first + block, columns)

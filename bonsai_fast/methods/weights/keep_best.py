@@ -1,4 +1,4 @@
-"""Which weights of a matrix stay, by their scores."""
+"""Which weights of a matrix are kept, by their scores."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BLOCK = 128
 
 
 def keep_best(scores: Tensor, pattern: Pattern, within: CompareWithin) -> Tensor:
-    """Keep the best scored weights of every group that competes; of equal ones, the first.
+    """Keep the weights with the highest scores in every group; of equal ones, the first.
 
-    Groups of an N:M pattern are M neighbours in a row, whatever `within` says. Otherwise:
+    Groups of an N:M pattern are M neighbours in a row, for any `within`. Otherwise:
 
         layer        the whole matrix
         input        a column: the weights of one input
@@ -26,9 +26,9 @@ def keep_best(scores: Tensor, pattern: Pattern, within: CompareWithin) -> Tensor
     "First" runs along the rows of a group: by output and then by input, but for "input" by output.
 
     Args:
-        scores: float32 [out, in], not negative; of no meaning between groups.
-        pattern: how many go.
-        within: what competes.
+        scores: float32 [out, in], not negative; compared only inside groups.
+        pattern: how many are zeroed.
+        within: which weights form a group.
     Returns:
         bool [out, in], True = kept, on the device of `scores`.
     Raises:

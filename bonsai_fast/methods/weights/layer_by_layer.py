@@ -65,7 +65,7 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
 
 
 def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
-    """Prune every decoder layer that is not on record, and record it.
+    """Prune every decoder layer that is not recorded yet, and record it.
 
     Returns:
         calibration tokens that layers were run on, as tokens through the whole model.
@@ -73,7 +73,7 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
     num_layers = len(task.layers)
     missing = [number for number in range(num_layers) if not run.has_layer(number)]
     if 0 < len(missing) < num_layers:
-        reporter.note(f"resuming {run.path}: {num_layers - len(missing)} layers are on record")
+        reporter.note(f"resuming {run.path}: {num_layers - len(missing)} layers are recorded")
     if not missing:
         return 0
     sweep, passes = None, 0

@@ -1,4 +1,4 @@
-"""Method "magnitude": small weights go, whatever they are multiplied with. It reads no text.
+"""Method "magnitude": zeroes small weights. It reads no text.
 
 Source: the baseline of Sun et al., arXiv:2306.11695, which compares within a layer (appendix A.1).
 """
@@ -19,7 +19,7 @@ class Magnitude:
     presets = weight_presets("layer", weight_update=False)
 
     def needs(self, choice: Choice) -> Needs:
-        """Nothing, unless the other weights are to make up for the zeros."""
+        """Nothing; the Gram matrix if the other weights are adjusted."""
         return "gram" if choice.weight_update else "nothing"
 
     def prune(self, weight: Tensor, inputs: LinearInputs | None, choice: Choice) -> Tensor:

@@ -1,11 +1,11 @@
-"""Method "sparsegpt": what zeroing a weight costs once the others have made up for it.
+"""Method "sparsegpt": zeroes the weights that cost the least once the others are adjusted.
 
-Columns are settled from left to right. The weights that go are chosen for 128 columns (or one N:M
-group) at a time, from what the columns before have made of them.
+Columns are processed from left to right. The zeros are chosen for 128 columns (or one N:M group) at
+a time, from the weights as adjusted for the columns before.
 
 Source: Frantar and Alistarh, arXiv:2301.00774, as Sun et al., arXiv:2306.11695, describe it in
-table 1, section 3.2 and appendix D; see `obs`. Without the weight update it is the second row of
-their tables 3 and 7: w^2 / [H^-1]_jj, compared within whatever is asked for.
+table 1, section 3.2 and appendix D; see `brain_surgeon`. Without the weight update, this is the
+second row of their tables 3 and 7: w^2 / [H^-1]_jj, compared as `compare_within` says.
 """
 
 from __future__ import annotations

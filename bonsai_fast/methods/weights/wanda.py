@@ -1,10 +1,10 @@
-"""Method "wanda": weights go whose product with the norm of their input is small.
+"""Method "wanda": zeroes weights whose product with the norm of their input is small.
 
-Rows are compared with themselves alone, and each layer is judged by what the pruned layers before
-it hand on. No weight that stays changes.
+Weights are compared inside their row. Each layer is pruned on the outputs of the layers pruned
+before it. The other weights do not change.
 
 Source: Sun et al., arXiv:2306.11695, equations 1 and 2 and algorithm 1; N:M: appendix C.
-Differs: the root mean square of an input stands for its norm, which changes no comparison.
+Differs: uses the root mean square of an input for its norm, which changes no comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Wanda:
     presets = weight_presets("output", weight_update=False)
 
     def needs(self, choice: Choice) -> Needs:
-        """Moments; the Gram matrix where the other weights are to make up for the zeros."""
+        """Moments; the Gram matrix if the other weights are adjusted."""
         return "gram" if choice.weight_update else "moments"
 
     def prune(self, weight: Tensor, inputs: LinearInputs | None, choice: Choice) -> Tensor:

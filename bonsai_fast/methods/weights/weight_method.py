@@ -1,7 +1,7 @@
 """What methods that zero single weights have in common.
 
-They are a kind of their own beside those of `search`: nothing changes its shape, every layer is
-pruned as soon as those before it are, and a method sees one matrix and its inputs at a time.
+Unlike methods that remove units, they change no shape. Layers are pruned one at a time, each on the
+outputs of the layers pruned before it; a method sees one matrix and its inputs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from bonsai_fast.methods.weights.weight_options import WeightOptions
 
 @dataclass(frozen=True)
 class Choice:
-    """What is left to the user.
+    """The options of a method, parsed.
 
     Attributes:
         pattern: which zeros are allowed.
-        within: which weights compete; of no effect under an N:M pattern.
-        weight_update: whether the weights that stay make up for those that go.
+        within: which weights compete; not used with an N:M pattern.
+        weight_update: whether the other weights are adjusted to make up for the zeros.
     """
 
     pattern: Pattern
@@ -38,7 +38,7 @@ class Choice:
 
     @classmethod
     def of(cls, config: ResolvedConfig[WeightOptions]) -> Choice:
-        """What a configuration says."""
+        """The choice of a configuration."""
         options = config.options
         pattern = Pattern.parse(options.pattern, config.sparsity)
         return cls(pattern, options.compare_within, options.weight_update)
@@ -52,15 +52,15 @@ class WeightMethod(Protocol):
         """Values for what the user leaves out."""
 
     def needs(self, choice: Choice) -> Needs:
-        """What it must know of a matrix's inputs."""
+        """Statistics of a matrix's inputs that `prune` needs."""
 
     def prune(self, weight: Tensor, inputs: LinearInputs | None, choice: Choice) -> Tensor:
         """The pruned matrix.
 
         Args:
             weight: float16, bfloat16 or float32 [out, in]; unchanged.
-            inputs: what `needs` asked for, on the same device; None if that was nothing.
-            choice: of the user.
+            inputs: the statistics of `needs`, on the same device; None if "nothing".
+            choice: the options.
         Returns:
             [out, in] in its dtype, with exact zeros.
         """
@@ -74,8 +74,7 @@ def without_worst(
     Args:
         weight, choice: as in `WeightMethod.prune`.
         scores: float32 [out, in], not negative.
-        hessian: of the matrix's inputs, by which the other weights make up for the zeros; None
-            leaves them as they are.
+        hessian: of the matrix's inputs, to adjust the other weights; None leaves them unchanged.
     """
     keep = keep_best(scores, choice.pattern, choice.within)
     if hessian is None:

@@ -13,7 +13,7 @@ from bonsai_fast.config.weight_pattern import UNSTRUCTURED, Pattern
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(MethodOptions):
-    """Which weights may become zero, and what becomes of the others."""
+    """Which weights may become zero, and whether the others are adjusted."""
 
     pattern: str = option(
         UNSTRUCTURED,
@@ -41,7 +41,7 @@ class WeightOptions(MethodOptions):
 def weight_presets(
     compare_within: CompareWithin, *, weight_update: bool
 ) -> Mapping[PresetName, Preset[WeightOptions]]:
-    """Presets of a method by what it does unless asked otherwise."""
+    """Presets of a method from its published settings."""
     options = WeightOptions(compare_within=compare_within, weight_update=weight_update)
     return {
         "default": Preset(options),

@@ -1,20 +1,20 @@
 """Method "mini-llm": one shot, by weight times gradient times activation, without a backward pass.
 
-There is no public code. Read from the paper: the score |W g X| of every weight, the gradient g
-estimated from two losses with all weights perturbed at once, one direction (n = 1) or the mean over
-n; a unit is worth the largest of its coupled structures, each the sum over its weights; the first
-four and last three layers stay; 10 sequences for the gradient, all for the activations; units
-compare inside their layer.
+There is no public code. From the paper: the score of a weight is |W g X|. The gradient g is
+estimated from two losses with all weights perturbed at once, in one direction (n = 1) or as the
+mean over n. The importance of a unit is the largest of its coupled structures, each the sum over
+its weights. The first four and last three layers are spared. 10 sequences are used for the
+gradient, all for the activations. Units compare inside their layer.
 
-Decided here: only weights that pruning can remove are perturbed, since the others would add nothing
-but noise; X is the root mean square of an input column over all tokens; the scale of perturbation
-is 1e-3; spared layers give way if the target cannot be met elsewhere. The paper prints the estimate
-as a division by z ("weights-divided"), which for normal z has no mean; multiplying by z ("weights")
-is unbiased. Either way one direction has the same factor for all weights, so that it ranks them as
-|W z X| does: what is learned about the loss grows with the number of directions only.
+Decided here: only prunable weights are perturbed, since the others would only add noise. X is the
+root mean square of an input column over all tokens. The scale of perturbations is 1e-3. Spared
+layers are pruned if the target cannot be met otherwise. The paper prints the estimate as a division
+by z ("weights-divided"), which for normal z has no mean; multiplying by z ("weights") is unbiased.
+In both cases one direction has the same factor for all weights, so that it ranks them as |W z X|
+does: only more directions tell more about the loss.
 
-"gates" perturbs one factor a unit, or a block of channels, instead of all weights: far fewer
-unknowns for the same two losses. Its score is the size of the gate's gradient.
+"gates" perturbs one factor for each unit, or block of channels, instead of all weights: far fewer
+unknowns for the same two losses. The score is the size of the gate's gradient.
 
 Source: MINI-LLM: equations 6 to 9, algorithm 1, section 4.1.
 """
@@ -22,6 +22,7 @@ Source: MINI-LLM: equations 6 to 9, algorithm 1, section 4.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import cast
 
@@ -50,9 +51,12 @@ from bonsai_fast.scoring.sequence_nll import evaluation_mode
 SEQUENCES = 10
 GATES = "gates"
 
+# (direction, scale) -> inside, the model is perturbed
+Perturbed = Callable[[int, float], AbstractContextManager[None]]
+
 
 class MiniLLM:
-    """Two losses for each direction, the activations, and a cut."""
+    """Two losses for each direction, the activations, and a selection."""
 
     presets = MINI_LLM_PRESETS
 
@@ -63,7 +67,7 @@ class MiniLLM:
         return Plan(1, submodels, tokens + input_ids.numel())
 
     def find(self, search: Search[MiniLLMOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]."""
+        """The units to keep, bool [P]."""
         task, layout = search.task, search.task.layout
         everything = torch.ones(len(layout), dtype=torch.bool)
         if task.options.perturbation == GATES:
@@ -113,7 +117,7 @@ def weight_sensitivity(search: Search[MiniLLMOptions]) -> torch.Tensor:
 def gate_sensitivity(search: Search[MiniLLMOptions], prior: torch.Tensor) -> torch.Tensor:
     """Size of the estimated gradient by each unit's gate, float64 [P].
 
-    Units that share a gate are told apart by the prior.
+    The prior ranks units that share a gate.
     """
     task = search.task
     variables = Variables.of(task.layout, task.options.granularity, prior)
@@ -133,7 +137,7 @@ def gate_sensitivity(search: Search[MiniLLMOptions], prior: torch.Tensor) -> tor
     return gradient.abs()[variables.of_unit] + tie * share
 
 
-def _slopes(search: Search[MiniLLMOptions], perturbed) -> list[float]:  # type: ignore[no-untyped-def]
+def _slopes(search: Search[MiniLLMOptions], perturbed: Perturbed) -> list[float]:
     """(L(x + e z) - L(x - e z)) / 2e for every direction, from recorded losses."""
     task, options = search.task, search.task.options
     scale = options.scale
@@ -161,7 +165,7 @@ def _slopes(search: Search[MiniLLMOptions], perturbed) -> list[float]:  # type: 
     with search.reporter.bar("directions", total=options.directions) as advance:
         for number in range(options.directions):
             slope = (loss(number, scale) - loss(number, -scale)) / (2 * scale)
-            # a direction in which the model overflows says nothing
+            # a direction in which the model overflows does not count
             slopes.append(slope if math.isfinite(slope) else 0.0)
             advance(1)
     return slopes
@@ -174,7 +178,7 @@ def _input_norms(task: Task[MiniLLMOptions]) -> dict[str, torch.Tensor]:
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
-    def recorder(path: str):  # type: ignore[no-untyped-def]
+    def recorder(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             states = inputs[0].reshape(-1, inputs[0].shape[-1])
             squares = channel_moments(states).sum_of_squares.cpu()

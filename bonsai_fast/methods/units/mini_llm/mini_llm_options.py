@@ -16,7 +16,7 @@ SCALES: dict[Perturbation, float] = {"weights": 1e-3, "weights-divided": 1e-3, "
 
 @dataclass(frozen=True, kw_only=True)
 class MiniLLMOptions(SparingOptions):
-    """Of the gradient's estimate."""
+    """Options of the gradient's estimate."""
 
     perturbation: Perturbation = option(
         "weights",

@@ -1,10 +1,10 @@
-"""Gradients from two losses: everything is perturbed at once, in a random direction and back.
+"""Gradients from two losses: all weights are perturbed along a random direction, and against it.
 
     g = (L(x + e z) - L(x - e z)) / (2 e) z,   E[z z'] = I,   so that E[g] -> grad L as e -> 0
 
-Directions are never stored, only drawn again from their seeds. Weights are perturbed one decoder
-layer at a time, while that layer runs, and put back from a copy of it: memory stays that of
-inference and one layer, and the weights afterwards are the same bits.
+Directions are not stored but drawn again from their seeds. Each decoder layer's weights are
+perturbed only while that layer runs, and restored from a copy: this needs the memory of inference
+and one layer, and the weights afterwards are the same bits.
 
 Source: Spall, 1992; its use for pruning follows MINI-LLM, definition 1.
 """
@@ -39,7 +39,7 @@ class Directions:
     def draw(
         self, number: int, name: str, shape: torch.Size | tuple[int, ...], device: torch.device
     ) -> torch.Tensor:
-        """What direction `number` holds for one tensor: float32, the same at every call."""
+        """The part of direction `number` for one tensor: float32, the same at every call."""
         key = (self._seed, number, self._place[name])
         state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
@@ -56,9 +56,9 @@ def prunable_weights(layout: Layout) -> list[str]:
 def perturbed_weights(
     model: PreTrainedModel, layout: Layout, directions: Directions, number: int, scale: float
 ) -> Iterator[None]:
-    """Inside, the model computes with w + scale * z in the place of every prunable weight w.
+    """Inside, the model computes with w + scale * z instead of every prunable weight w.
 
-    A layer's weights differ only while it runs.
+    A layer's weights are changed only while it runs.
     """
     names: dict[str, list[str]] = {}
     for name in prunable_weights(layout):
@@ -99,7 +99,7 @@ def scaled_gates(model: PreTrainedModel, layout: Layout, gates: torch.Tensor) ->
     """Inside, every unit's contribution is multiplied by its gate.
 
     Args:
-        gates: float32 [P]; 1 leaves a unit as it is.
+        gates: float32 [P]; 1 leaves a unit unchanged.
     """
     factors: dict[str, torch.Tensor] = {}
     for group in layout.groups:

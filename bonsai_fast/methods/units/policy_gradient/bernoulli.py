@@ -232,7 +232,7 @@ def sigmoid_budget(
 ) -> Array:
     """Sigmoid of the normalised metric, sharpened, and shifted until the budget is just met.
 
-    Equation A10 starts at one half whatever the target is; this starts where descent shall end.
+    Equation A10 starts at one half for every target; this starts at the budget.
     """
     steep = sharpness * _normalised(metric, groups)
     low, high = -50.0 - float(steep.max()), 50.0 - float(steep.min())

@@ -1,15 +1,16 @@
 """Method "policy-gradient": keep probabilities of all units, learned from losses alone.
 
 Every step scores N_s sub-models, drawn from the current probabilities, on one batch of text. The
-published setting (`--preset paper`) takes two of them, against a moving average, for a probability
-of every unit. With a scorer that takes many sub-models in one batch it is better to draw more and
-to compare each with the others of its own step; and with fewer steps than a GPU takes in hours, to
-learn less: what share of each group goes, while the prior says which units (`shares`).
+published setting (`--preset paper`) draws two, compares them with a moving average and learns a
+probability for every unit. As the scorer computes many sub-models in one batch, it is better to
+draw more and to compare each with the others of its step. And with fewer steps than a GPU computes
+in hours, it is better to learn less: the fraction of each group to remove, while the prior decides
+which units (`shares`).
 
 Source: policy-gradient pruning with Bernoulli masks: sections 3 and 4.1, appendices A.1, A.11,
 A.12. Decided here, where the paper leaves it open: the metric is normalised inside each (layer,
-kind); the budget counts parameters; text is read again once it is used up; a sub-model that
-overflows counts as the worst of its step; equal probabilities are told apart by the metric.
+kind); the budget counts parameters; text is read again when it is used up; a sub-model that
+overflows counts as the worst of its step; the metric ranks equal probabilities.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from bonsai_fast.methods.units.policy_gradient.shares import ShareDescent, ranks
 from bonsai_fast.methods.units.variables import BLOCKS, Variables
 from bonsai_fast.models.layout import ATTENTION
 
-# random-progressive: the target rises by this share of the decoder at a time (appendix A.12)
+# random-progressive: the target grows in steps of this fraction of the decoder (appendix A.12)
 PROGRESS = 0.05
 # how much steeper than the paper's sigmoid ours starts: most units are nearly decided
 SHARPNESS = 4.0
-# shares of attention start this much below those of channels: one unit is a large part of it, and
-# what many layers lose at once breaks a model before anything is learned
+# shares of attention start this much below those of channels: one unit is a large part of
+# attention, and removing it in many layers at once breaks a model before anything is learned
 ATTENTION_LAG = 1.0
-# what tells units of equal probability apart; far below any learned difference
+# weight of what ranks units of equal probability; far below any learned difference
 TIE = 1e-9
 
 
 class PolicyGradient:
-    """Descent on keep probabilities; the units of highest probability stay."""
+    """Descent on keep probabilities; keeps the units of the highest probability."""
 
     presets = POLICY_GRADIENT_PRESETS
 
     def plan(self, task: Task[PolicyGradientOptions]) -> Plan:
-        """Steps of sub-models, and what the start needs to know."""
+        """Sub-models of all steps, and the work before the first step."""
         options = task.options
         sequences, length = task.calibration.input_ids.shape
         submodels = options.rounds * options.submodels_per_round
@@ -71,7 +72,7 @@ class PolicyGradient:
         return Plan(options.rounds, submodels, tokens)
 
     def find(self, search: Search[PolicyGradientOptions]) -> torch.Tensor:
-        """Which units stay, bool [P]; a re-targeted run ranks by the recorded probabilities."""
+        """The units to keep, bool [P]; a re-targeted run ranks by the recorded probabilities."""
         task, layout = search.task, search.task.layout
         if search.recorded_only:
             return cut(search, search.recorded_relevance(), task.budget)
@@ -119,7 +120,7 @@ class PolicyGradient:
     def _metric(
         self, search: Search[PolicyGradientOptions], variables: Variables, prior: torch.Tensor
     ) -> Array:
-        """What variables are ranked by before the first step, [n]."""
+        """Rank of the variables before the first step, as a metric: [n]."""
         task, initial = search.task, search.task.options.initial
         if initial == "layerwise-ppl":
             losses = layer_losses(search)
@@ -180,7 +181,7 @@ def _batch_size(task: Task[PolicyGradientOptions]) -> int:
 
 
 def _batch(task: Task[PolicyGradientOptions], step: int) -> torch.Tensor:
-    """Sequences of one step, int64 [B, T]: the text in a new random order each time through."""
+    """Sequences of one step, int64 [B, T]: each epoch reads the text in a new random order."""
     input_ids, size = task.calibration.input_ids, _batch_size(task)
     per_epoch = len(input_ids) // size
     epoch, place = divmod(step, per_epoch)
@@ -190,7 +191,7 @@ def _batch(task: Task[PolicyGradientOptions], step: int) -> torch.Tensor:
 
 
 def budgets(task: Task[PolicyGradientOptions], variables: Variables) -> list[float]:
-    """Parameters that may be kept on average, stage by stage; one stage unless progressive."""
+    """Parameters to keep on average, by stage; one stage unless progressive."""
     removal, decoder = task.budget, task.layout.num_decoder_parameters
     stages = 1
     if task.options.initial == "random-progressive":

@@ -21,7 +21,7 @@ from bonsai_fast.methods.units.variables import BLOCKS
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientOptions(SparingOptions):
-    """Of the descent on keep probabilities."""
+    """Options of the descent on keep probabilities."""
 
     rounds: int = option(20, "Steps of gradient descent.", group=SEARCH, minimum=1)
     submodels_per_round: int = option(
