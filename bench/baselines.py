@@ -1,5 +1,4 @@
-"""Sub-models as one scores them without this package: hooks multiply masks in, Hugging Face's model
-computes all logits."""
+"""Scoring sub-models without this package: hooks multiply masks in, HF computes all logits."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from bonsai_fast.models.layout import Layout
 
 @contextmanager
 def multiplied(model: PreTrainedModel, layout: Layout, keep: Tensor) -> Iterator[None]:
-    """Inside, a batch holds every sub-model's rows behind one another, each under its mask.
+    """Apply each sub-model's mask to its rows; a batch holds the rows of all, one after another.
 
     Args:
         model: the parent.
@@ -46,7 +45,7 @@ def multiplied(model: PreTrainedModel, layout: Layout, keep: Tensor) -> Iterator
 
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Nats of every predicted token, from all logits in float32.
+    """Negative log-likelihood of each predicted token in nats, from all logits in float32.
 
     Args:
         model: any causal language model.

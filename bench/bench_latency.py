@@ -1,10 +1,10 @@
-"""Prefill and decode, end to end: a model, less of it, and half of it zero.
+"""Prefill and decode, end to end: a dense model, smaller ones, and ones with half the weights zero.
 
-As in table 2 of the Bonsai paper, chunks of an evaluation text go through the whole model; here the
-LM head reads the last position of each alone, as generation does, and decoding follows. All
-variants of a model take turns, by the clock and by the processor time that they take: on a machine
-that others use, too, only the latter means something. Where not all fit into memory together, each
-takes turns with the dense model.
+As in table 2 of the Bonsai paper, chunks of an evaluation text pass through the whole model. Here
+the LM head reads only the last position of each chunk, as in generation, and decoding follows. All
+variants of a model are timed alternately, in wall-clock and in processor time: on a shared machine
+only processor time is reliable. If they do not fit into memory together, each is timed alternately
+with the dense model.
 
 Published, for comparison only (A6000, LLaMA-2 7B, 50 %): 1.58x structurally pruned, 1.14x for 2:4,
 0.75x for 2:4 with LoRA beside it.
@@ -67,7 +67,7 @@ def random_config(name: str) -> LlamaConfig | PhiConfig:
 
 
 def make_parent(name: str, device: torch.device) -> Parent:
-    """Load or draw a model; skips what the device has no room for."""
+    """Load or draw a model; skip one that does not fit on the device."""
     if name == REAL:
         model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(embedded_model())
@@ -99,7 +99,7 @@ def make_parent(name: str, device: torch.device) -> Parent:
 
 
 def work_of(name: str, batch: int, device: torch.device, longest: int) -> Workload:
-    """What a round is."""
+    """The work of one round."""
     if name == SMOKE:
         return Workload(batch=batch, prompt=4, new=2)
     if device.type == "cpu":
@@ -126,7 +126,7 @@ class Bench:
         self.checked: set[str] = set()
 
     def groups(self) -> Iterator[dict[str, PreTrainedModel]]:
-        """Models that take turns, the dense one first."""
+        """Models that are timed alternately, the dense one first."""
         dense = {"dense": self.parent.model}
         if self.together:
             for variant in self.variants:
@@ -138,7 +138,7 @@ class Bench:
             yield {**dense, variant.name: variant.build(self.parent.model)}
 
     def check(self, models: dict[str, PreTrainedModel]) -> None:
-        """Assert that each computes what it should, once."""
+        """Assert, once, that each variant computes the right numbers."""
         input_ids = self.parent.tokens(1, CHECKED_TOKENS)
         for variant in self.variants:
             if variant.name in models and variant.name not in self.checked:
@@ -175,7 +175,7 @@ def describe(
     stream_gb_per_s: float,
     gemm_gflop_per_s: float,
 ) -> dict[str, float | int | None]:
-    """What is kept of one model, for the JSON."""
+    """Results of one model, for the JSON."""
     linears = sum(linear.weight.numel() for linear in decoder_linears(model).values())
     head = model.get_output_embeddings().weight.numel()
     flops = 2 * work.batch * (work.prompt * linears + head)

@@ -1,9 +1,9 @@
-"""Matrix products of an MLP alone, so that the cost of odd widths shows.
+"""Matrix products of an MLP: the cost of widths that are no multiple of 128.
 
 Up (width x hidden) and down (hidden x width) projections of half a layer: a width that is a
-multiple of 128, its neighbours that are multiples of less, the whole layer, and on CUDA the whole
-layer 2:4. All take turns. A round goes through as many copies of the weight as no cache holds, as a
-model's layers do.
+multiple of 128, nearby widths that are multiples of less, the whole layer, and on CUDA the whole
+layer 2:4. They are timed alternately. Each round uses more copies of the weight than a cache holds,
+as the layers of a model do.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from bonsai_fast.ops.native import wanda_keep
 from bonsai_fast.testing.cases import MODEL_SHAPES, random_tensor, synchronized_timer
 
 ROUNDS = 7
-# more than a last-level cache
+# More than a last-level cache holds.
 COLD_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
-# what a neighbour of the round width is a multiple of, and how far it lies below
+# Multiples, and how far below the round width they are taken.
 BELOW = {64: 64, 32: 32, 16: 16, 8: 8, 4: 4, 2: 2, 1: 1}
 TOKENS = {"cpu": (1, 128), "cuda": (1, 32, 4096)}
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def widths_of(full: int) -> dict[str, int]:
-    """Label -> width: the full one, half of it as a multiple of 128, and what lies below."""
+    """Label -> width: the full width, half of it as a multiple of 128, and widths just below."""
     half = full // 2 // 128 * 128 or full // 2
     labels = {"all": full, "half, multiple of 128": half}
     return labels | {
@@ -39,7 +39,7 @@ def widths_of(full: int) -> dict[str, int]:
 
 
 class Product:
-    """x W^T with copies of one weight in turn."""
+    """x W^T, cycling through copies of one weight."""
 
     def __init__(self, weight: torch.Tensor, num_tokens: int, backend: str | None = None) -> None:
         self.dense = weight
@@ -79,7 +79,7 @@ class Product:
 
     @property
     def num_flops(self) -> int:
-        """Of one product, zeros counted."""
+        """FLOPs of one product, with those of zeros."""
         return 2 * len(self.x) * self.dense.numel()
 
 

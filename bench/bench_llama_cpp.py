@@ -1,9 +1,9 @@
-"""Tokens per second in llama.cpp: a model, and what is left of it after 30 % of the decoder.
+"""Tokens per second in llama.cpp: a model, and the same model with 30 % of the decoder removed.
 
-Both files are timed in turns, in one process, on one thread, in processor time, so that other work
-on the machine hits both alike. Prefill is a prompt of 128 tokens; decoding, 32 tokens after one.
-What is removed decides nothing here but widths: channels in multiples of 32, and one KV group of
-every third layer.
+Both files are timed alternately, in one process, on one thread, in processor time: other work on
+the machine affects both equally. Prefill is a prompt of 128 tokens; decoding, 32 tokens after one
+token. Only the widths matter for the speed: channels are removed in multiples of 32, and one KV
+group of every third layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPARSITY, MULTIPLE = 0.3, 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of processor time."""
+    """Tokens per second of processor time."""
 
     prefill: float
     decode: float
@@ -55,7 +55,7 @@ class Timed:
         self.decode_seconds: list[float] = []
 
     def round(self, prompt: list[int]) -> None:
-        """Time both, once; nothing is kept from one request to the next."""
+        """Time prefill and decoding once; no request reuses the cache of another."""
         self.prefill_seconds.append(self._seconds(prompt, 1))
         one = self._seconds(prompt[:1], 1)
         self.decode_seconds.append(self._seconds(prompt[:1], 1 + DECODED) - one)
@@ -81,7 +81,7 @@ class Timed:
 
 
 def pruned(model: PreTrainedModel) -> PreTrainedModel:
-    """What is left after at most 30 % of the decoder."""
+    """The model with at most 30 % of the decoder removed."""
     layout = Layout.of(model, attention="kv-group")
     keep = torch.ones(len(layout), dtype=torch.bool)
     channels = [group for group in layout.groups if layout[group.start].kind == "channel"]
@@ -90,11 +90,11 @@ def pruned(model: PreTrainedModel) -> PreTrainedModel:
             keep[group.stop - 1] = False
     budget = SPARSITY * layout.num_decoder_parameters - layout.num_removed_parameters(keep)
     steps = int(budget / (MULTIPLE * layout[channels[0].start].num_parameters))
-    # the ends are spared
+    # the first two and the last two layers keep their channels
     middle = channels[2:-2] or channels
     for step in range(steps):
         group, turn = middle[step % len(middle)], step // len(middle)
-        assert group.start + (turn + 1) * MULTIPLE < group.stop, "the ends are spared too much"
+        assert group.start + (turn + 1) * MULTIPLE < group.stop, "too few channels in the middle"
         keep[group.start + turn * MULTIPLE : group.start + (turn + 1) * MULTIPLE] = False
     removed = layout.num_removed_parameters(keep) / layout.num_decoder_parameters
     assert removed <= SPARSITY

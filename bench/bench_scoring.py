@@ -1,13 +1,13 @@
 """Sub-models scored per second: both engines against the loops that one would write without them.
 
-    one_by_one   every sub-model by itself: hooks multiply its masks in, HF computes logits and loss
+    one_by_one   one sub-model at a time: hooks multiply its masks in, HF computes logits and loss
     batched      several sub-models in one batch: hooks multiply masks row by row, HF computes all
                  logits, one loss
     hooks        MaskScorer(engine="hooks")
     fused        MaskScorer(engine="fused")
 
-All are timed on the same masks and tokens in one run, in turns, by the clock and by the processor
-time that they take; a machine that others use, too, spoils the former.
+All are timed alternately on the same masks and tokens, in wall-clock and in processor time. On a
+shared machine only processor time is reliable.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ from bonsai_fast.testing.cases import synchronized_timer
 Score = Callable[[PreTrainedModel, Layout, torch.Tensor, torch.Tensor], torch.Tensor]
 
 ROUNDS = 3
-# in one batch of `batched`; its logits take 4096 * 49152 * (2 + 4) bytes = 1.2 GB
+# Tokens in one batch of `batched`; its logits take 4096 * 49152 * (2 + 4) bytes = 1.2 GB
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sub-models and text. `kept` is the share of units that each keeps at random; `probes` ones
-    differ from a common base in one group of units only, as the default method's do."""
+    """Sub-models and text.
+
+    `kept` is the share of units that each sub-model keeps at random. The sub-models of `probes`
+    differ from a common base in one group of units only, as those of the default method do.
+    """
 
     model: str
     num_submodels: int
@@ -69,7 +72,7 @@ CASES = [
     pytest.param(Case("SmolLM2-135M", 2, 4, 256, 0.5), id="50% masked"),
     pytest.param(Case("SmolLM2-135M", 8, 1, 256, 0.9, probes=True), id="probes"),
 ]
-# (sub-models, tokens of one sequence): the first is what the others are compared with
+# (sub-models, tokens of one sequence); the others are compared with the first.
 CURVE = ((2, 128), (4, 128), (8, 128), (2, 256), (2, 512))
 
 

@@ -1,8 +1,8 @@
-"""native.take against what a user would write, and against memcpy of the bytes that stay.
+"""native.take against PyTorch's ways to slice, and against memcpy of the kept bytes.
 
 Weights of Llama-2-7B's layers, 5, 30 and 50 % removed, at random or in clusters. `memcpy` is the
-ceiling: it reads only what stays. Every round of every implementation writes to new memory, as
-surgery does, or to the same, as a loop over a checkpoint may (`out`).
+ceiling: it reads only kept bytes. Each round writes to new memory, as surgery does, or always to
+the same (`out`), as a loop over a checkpoint may.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from bonsai_fast import _C
 from bonsai_fast.ops import native
 
-# (rows, columns), dimension that is cut, units' width in it
+# (rows, columns), dimension that is sliced, rows or columns per unit
 WEIGHTS = {
     "q_proj": ((4096, 4096), 0, 128),
     "o_proj": ((4096, 4096), 1, 128),
@@ -25,7 +25,7 @@ CLUSTER = 64
 
 
 def kept_positions(size: int, unit: int, removed: float, clustered: bool) -> torch.Tensor:
-    """Sorted positions of what stays: single units gone, or neighbours together."""
+    """Sorted kept positions: single units are removed, or runs of neighbours."""
     group = unit * (CLUSTER if clustered and unit == 1 else 1)
     order = np.random.default_rng(0).permutation(size // group)
     if clustered and unit > 1:

@@ -1,4 +1,4 @@
-"""Statistics of activations and weights against PyTorch's, and against one read of the same bytes.
+"""Statistics of activations and weights against PyTorch, and against reading the same bytes once.
 
 Inputs of Llama-2-7B's `down_proj`, and its weight.
 """
@@ -19,20 +19,20 @@ SHAPES = [
 
 
 def read(x):
-    """The fastest that NumPy does with every byte: nothing can be computed in less."""
+    """The fastest NumPy operation that reads every byte: a lower bound."""
     words = x.view(torch.uint8).flatten()
     return np.bitwise_xor.reduce(words[: len(words) // 8 * 8].numpy().view(np.uint64))
 
 
 def by_torch(x):
-    """What one would write: all four, in float32."""
+    """All four statistics in float32, written in PyTorch."""
     wide = x.float()
     size = wide.abs()
     return wide.pow(2).sum(0), size.sum(0), wide.sum(0), size.amax(0)
 
 
 def wanda_by_torch(weight, scale):
-    """2 of 4."""
+    """Wanda's 2:4 mask, written in PyTorch."""
     groups = (weight.float().abs() * scale).view(-1, 4)
     keep = torch.zeros_like(groups, dtype=torch.bool)
     return keep.scatter_(1, groups.topk(2, dim=1).indices, True).view(weight.shape)

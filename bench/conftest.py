@@ -1,4 +1,4 @@
-"""Benchmark environment: the machine in every record, traffic as a share of what its memory can do.
+"""Environment of all benches: the machine in every record, and traffic as a share of the peak.
 
 `pytest bench` times everything; `pytest bench --benchmark-disable -k smoke` runs every benchmark
 once on a small shape, untimed.
@@ -24,9 +24,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Larger than any last-level cache.
 STREAM_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-# On a CPU these shapes of single operations say nothing that smaller and others do not.
+# Not timed for single operations on a CPU: smaller shapes show the same.
 GPU_SHAPES = ("Phi-2", "Llama-3-8B")
-# Of a matrix product that is as fast as they get.
+# Rows and columns of a matrix product that reaches the peak.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 Cells = dict[str, dict[str, dict[str, str]]]  # table -> row -> column -> text
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Add what pytest-benchmark leaves out: it records the CPU and the commit itself."""
+    """Add what pytest-benchmark does not record: it records the CPU and the commit."""
     machine_info["node"] = machine_info["machine_name"] = machine_name()  # no host's name
     machine_info.pop("release", None)
     machine_info["threads"] = torch.get_num_threads()
@@ -59,7 +59,7 @@ def pytest_benchmark_update_commit_info(commit_info: dict) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    # whole models say themselves what they need
+    # bench_latency.py skips models that do not fit
     left_out = [
         item
         for item in items
@@ -76,7 +76,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def repeats(device: torch.device) -> dict[str, int]:
-    """Arguments of `benchmark.pedantic`; iterations amortise the synchronisation of a GPU."""
+    """Arguments of `benchmark.pedantic`; a GPU is synchronised once per 10 iterations."""
     if device.type == "cuda":
         return {"rounds": 20, "iterations": 10, "warmup_rounds": 3}
     return {"rounds": 5, "iterations": 1, "warmup_rounds": 1}
@@ -84,7 +84,7 @@ def repeats(device: torch.device) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def stream_gb_per_s(device: torch.device) -> float:
-    """What this machine reads from memory in one long stream: the best of ten large sums."""
+    """GB/s that this machine reads from memory: the best of ten large sums."""
     buffer = torch.ones(STREAM_BYTES[device.type] // 4, device=device)
     seconds = []
     for _ in range(10):
@@ -96,7 +96,7 @@ def stream_gb_per_s(device: torch.device) -> float:
 
 @pytest.fixture(scope="session")
 def gemm_gflop_per_s(device: torch.device) -> Callable[[torch.dtype], float]:
-    """dtype -> what this machine does in one large matrix product: the best of five."""
+    """dtype -> GFLOP/s of one large matrix product: the best of five."""
 
     @cache
     def measure(dtype: torch.dtype) -> float:
@@ -114,10 +114,11 @@ def gemm_gflop_per_s(device: torch.device) -> Callable[[torch.dtype], float]:
 
 @pytest.fixture
 def record_traffic(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """A function that puts bytes, FLOPs and their rates, by the median, beside the timing.
+    """A function that records bytes, FLOPs and their rates, by the median time.
 
-    `percent_of_peak` is the larger share: of what memory gives, or, where a matrix product's `gemm`
-    dtype is said, of what products do. Small operands stay in a cache and exceed 100.
+    `percent_of_peak` is the larger of two shares: of the memory's rate and, if `gemm` (the dtype of
+    a matrix product) is given, of the rate of matrix products. Small operands stay in a cache and
+    exceed 100.
     """
 
     def record(*, num_bytes: int, num_flops: int, gemm: torch.dtype | None = None) -> None:
@@ -150,7 +151,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def summarize(pytestconfig: pytest.Config) -> Callable[[str, str, str, str], None]:
-    """A function (table, row, column, text) whose tables are printed when all is done."""
+    """A function (table, row, column, text): its tables are printed at the end of the run."""
 
     def add(table: str, row: str, column: str, text: str) -> None:
         cells = pytestconfig.stash[_CELLS].setdefault(table, {})

@@ -1,4 +1,4 @@
-"""Sections of gpu.py about single kernels: right first, then how fast beside the vendor's."""
+"""Sections of gpu.py about the speed of single kernels, beside the vendor's library."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from torch.nn import functional as F
 from bonsai_fast import ops
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.scoring.fused.gpu_rates import best_seconds
-from bonsai_fast.testing import reference
 from bonsai_fast.testing.cases import (
     ModelShape,
     Wave,
-    assert_within_baseline,
-    random_tensor,
-    random_wave,
 )
 
 GLU = {"activation": "silu", "gated": True}
@@ -29,15 +25,15 @@ LOGIT_ROWS = 2048
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of everything that is timed.
 
     Attributes:
         shapes: of the models.
-        rows, num_groups: rows of a product, in so many sub-models.
+        rows, num_groups: rows of a product, and sub-models that share them.
         lengths: of sequences, for attention.
         tokens: for losses.
         masked: shares of units that are removed.
-        dtype: of what is timed.
+        dtype: of all tensors.
     """
 
     shapes: tuple[ModelShape, ...]
@@ -52,123 +48,14 @@ class Scale:
 def wave_of(
     num_units: int, masked: float, rows: int, num_groups: int, device: torch.device, multiple: int
 ) -> Wave:
-    """Sub-models that each keep as many units, at random."""
+    """Sub-models that each keep the same number of random units."""
     draws = torch.rand(num_groups, num_units, generator=torch.Generator().manual_seed(0))
     keep = draws.argsort(dim=1).argsort(dim=1) >= round(masked * num_units)
     return Wave.of(keep, [rows // num_groups] * num_groups, multiple=multiple, device=device)
 
 
-def correctness(report: Report, device: torch.device, scale: Scale) -> None:
-    """Every op against its naive reference, on awkward sizes, in every dtype."""
-    report.begin("kernels", "kernels against references (float64 truth)")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for name, check in _checks(device, dtype).items():
-            report.need(5, f"{name} in {dtype}")
-            with report.case("kernels"):
-                check()
-                report.add("kernels", f"{name:18} {dtype!s:15} right", op=name, dtype=str(dtype))
-
-
-def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Each op on ragged groups; sub-models keep 70 %, nothing, all and one unit."""
-    options = {"dtype": dtype, "device": device}
-    sizes = [130, 3, 200, 2]
-    wave = random_wave(sizes, 330, multiple=128, device=device)
-    heads = random_wave(sizes, 6, device=device)
-    rows, group = sum(sizes), wave.rows.row_group
-    x = random_tensor(rows, 192, **options)
-    bank = random_tensor(660, 192, scale=192**-0.5, seed=1, **options)
-    columns = random_tensor(330, 192, scale=330**-0.5, seed=2, **options)
-    head_bank = random_tensor(6 * 64, 192, scale=192**-0.5, seed=3, **options)
-    output = random_tensor(192, 6 * 64, scale=384**-0.5, seed=4, **options)
-    vocabulary = random_tensor(1003, 192, scale=4 * 192**-0.5, seed=5, **options)
-    labels = torch.arange(rows, device=device) * 7 % 1003
-    angles = random_tensor(256, 16, seed=6, device=device)
-    places = torch.arange(rows, device=device) % 256
-    slots = heads.kept.width
-    gate_up = x @ bank.T
-    up = partial(
-        reference.kept_up_proj_reference,
-        keep=wave.keep, row_group=group, width=wave.kept.width, **GLU,
-    )  # fmt: skip
-    channels = up(x, bank)
-    q, k = (random_tensor(rows, slots, 64, seed=seed, **options) for seed in (7, 8))
-    v = random_tensor(rows, slots, 64, seed=9, **options)
-    q_to_kv = torch.arange(slots, dtype=torch.int32, device=device).expand(4, -1).contiguous()
-    sequences = ops.SequencePlan.of(sizes, range(4), device=device).tiles
-    attend = (heads.kept.count, q_to_kv)
-    kept_rows = torch.tensor([1, 4, 5, 300], dtype=torch.int32, device=device)
-
-    def within(actual: Tensor, truth: Callable[..., Tensor], *inputs: Tensor) -> None:
-        assert_within_baseline(actual, truth, *inputs)
-
-    def copies() -> None:
-        out = bank.new_empty(64, 192)
-        ops.compact_rows(bank, kept_rows, out)
-        assert torch.equal(out, reference.compact_rows_reference(bank, kept_rows, 64))
-        out = bank.new_empty(192, 64)
-        source = columns.T.contiguous()
-        ops.compact_columns(source, kept_rows, out)
-        assert torch.equal(out, reference.compact_columns_reference(source, kept_rows, 64))
-
-    def moments() -> None:
-        for found, truth in zip(
-            ops.column_moments(x), reference.column_moments_reference(x), strict=True
-        ):
-            torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
-
-    return {
-        "glu_mask": lambda: within(
-            ops.glu_mask(gate_up, wave.keep, group, **GLU),
-            partial(reference.glu_mask_reference, keep=wave.keep, row_group=group, **GLU),
-            gate_up,
-        ),
-        "kept_up_proj": lambda: within(ops.kept_up_proj(x, bank, *wave.tables, **GLU), up, x, bank),
-        "kept_down_proj": lambda: within(
-            ops.kept_down_proj(channels, columns, *wave.tables, None, x),
-            lambda a, w, x: reference.kept_down_proj_reference(a, w, wave.keep, group, None, x),
-            *(channels, columns, x),
-        ),
-        "kept_head_proj": lambda: within(
-            ops.kept_head_proj(
-                *(x, head_bank, *heads.tables, None, None, angles.cos(), angles.sin(), places),
-                head_dim=64,
-            ),
-            lambda x, w: reference.kept_head_proj_reference(
-                *(x, w, heads.keep, group, None, None, angles.cos(), angles.sin(), places),
-                num_slots=slots,
-            ),
-            *(x, head_bank),
-        ),
-        "grouped_attention": lambda: within(
-            ops.grouped_attention(q, k, v, *attend, sequences, scale=0.125, window=50),
-            lambda q, k, v: reference.grouped_attention_reference(
-                *(q, k, v, *attend, sizes, [0, 1, 2, 3]), scale=0.125, window=50
-            ),
-            *(q, k, v),
-        ),
-        "kept_o_proj": lambda: within(
-            ops.kept_o_proj(q, output, *heads.tables, None, x),
-            lambda a, w, x: reference.kept_o_proj_reference(a, w, heads.keep, group, None, x),
-            *(q, output, x),
-        ),
-        "lm_head_nll": lambda: within(
-            ops.lm_head_nll(x, vocabulary, labels),
-            lambda x, w: reference.lm_head_nll_reference(x, w, labels),
-            *(x, vocabulary),
-        ),
-        "token_nll": lambda: within(
-            ops.token_nll(x @ vocabulary.T, labels),
-            lambda logits: reference.token_nll_reference(logits, labels),
-            x @ vocabulary.T,
-        ),
-        "compact": copies,
-        "column_moments": moments,
-    }
-
-
 def ratios(report: Report, device: torch.device, scale: Scale) -> None:
-    """Speed of each gather kernel over the vendor's product, per operation that is kept."""
+    """Speed of each gather kernel over the vendor's product, per kept operation."""
     report.begin("ratios", f"r, kernel over vendor's product per operation, {scale.rows} rows")
     for shape in scale.shapes:
         for masked in scale.masked:
@@ -316,7 +203,7 @@ def _attention_seconds(
 
 
 def losses(report: Report, device: torch.device, scale: Scale) -> None:
-    """One op from hidden states to losses, beside chunks of logits, and beside all logits."""
+    """Losses from hidden states: by one op, by chunks of logits, and by all logits."""
     report.begin("losses", f"losses of {scale.tokens} tokens from hidden states")
     for shape in scale.shapes:
         size = (shape.vocab_size, shape.hidden_size)

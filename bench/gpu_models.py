@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.testing.cases import ModelShape
 
-# of the units of every sub-layer, in a later round: gone from all sub-models
+# Share of each sub-layer's units that a later round has removed from all sub-models.
 GONE = 0.3
 
 
@@ -33,7 +33,7 @@ def random_model(
 
 
 def random_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
-    """Keep masks, bool [S, P]: in every sub-layer the same share is removed at random."""
+    """Keep masks, bool [S, P]: each sub-layer loses the same share of its units, at random."""
     generator = torch.Generator().manual_seed(0)
     keep = torch.ones(count, len(layout), dtype=torch.bool)
     for group in layout.groups:
@@ -43,8 +43,11 @@ def random_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
 
 
 def round_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
-    """Keep masks of a later round, bool [S, P]: in every sub-layer the same units are gone, and of
-    the others the same ones are candidates, of which each sub-model masks a half at random."""
+    """Keep masks of a later round, bool [S, P].
+
+    All sub-models lack the same units of each sub-layer. Some of the others are candidates, again
+    the same for all: each sub-model masks half of them at random.
+    """
     generator = torch.Generator().manual_seed(0)
     keep = torch.ones(count, len(layout), dtype=torch.bool)
     for group in layout.groups:
@@ -58,7 +61,7 @@ def round_masks(layout: Layout, count: int, masked: float) -> torch.Tensor:
 
 
 def layers_that_fit(shape: ModelShape, total: int, device: torch.device) -> int:
-    """All layers, or as many as leave a third of a GPU's free memory for work."""
+    """All layers, or as many as leave a third of a GPU's free memory for the computation."""
     if device.type != "cuda":
         return total
     heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads

@@ -1,4 +1,4 @@
-"""What a run of gpu.py has found so far: printed as it comes, on disk at every moment."""
+"""Results of gpu.py: printed and written to disk one by one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 class OutOfTimeError(Exception):
-    """The rest of a section is left out."""
+    """No time left: the rest of a section is left out."""
 
 
 class Report:
     """Rows of all sections.
 
     Args:
-        path: JSON file, written anew with every row.
-        minutes: how long everything may take.
-        device: what is measured.
-        options: what was asked for.
+        path: JSON file, rewritten after every row.
+        minutes: time limit of the whole run.
+        device: the device that is measured.
+        options: of the command line.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def failures(self) -> dict[str, str]:
-        """What went wrong, by section."""
+        """Error messages, by section."""
         return dict(self._content["failures"])
 
     def begin(self, section: str, title: str) -> None:
@@ -61,10 +61,11 @@ class Report:
         print(f"\n{title}", flush=True)
 
     def need(self, seconds: float, what: str) -> None:
-        """Give up the section unless so much time is left.
+        """Raise OutOfTimeError unless this much time is left.
 
-        Raises:
-            OutOfTimeError: it is not.
+        Args:
+            seconds: that the next case needs.
+            what: the next case, for the message.
         """
         if self.seconds_left < seconds:
             raise OutOfTimeError(what)
@@ -77,7 +78,7 @@ class Report:
 
     @contextmanager
     def case(self, section: str) -> Iterator[None]:
-        """Around one of a section's cases: if it goes wrong, the others still have their turn."""
+        """Around one case of a section: if it fails, the other cases still run."""
         try:
             yield
         except OutOfTimeError:
@@ -87,7 +88,7 @@ class Report:
             self.fail(section, error)
 
     def fail(self, section: str, error: BaseException) -> None:
-        """A section went wrong; what it had found before stays."""
+        """Record a failure; earlier results stay."""
         lines = str(error).strip().splitlines() or [""]
         message = f"{type(error).__name__}: {lines[0]}"
         earlier = self._content["failures"].get(section)
@@ -96,24 +97,24 @@ class Report:
         self.save()
 
     def cut(self, section: str, error: OutOfTimeError) -> None:
-        """There was no time for all of a section."""
+        """Record that a section was not finished in time."""
         self._content["out_of_time"][section] = f"from {error} on"
         print(f"  no time left, from {error} on", flush=True)
         self.save()
 
     def finish(self) -> None:
-        """All sections have had their turn."""
+        """Record that all sections have run."""
         self._content["finished"] = True
         self.save()
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write all results so far."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._content)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What numbers depend on."""
+    """Hardware and versions that the numbers depend on."""
     found: dict[str, Any] = {
         "name": machine_name(device),
         "versions": {package: _version(package) for package in PACKAGES},

@@ -2,15 +2,15 @@
 
     python bench/gradient_variance.py RUN [MODEL]
 
-RUN is the directory of a `policy-gradient` run, of `bonsai_fast.prune` or a cell of
-`bonsai_fast.compare`. Its steps are gone through again, and each is cut into smaller ones: what two
-sub-models of it would have given against a moving average, as published, or 2, 4, ... of them
-against each other. Nothing is scored. An estimate's variance around the others of its step, summed
-over coordinates, times the sub-models behind it is what counts, since twice as many should halve
-it; it is given relative to the published estimator. The signal is the squared length of the
-gradient, without what noise adds to it, over that product: what one sub-model tells. Both are taken
-for the shares that the run learned, if it did, and for the probabilities of its blocks or units.
-The last line of stdout is JSON.
+RUN is the directory of a `policy-gradient` run of `bonsai_fast.prune`, or a cell of
+`bonsai_fast.compare`. Each recorded step is split into smaller ones: estimates from two sub-models
+against a moving average, as published, or from 2, 4, ... sub-models against each other. Nothing is
+scored. Reported is the variance of an estimate around the others of its step, summed over
+coordinates, times the number of its sub-models (twice as many should halve the variance), relative
+to the published estimator. The signal is the squared length of the gradient, without the part that
+noise adds, divided by that product: the information of one sub-model. Both are computed for the
+shares that the run learned, if it did, and for the probabilities of its blocks or units. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def recorded_steps(run: Path, model: str | None) -> tuple[list[Step], Variables]
 
 
 def estimates(steps: list[Step], baseline: str, count: int, estimate: Estimate) -> Array:
-    """What every `count` sub-models of a step make of it.
+    """The estimates from each `count` sub-models of a step.
 
     Returns:
         [steps, estimates of a step, coordinates].
@@ -114,7 +114,7 @@ def noise(found: Array) -> float:
 
 
 def signal(found: Array) -> float:
-    """Squared length of what the estimates of a step have in common."""
+    """Squared length of the part that the estimates of a step have in common."""
     count = found.shape[1]
     total = found.sum(axis=1)
     crossed = (total**2).sum(axis=1) - (found**2).sum(axis=(1, 2))
@@ -122,7 +122,7 @@ def signal(found: Array) -> float:
 
 
 def compare(steps: list[Step], variables: Variables) -> list[dict[str, float | str]]:
-    """Every estimator on every kind of unknowns.
+    """Each estimator on each kind of unknowns.
 
     Raises:
         ValueError: the run has too few steps, or of too few sub-models.

@@ -1,7 +1,7 @@
-"""Q4_K_M as llama.cpp's own quantizer mixes it, with llama.cpp's own quantization function.
+"""Q4_K_M files, quantised by llama.cpp's own function.
 
-The prebuilt library exports the function that quantizes rows, but not the program around it. Which
-type a tensor gets follows that program's rules for this mix, as far as LLaMA's tensors go.
+The prebuilt library exports the function that quantises rows, but not the program that chooses the
+type of each tensor. This file repeats its rules for Q4_K_M and the tensors of LLaMA.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import xllamacpp
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
-# what takes the place of a type whose blocks of 256 do not fit a row
+# Used instead where rows are no multiple of the type's blocks of 256.
 FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 
 
 def quantize_q4_k_m(source: Path, target: Path) -> None:
-    """Quantize an F32 or F16 file."""
+    """Quantise a GGUF file in F32 or F16."""
     reader = gguf.GGUFReader(source)
     architecture = reader.get_field("general.architecture").contents()
     num_layers = reader.get_field(f"{architecture}.block_count").contents()

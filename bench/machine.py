@@ -1,4 +1,4 @@
-"""This machine's name in bench/results: what computes there, not what the host is called."""
+"""The name of this machine in bench/results: its GPU or CPU, not its host name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def machine_name(device: torch.device | None = None) -> str:
     """Such as NVIDIA-A100-SXM4-80GB or AMD-EPYC-2-cores.
 
     Args:
-        device: what is measured; a GPU if None and there is one.
+        device: the device that is measured; None: a GPU if there is one.
     """
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{_processor()} {_cores()} cores"

@@ -1,7 +1,7 @@
-"""Ways to take half of a model away, and proof that each computes what it should.
+"""Ways to remove half of a model, and a check that each computes the right numbers.
 
-Which weights go does not change how long the rest takes: units are ranked at random, weights by
-magnitude. Widths and heads are what `bonsai_fast.prune` would make of such ranks.
+The speed does not depend on which weights are removed: units are ranked at random, weights by
+magnitude. Widths and heads are those that `bonsai_fast.prune` makes of such ranks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Variant:
 
 
 def variants(device: torch.device, dtype: torch.dtype) -> Iterator[Variant]:
-    """All that this machine runs."""
+    """All variants that this machine can run."""
     for sparsity in SPARSITIES:
         yield Variant(f"pruned {sparsity:.0%}", *_pruned(sparsity, sublayers=False))
     yield Variant("sub-layers pruned 50%", *_pruned(0.5, sublayers=True))
@@ -68,7 +68,7 @@ def variants(device: torch.device, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def missing_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why 2:4 backends are left out, a line each."""
+    """Why 2:4 backends are left out, one line each."""
     found = {name: why_not(name, device, dtype) for name in BACKENDS}
     return [f"no 2:4 by {name}: {reason}" for name, reason in found.items() if reason is not None]
 
@@ -131,7 +131,7 @@ def decoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def two_of_four(parent: PreTrainedModel, backend: str | None) -> PreTrainedModel:
-    """The two largest of four neighbours in a row stay; compressed, if there is a backend."""
+    """Keep the two largest of four neighbours in a row; compressed, if there is a backend."""
     model = _with_zeros(parent, lambda weight: _keep(weight, n=2, m=4))
     if backend is not None:
         use_semi_structured(model, backend)
@@ -139,7 +139,7 @@ def two_of_four(parent: PreTrainedModel, backend: str | None) -> PreTrainedModel
 
 
 def _half_zeros(parent: PreTrainedModel) -> PreTrainedModel:
-    """The larger half of every row stays."""
+    """Keep the larger half of each row."""
     return _with_zeros(parent, lambda weight: _keep(weight, n=weight.shape[1] // 2))
 
 
@@ -168,7 +168,7 @@ def _check_zeros(parent: PreTrainedModel, model: PreTrainedModel, input_ids: tor
 def _check_two_of_four(
     parent: PreTrainedModel, model: PreTrainedModel, input_ids: torch.Tensor
 ) -> None:
-    """Compressed or not, it computes what the zeros in place do."""
+    """Compressed or not, it computes the same as zeros in the dense weights."""
     dense = two_of_four(parent, None)
     assert two_of_four_linears(dense) == list(decoder_linears(dense))
     _close(model, input_ids, SequenceNLL(dense)(input_ids.to(dense.device)))
@@ -196,7 +196,7 @@ class Adapted(nn.Module):
 
 
 def with_lora(model: PreTrainedModel) -> PreTrainedModel:
-    """Put random unmerged updates beside the queries' and values' projections, in place."""
+    """Add random unmerged updates to the projections of queries and values, in place."""
     generator = torch.Generator().manual_seed(0)
     for name in decoder_linears(model):
         parent, _, child = name.rpartition(".")
@@ -208,7 +208,7 @@ def with_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def _check_lora(parent: PreTrainedModel, model: PreTrainedModel, input_ids: torch.Tensor) -> None:
-    """Every adapted projection computes what merged weights, which are dense, would."""
+    """Each adapted projection computes the same as merged dense weights."""
     merged = decoder_linears(two_of_four(parent, None))
     adapted = {name: module for name, module in model.named_modules() if type(module) is Adapted}
     assert len(adapted) == len(ADAPTED) * model.config.num_hidden_layers

@@ -20,8 +20,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def scoring(gpu: ModuleType) -> ModuleType:
-    return importlib.import_module("gpu_scoring")
+def goals(gpu: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu_goals")
 
 
 def small(path: Path, *more: str) -> list[str]:
@@ -108,18 +108,18 @@ def test_bad_requests_are_refused(
     assert pytest.raises(ValueError, match=message).matches(ValueError(error))
 
 
-def test_layers_that_were_not_measured_cost_what_others_do(scoring: ModuleType) -> None:
+def test_layers_that_were_not_measured_cost_what_others_do(goals: ModuleType) -> None:
     """The LM head is there once, whatever the depth."""
     head, layer = 5.0, 0.25
     times = {layers: {("auto", 0.3): head + layers * layer} for layers in (4, 8)}
-    depths = scoring.Depths(8, 32, {4096: times[4]})
+    depths = goals.Depths(8, 32, {4096: times[4]})
     assert depths.of_all(4096, times[8]) == {("auto", 0.3): pytest.approx(head + 32 * layer)}
     assert depths.of_all(128, times[8]) == {}, "nothing to extrapolate from"
-    assert scoring.Depths(8, 8, {}).of_all(128, times[8]) == times[8]
+    assert goals.Depths(8, 8, {}).of_all(128, times[8]) == times[8]
 
 
 def test_goals_stand_beside_what_was_reached(
-    scoring: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+    goals: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from gpu_report import Report
 
@@ -127,11 +127,11 @@ def test_goals_stand_beside_what_was_reached(
     report.begin("scoring", "scoring")
     found = {("batched", None): 3.0, ("auto", 0.3): 2.0, ("auto", 0.05): 2.0}
     found["eager", None] = 12.0
-    shape = scoring.ModelShape(
+    shape = goals.ModelShape(
         name="x", hidden_size=1, intermediate_size=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=1, vocab_size=1,
     )  # fmt: skip
-    scoring._compare(report, shape, 4096, scoring.Depths(2, 2, {}), found)
+    goals.compare(report, shape, 4096, goals.Depths(2, 2, {}), found)
     out = capsys.readouterr().out
     assert "1.50x batched, goal 1.6x: NOT met" in out and "1.50x batched, goal 1.25x: met" in out
     assert "6.00x eager, goal 3.4x: met" in out and "extrapolated" not in out
