@@ -7,7 +7,7 @@ import torch
 
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.config.weight_pattern import Pattern
-from bonsai_fast.methods import WEIGHT_METHODS, Choice
+from bonsai_fast.methods import WEIGHT_METHODS, Choice, configure, resolve
 from bonsai_fast.methods.weights import LinearInputs
 from bonsai_fast.methods.weights.brain_surgeon import InverseHessian, prune_columns
 from bonsai_fast.methods.weights.keep_best import keep_best
@@ -105,7 +105,7 @@ def test_its_error_is_least_on_correlated_inputs(text: str) -> None:
 
     def error(name: str, update: bool) -> float:
         method = WEIGHT_METHODS[name]
-        choice = Choice(Pattern.parse(text), method.within, update)
+        choice = Choice.of(resolve(configure(method=name, pattern=text, weight_update=update)))
         pruned = method.prune(weight, inputs, choice)
         assert int((pruned == 0).sum()) == 32 * 64
         return float(((pruned - weight) @ states.T).square().sum())

@@ -10,7 +10,7 @@ import torch
 
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.config.weight_pattern import Pattern
-from bonsai_fast.methods import WEIGHT_METHODS, Choice
+from bonsai_fast.methods import WEIGHT_METHODS, Choice, configure, resolve
 from bonsai_fast.methods.weights import LinearInputs
 from bonsai_fast.methods.weights.keep_best import keep_best
 from bonsai_fast.testing.reference import keep_best_reference
@@ -92,7 +92,7 @@ def test_wanda_is_its_papers_algorithm(text: str, dtype: torch.dtype) -> None:
 def test_magnitude_compares_all_weights_of_a_layer() -> None:
     weight = torch.tensor([[1.0, -2.0, 3.0, -4.0], [-5.0, 6.0, -7.0, 8.0]])
     method = WEIGHT_METHODS["magnitude"]
-    choice = Choice(Pattern.parse("unstructured"), method.within, method.weight_update)
+    choice = Choice.of(resolve(configure(method="magnitude")))
     assert method.needs(choice) == "nothing"
     pruned = method.prune(weight, None, choice)
     assert pruned.tolist() == [[0, 0, 0, 0], [-5, 6, -7, 8]]
