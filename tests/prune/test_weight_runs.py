@@ -235,11 +235,12 @@ def test_interrupted_runs_go_on_to_the_same_bytes(
         assert (result.tokens > 0) == (name == "save_layer")
 
 
-def test_a_kill_and_a_resume_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["loaded", "streamed"])
+def test_a_kill_and_a_resume_give_the_same_bytes(stream: list[str], tmp_path: Path) -> None:
     parent = save_tiny_parent(tmp_path / "parent", num_hidden_layers=12)
     flags = ["--method", "sparsegpt", "--pattern", "2:4", *FLAGS, "--output", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "bonsai_fast.prune", str(parent), *flags],
+        [sys.executable, "-P", "-m", "bonsai_fast.prune", str(parent), *flags, *stream],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while (
@@ -251,7 +252,7 @@ def test_a_kill_and_a_resume_give_the_same_bytes(tmp_path: Path) -> None:
     process.wait()
     done = len(list((tmp_path / "run").glob("layers/*.safetensors")))
     assert 3 <= done < 12
-    assert main([str(parent), *flags]) == 0
+    assert main([str(parent), *flags, *stream]) == 0
     assert main([str(parent), *flags[:-1], str(tmp_path / "whole")]) == 0
     assert weights_in(tmp_path / "run") == weights_in(tmp_path / "whole")
 
