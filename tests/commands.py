@@ -13,7 +13,7 @@ def run_command(
     """Exit code, stdout and stderr of a command's `main`."""
     try:
         code = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # argparse
+    except SystemExit as error:  # help, or a mistake
         code = int(error.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, captured.err

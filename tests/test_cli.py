@@ -12,8 +12,9 @@ from typing import get_args
 import pytest
 
 import bonsai_fast_cli
+from bonsai_fast.config import PruneConfig
 from bonsai_fast.config.choices import MethodName
-from bonsai_fast.methods.configure import all_options, common_options, method_options
+from bonsai_fast.methods.configure import all_options, common_options, method_options, resolve
 from bonsai_fast.prune.__main__ import parse
 
 ROOT = Path(bonsai_fast_cli.__file__).parent
@@ -140,14 +141,15 @@ def test_what_is_saved_gives_the_same_run(flags: str, tmp_path: Path) -> None:
     assert again[0] == first[0] and again[2] == first[2]
     assert resolved(again[1]) == resolved(first[1]) and Path(file).read_text() == text
     assert "method: " in text and "num_sequences: " in text and "null" not in text
+    assert any(line.startswith(("sparsity: ", "target: ")) for line in text.splitlines())
     other = parse(["--config", file, "--seed", "99"])
     assert other[1].seed == 99 and other[0] == first[0]
 
 
-def resolved(config: object) -> dict[str, object]:
-    from bonsai_fast.methods.configure import resolve
-
-    return resolve(config).values()  # type: ignore[arg-type]
+def resolved(config: PruneConfig) -> dict[str, object]:
+    """All values; no target and the default target are the same."""
+    found = resolve(config)
+    return {**found.values(), "sparsity": None, "target": found.target_text}
 
 
 def test_a_file_cannot_name_what_the_method_does_not_read(

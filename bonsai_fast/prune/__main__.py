@@ -47,7 +47,11 @@ def parse(arguments: list[str] | None) -> tuple[str | None, PruneConfig, Command
     options = taken(CommandOptions, given)
     try:
         config = configure(**given)
-        save_config(save_to, model=name, **resolve(config).values_read(), **asdict(options))
+        used = resolve(config)
+        values = used.values_read()
+        if used.sparsity is None and used.target is None:
+            values["target"] = used.target_text
+        save_config(save_to, model=name, **values, **asdict(options))
     except (ValueError, OSError) as error:
         raise SystemExit(fail(error)) from None
     return name, config, options
