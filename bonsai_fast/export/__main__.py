@@ -93,7 +93,7 @@ class ExportOptions:
                 raise ValueError(f"{name} is for --format gguf only, got --format {self.format}")
 
     @property
-    def stored(self) -> Literal["f32", "f16", "bf16", "q8_0"]:
+    def stored(self) -> GGUFPrecision:
         """Number format of a GGUF's matrices."""
         return self.precision or "f16"
 

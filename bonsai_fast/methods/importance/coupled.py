@@ -1,4 +1,4 @@
-"""Importance from weights: all rows and columns that go with a unit are looked at together."""
+"""Importance from weights: all rows and columns of a unit count together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Reduction = Literal["sum", "max"]
 def coupled_importance(
     layout: Layout, measure: Callable[[Cut], torch.Tensor], *, reduction: Reduction
 ) -> torch.Tensor:
-    """Importance of every unit from what its coupled structures are worth.
+    """Importance of every unit from that of its coupled structures.
 
-    A structure is what a unit owns of one parameter: some rows of an input projection (or its bias)
-    or some columns of an output projection. Where several query heads are units of their own and
-    share a KV head, its structures count for each of them in equal parts.
+    A structure is a unit's part of one parameter: some rows of an input projection (or its bias),
+    or some columns of an output projection. If several query heads are units and share a KV head,
+    its structures count for each of them in equal parts.
 
     Args:
         layout: the units.
@@ -42,7 +42,7 @@ def coupled_importance(
         per_unit = _by_unit(group, structures[id(block)])
         found = per_unit.sum(dim=0) if reduction == "sum" else per_unit.amax(dim=0)
         if not bool(found.isfinite().all()):
-            raise ValueError(f"{block.output}: weights or what they are judged by hold NaN or Inf")
+            raise ValueError(f"{block.output}: weights, gradients or inputs hold NaN or Inf")
         importance[group.start : group.stop] = found
     return importance
 

@@ -1,4 +1,4 @@
-"""Priors: what one forward pass of the parent says about each unit (paper, appendix F)."""
+"""Priors: importance of each unit from one forward pass of the parent (paper, appendix F)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def unit_prior(
         ValueError: unknown name, or statistics that are not finite.
 
     Source: Dery et al., arXiv:2402.05406, appendix F. Their rms runs over all tokens of the
-    calibration text, as here; the published code takes it batch by batch (one sequence each) and
-    averages the batches' values.
+    calibration text, as here; the published code computes it for each batch of one sequence and
+    averages.
     """
     columns = column_importance(name, model, layout, statistics)
     prior = torch.empty(len(layout), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One pass over calibration text: what flows into every output projection."""
+"""Statistics of the inputs of every output projection, from one pass over calibration text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BlockStatistics:
     """Moments, over all tokens, of every input column of one output projection.
 
     Attributes:
-        num_tokens: how many tokens were seen.
+        num_tokens: number of tokens.
         sum_of_squares, sum_abs, sum: float64 [in_features].
         max_abs: float32 [in_features].
     """
@@ -85,7 +85,7 @@ def collect_statistics(
 
     Args:
         scorer: the parent's scorer.
-        keep: bool [P]; units removed before stay removed, their own statistics mean nothing.
+        keep: bool [P]; removed units stay removed; their own statistics have no meaning.
         input_ids: int64 [B, T].
     """
     blocks: dict[str, BlockStatistics] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from bonsai_fast.methods.regression.estimate import varying_columns
 
 COLUMNS_AT_ONCE = 4096
-# a unit worthless by the prior may still matter: it deviates by this share of its group's mean
+# a unit with a prior of zero may still matter: it deviates by this share of its group's mean
 SMALLEST_DEVIATION = 0.01
 
 
@@ -47,7 +47,7 @@ class Design:
         groups: np.ndarray | None,
         noise: np.ndarray,
     ) -> Design:
-        """Normalise the prior, by default equal in a group, and go once over the columns."""
+        """Normalise the prior, by default equal in a group, and read the columns once."""
         num_rows, num_units = keep.shape
         number = (
             np.zeros(num_units, np.int64)

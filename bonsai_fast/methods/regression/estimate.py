@@ -1,4 +1,4 @@
-"""What every estimator takes and returns."""
+"""Input checks and the result of every estimator."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Regression:
         U(sub-model) = intercept - sum of the relevance of the units that it lacks
 
     Attributes:
-        relevance: float64 [P], utility lost when the unit goes; higher = more worth keeping. +inf
-            where an estimator knows nothing about a unit that every sub-model kept.
+        relevance: float64 [P], utility lost without the unit; higher = more important. +inf for a
+            unit that every sub-model kept, if the estimator knows nothing about it.
         standard_error: float64 [P]; +inf where nothing is known.
         intercept: predicted utility of the parent, all units kept.
         kendall_tau: rank agreement with the utilities, each predicted from other rows
@@ -57,13 +57,13 @@ class Regression:
 def scored_rows(
     masks: torch.Tensor, utility: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check scored sub-models and leave out the rows without a finite utility.
+    """Check scored sub-models and drop the rows without a finite utility.
 
     Args:
         masks: bool [S, P].
         utility: float [S].
     Returns:
-        masks bool [n, P] and utilities float64 [n] of the rows that are left, and which they are,
+        masks bool [n, P] and utilities float64 [n] of the other rows, and which rows those are,
         bool [S].
     Raises:
         TypeError, ValueError: a dtype or shape is wrong, or fewer than four rows are left.
@@ -88,5 +88,5 @@ def scored_rows(
 
 
 def varying_columns(masks: np.ndarray) -> np.ndarray:
-    """Units that some sub-models keep and others lack, int64: only these can be learned about."""
+    """Units that some sub-models keep and others lack, int64; only these can be estimated."""
     return np.flatnonzero(masks.any(axis=0) & ~masks.all(axis=0))

@@ -10,7 +10,7 @@ def kendall_tau(prediction: np.ndarray, target: np.ndarray) -> float:
     """Kendall's tau-b in [-1, 1]; 0 where one side is constant, -1 if a prediction is not finite.
 
     Args:
-        prediction, target: float [n]; tied pairs count for neither side.
+        prediction, target: float [n]; tied pairs count as neither agreement nor disagreement.
     Source: Kendall (1945); the criterion of arXiv:2402.05406, appendix A.1.
     """
     if not np.isfinite(prediction).all():

@@ -28,7 +28,7 @@ class Grid:
     Attributes:
         gamma: weight of the penalty.
         learning_rate: divisors v; Adam's step is 1 / (C v) for C units that vary.
-        batch_size: sub-models a step.
+        batch_size: sub-models in a step.
     """
 
     gamma: tuple[float, ...]
@@ -57,9 +57,10 @@ def fit_paper(
     point is the one whose predictions of held-out folds have the highest mean Kendall tau; it is
     then fitted to all rows.
 
-    What the paper leaves open is settled so: utilities and masks are centred on the training rows,
-    which is an intercept outside the penalty, and utilities are divided by their spread, so that
-    the grid means the same for every utility. Table 8's learning rates divide a step of 1 / C, as
+    Decided here, where the paper leaves it open: utilities and masks are centred on the training
+    rows, which is an intercept outside the penalty, and utilities are divided by their spread, so
+    that the grid means the same for every utility. Table 8's learning rates divide a step of 1 / C,
+    as
     in the published code: a step of 100 for every coefficient at once diverges. Ties between
     predictions follow tau-b; a fit that predicts a constant counts as 0, one that is not finite as
     -1; among equal grid points the first wins.

@@ -1,4 +1,4 @@
-"""Regressions on disk: what a round was decided by, one safetensors file each."""
+"""Regressions of rounds on disk, one safetensors file each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bonsai_fast.methods.regression.estimate import Regression
 
 @dataclass(frozen=True, eq=False)
 class RecordedRegression:
-    """A regression as it was recorded.
+    """A recorded regression.
 
     Attributes:
-        quantity: what the utilities are, in words, with their unit.
+        quantity: name of the utilities, with their unit.
         utility: float64 [S], measured; not finite where a sub-model was left out.
         held_out: float64 [S], predicted from other sub-models; see `Regression`.
         relevance, standard_error: float64 [P].

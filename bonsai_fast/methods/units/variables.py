@@ -13,7 +13,7 @@ from bonsai_fast.methods.units.layerwise import layer_of_unit
 from bonsai_fast.methods.units.policy_gradient.bernoulli import Array
 from bonsai_fast.models.layout import Layout
 
-# channels that vary together, of neighbouring prior, and the fewest blocks that a group is cut into
+# channels of neighbouring prior that share a variable, and the fewest blocks of a group
 BLOCKS = {"blocks": (32, 8), "shares": (128, 16)}
 
 

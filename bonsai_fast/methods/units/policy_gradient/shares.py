@@ -1,13 +1,13 @@
 """Policy gradient with few unknowns: what share of each group is removed.
 
-A probability for every unit takes far more sub-models to learn than units; the order of units
-inside a group (layer, kind) is known well enough from one pass over text. What is not known is how
-much each group can spare. Hence Bernoulli variables whose probabilities share a parameter:
+To learn a probability for every unit needs far more sub-models than units. The order of units
+inside a group (layer, kind) is known well enough from one pass over text; unknown is how much of
+each group can be removed. So the Bernoulli variables of a group share one parameter:
 
     s_i = sigmoid(k (r_i - t_g)),   r_i = rank of i in its group / size,   t_g = share removed
 
 The gradient by t_g is that of all its variables together, dL/dt_g = -k sum_i (L - b) (m_i - s_i),
-and its noise relative to what it measures grows with the number of groups, not of units.
+and its relative noise grows with the number of groups, not of units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bonsai_fast.methods.units.policy_gradient.bernoulli import (
 
 # k: units within about 2 / k of their group's share are undecided
 SHARPNESS = 20.0
-# beyond these shares nothing of a group is left to decide
+# beyond these shares all units of a group are decided
 LOWEST, HIGHEST = -4.0 / SHARPNESS, 1.0 + 4.0 / SHARPNESS
 
 
@@ -41,8 +41,8 @@ class ShareDescent(BernoulliDescent):
         groups: int64 [n], group of each variable, numbered from 0 without gaps.
         costs: parameters of each, [n].
         budget: K at the start.
-        start: shares at the start but for a common amount, by which they meet the budget, [groups].
-        steps: how many there will be.
+        start: shares at the start, [groups]; a common shift is added to meet the budget.
+        steps: number of steps.
         learning_rate, baseline, count, seed: as for `BernoulliDescent`.
     """
 
