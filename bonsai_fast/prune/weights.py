@@ -88,7 +88,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
             task.tokenizer,
             run.model_directory,
             reporter,
-            run.layer,
+            run.recorded_layer,
             task.config.memory_budget,
         ),
         run,
@@ -131,7 +131,7 @@ def count_saved_zeros(task: WeightTask, run: WeightRun) -> int:
     """
     saved, zeros = open_streamed(run.model_directory, device="cpu"), 0
     for number in range(len(task.layers)):
-        for name, pruned in (run.layer(number) or {}).items():
+        for name, pruned in run.recorded_layer(number).items():
             found = weight(saved, name).detach()
             if not torch.equal(found, pruned):
                 raise SavedModelError(

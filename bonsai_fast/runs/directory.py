@@ -146,6 +146,18 @@ class WeightRun(Run):
                 f"{path} cannot be read: {error}; delete it to prune that layer again"
             ) from error
 
+    def recorded_layer(self, number: int) -> dict[str, torch.Tensor]:
+        """The same of a decoder layer that must be on record.
+
+        Raises:
+            LedgerError: the record is damaged or missing.
+        """
+        weights = self.layer(number)
+        if weights is None:
+            path = self._layer_path(number)
+            raise LedgerError(f"{path} is missing; run the same command again to prune that layer")
+        return weights
+
     def save_layer(self, number: int, weights: dict[str, torch.Tensor]) -> None:
         """Record the pruned weights of a decoder layer."""
         path = self._layer_path(number)

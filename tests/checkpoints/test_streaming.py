@@ -188,6 +188,17 @@ def test_other_weights_in_the_place_of_a_layers_own(
     assert torch.equal(*found) and not torch.equal(found[0], dense)
 
 
+@pytest.mark.gpu
+def test_exchanged_weights_take_no_room_beside_the_models_own(llama3: PreTrainedModel) -> None:
+    model = llama3.cuda()
+    own = model.get_parameter(UP_PROJ).detach().cpu()
+    before = torch.cuda.memory_allocated()
+    with exchanged_weights(model, {1: {UP_PROJ: torch.zeros_like(own)}}.get):
+        assert torch.cuda.memory_allocated() == before
+        assert model.get_parameter(UP_PROJ).is_cuda and not model.get_parameter(UP_PROJ).any()
+    assert torch.equal(model.get_parameter(UP_PROJ).cpu(), own)
+
+
 def test_exchanged_layers_that_cannot_be_read_leave_no_layer(
     llama3: PreTrainedModel, tmp_path: Path
 ) -> None:

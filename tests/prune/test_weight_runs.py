@@ -19,9 +19,10 @@ from families import FAMILIES
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from weight_cases import pruned_weights, task_of
+from weight_cases import pruned_run, pruned_weights, task_of
 
 import bonsai_fast as bf
+from bonsai_fast.checkpoints.streaming import exchanged_weights
 from bonsai_fast.compare.__main__ import main as compare
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.console import Reporter
@@ -31,6 +32,7 @@ from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.prune.forecast import weight_plan
 from bonsai_fast.runs.directory import WeightRun
+from bonsai_fast.runs.ledger import LedgerError
 
 QUIET = Reporter(quiet=True)
 SMALL = {"num_sequences": 4, "sequence_length": 32, "evaluation_tokens": 256}
@@ -178,6 +180,20 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     result = prune(tmp_path / "run", tiny_llama().bfloat16(), method="sparsegpt", pattern="2:4")
     model = AutoModelForCausalLM.from_pretrained(result.output)
     assert model.dtype == torch.bfloat16 and result.sparsity == 0.5
+
+
+def test_a_layer_that_is_missing_is_not_passed_over(tmp_path: Path) -> None:
+    """The parent's own weights in its place would look like a pruned layer."""
+    task = task_of(tiny_llama(), method="magnitude")
+    run = pruned_run(task, tmp_path / "run")
+    before = {name: x.clone() for name, x in task.model.named_parameters()}
+    (run.path / "layers" / "0002.safetensors").unlink()
+    with (
+        pytest.raises(LedgerError, match=r"0002.safetensors is missing; run the same command"),
+        exchanged_weights(task.model, run.recorded_layer),
+    ):
+        pass
+    assert all(torch.equal(x, before[name]) for name, x in task.model.named_parameters())
 
 
 class Interrupted(Exception):

@@ -46,7 +46,8 @@ def exchanged_weights(model: PreTrainedModel, weights: LayerWeights) -> Iterator
     """Inside, decoder layers have other weights; afterwards, however it ends, their own.
 
     Args:
-        model: any model. In memory, nothing is copied that is on its device.
+        model: any model. In memory, its own weights are meanwhile kept where the others are, so
+            that a GPU holds one set.
         weights: number of a layer -> other weights by their names in the model, or None. Of a
             streamed model, called whenever the layer is brought in.
     """
@@ -60,9 +61,9 @@ def exchanged_weights(model: PreTrainedModel, weights: LayerWeights) -> Iterator
         for number in range(find_decoder(model).num_layers):
             for name, other in (weights(number) or {}).items():
                 parameter = model.get_parameter(name)
-                own.append((parameter, parameter.data))
+                own.append((parameter, parameter.data.to(other.device)))
                 parameter.data = other.to(parameter.device)
         yield
     finally:
         for parameter, data in reversed(own):
-            parameter.data = data
+            parameter.data = data.to(parameter.device)
