@@ -28,6 +28,8 @@ STREAM_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 GPU_SHAPES = ("Phi-2", "Llama-3-8B")
 # Rows and columns of a matrix product that reaches the peak.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+# With --benchmark-disable no rate is kept, so that the peaks are measured on small tensors.
+UNTIMED_BYTES, UNTIMED_GEMM_SIZE = 1 << 20, 128
 
 Cells = dict[str, dict[str, dict[str, str]]]  # table -> row -> column -> text
 _CELLS = pytest.StashKey[Cells]()
@@ -83,9 +85,15 @@ def repeats(device: torch.device) -> dict[str, int]:
 
 
 @pytest.fixture(scope="session")
-def stream_gb_per_s(device: torch.device) -> float:
+def timed(pytestconfig: pytest.Config) -> bool:
+    return not pytestconfig.getoption("benchmark_disable")
+
+
+@pytest.fixture(scope="session")
+def stream_gb_per_s(device: torch.device, timed: bool) -> float:
     """GB/s that this machine reads from memory: the best of ten large sums."""
-    buffer = torch.ones(STREAM_BYTES[device.type] // 4, device=device)
+    num_bytes = STREAM_BYTES[device.type] if timed else UNTIMED_BYTES
+    buffer = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for _ in range(10):
         start = synchronized_timer()
@@ -95,12 +103,12 @@ def stream_gb_per_s(device: torch.device) -> float:
 
 
 @pytest.fixture(scope="session")
-def gemm_gflop_per_s(device: torch.device) -> Callable[[torch.dtype], float]:
+def gemm_gflop_per_s(device: torch.device, timed: bool) -> Callable[[torch.dtype], float]:
     """dtype -> GFLOP/s of one large matrix product: the best of five."""
 
     @cache
     def measure(dtype: torch.dtype) -> float:
-        size = GEMM_SIZE[device.type]
+        size = GEMM_SIZE[device.type] if timed else UNTIMED_GEMM_SIZE
         x = torch.ones(size, size, device=device, dtype=dtype)
         seconds = []
         for _ in range(5):
