@@ -44,8 +44,10 @@ format: setup ## Rewrite the sources in the house's style.
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i $(CPP)
 
-test: setup ## Run the tests.
-	$(BIN)/pytest
+# Workers of pytest-xdist, one thread each. A file's tests share fixtures: they stay in one worker.
+WORKERS ?= 2
+test: setup ## Run the tests; on one file, faster: .venv/bin/pytest FILE.
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # $(BENCH) narrows it down: make bench BENCH=bench/bench_latency.py
 BENCH ?= bench
@@ -54,7 +56,7 @@ bench: setup ## Time everything; the numbers go into bench/results/MACHINE.
 	  $(BIN)/pytest $(BENCH) --benchmark-only --benchmark-json=$$results/$(notdir $(BENCH:.py=)).json
 
 bench-smoke: setup ## Run every benchmark once on a small shape.
-	$(BIN)/pytest bench --benchmark-disable -k smoke
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-disable -k smoke
 
 # A second copy of the package, by links, around an extension that checks itself. Python is not
 # linked to the sanitizers' libraries, hence the preload; it leaks what it likes.

@@ -31,7 +31,7 @@ CONFIGS = {
 }
 
 
-def make_runs(folder: Path) -> dict[str, Path]:
+def make_runs(folder: Path) -> None:
     """A run of every kind in a folder; the one that is interrupted stops in its second round."""
     parent = save_tiny_parent(folder / EVIL)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,6 @@ def make_runs(folder: Path) -> dict[str, Path]:
         with pytest.raises(KeyboardInterrupt):
             prune(parent, folder / "interrupted", "interrupted")
         write_report(folder / "interrupted")
-    return {name: folder / name for name in CONFIGS}
 
 
 def without_fresh_processes(patch: pytest.MonkeyPatch) -> None:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bonsai_fast.checkpoints.embedded import embedded_model
+from bonsai_fast.latency.timing import measure_latency
+from bonsai_fast.prune import deliver
+from bonsai_fast.prune.__main__ import main
 
 # `make setup` installs the package; without it these tests fail and say how to get it.
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(cache: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        return embedded_model()
+@pytest.fixture(autouse=True)
+def checkpoint(embedded_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(embedded_cache))
+    return embedded_model()
 
 
 def test_it_is_an_ordinary_checkpoint(checkpoint: Path) -> None:
@@ -47,35 +43,23 @@ def test_it_speaks_english(checkpoint: Path) -> None:
     assert tokenizer.decode(answer).strip().startswith("Paris")
 
 
-def test_it_is_made_once(cache: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+def test_it_is_made_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bonsai_fast.checkpoints.embedded.PACKAGE", "no_such_package_here")
     assert embedded_model() == checkpoint
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
 def test_the_command_without_a_model_prunes_it(
-    cache: Path, checkpoint: Path, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's first command on as little text as it takes: smaller and better than a guess."""
+    """The README's first command on little text: smaller than its parent, better than a guess."""
+    monkeypatch.chdir(tmp_path)
+    # speeds are measured once; that they need more rounds is a matter of precision
+    monkeypatch.setattr(deliver, "measure_latency", partial(measure_latency, rounds=1))
     flags = "--sparsity 0.2 --num-sequences 4 --sequence-length 32 --evaluation-tokens 512"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "bonsai_fast.prune",
-            *flags.split(),
-            "--output",
-            "run",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    code, out, err = run_command(main, capsys, *flags.split(), "--output", "run")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
     assert result["parameters_dense"] == 134_515_008
     assert 0.995 * 0.2 <= result["sparsity"] <= 0.2
     assert (

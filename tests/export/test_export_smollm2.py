@@ -32,7 +32,11 @@ def mild_mask(layout: Layout, sparsity: float) -> torch.Tensor:
     return keep
 
 
-def test_pruned_by_a_fifth(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_pruned_by_a_fifth(
+    embedded_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(embedded_cache))
     directory = embedded_model()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
     layout = Layout.of(model, attention="kv-group")

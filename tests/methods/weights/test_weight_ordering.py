@@ -81,8 +81,11 @@ def test_groups_and_updates(damage: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model(tmp_path: Path) -> None:
+def test_the_embedded_model(
+    embedded_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Perplexity of a real model at 2:4: Wanda hurts it, magnitude destroys it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(embedded_cache))
     model, tokenizer = load_parent(None, LoadingOptions(device="cpu"))
     small = {"num_sequences": 4, "sequence_length": 256, "evaluation_tokens": 1024}
 
