@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import start
 from safetensors.torch import load_file
 from tiny import save_tiny_parent
 
 from bonsai_fast.compare.__main__ import main
 
+pytestmark = pytest.mark.slow
 METHODS = "policy-gradient:paper,policy-gradient,mini-llm,layerwise-ppl,flap"
 FLAGS = ["--methods", METHODS, "--sparsity", "0.3", "--search-tokens", "6000"]
 FLAGS += ["--num-sequences", "4", "--sequence-length", "32", "--evaluation-tokens", "256"]
@@ -31,24 +32,21 @@ MOMENTS = [
     ("layerwise-ppl-0.3/priors/parent.safetensors", "before"),
     ("flap-0.3/priors/parent.safetensors", "after"),
 ]
-KILLED = """
-import os, signal, sys
-from bonsai_fast.compare.__main__ import main
 
-moment, when, *arguments = sys.argv[1:]
-replace = os.replace
 
-def replace_or_die(source, target):
-    met = str(target).endswith(moment)
-    if met and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-    if met:
-        os.kill(os.getpid(), signal.SIGKILL)
+def die_at(moment: str, when: str) -> None:
+    """From here on, this process kills itself when a file of that name appears."""
+    replace = os.replace
 
-os.replace = replace_or_die
-main(arguments)
-"""
+    def replace_or_die(source: str, target: str) -> None:
+        met = str(target).endswith(moment)
+        if met and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if met:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_or_die
 
 
 def record(run: Path) -> dict[str, dict[str, bytes]]:
@@ -77,12 +75,9 @@ def test_killed_in_every_method_and_resumed(
     expected = record(whole)
     for moment, when in MOMENTS:
         assert moment in expected
-        killed = subprocess.run(
-            [sys.executable, "-P", "-c", KILLED, moment, when, str(parent), *FLAGS, str(broken)],
-            capture_output=True,
-            text=True,
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        command = ["bonsai_fast.compare", str(parent), *FLAGS, str(broken)]
+        code, _, err = start(*command, folder=tmp_path, before=partial(die_at, moment, when)).wait()
+        assert code == -signal.SIGKILL, err
         assert (broken / moment).exists() == (when == "after")
         assert not (broken / Path(moment).parts[0] / "cell.json").exists()
     before = record(broken)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import start
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -143,42 +142,30 @@ def command(parent: Path, run: Path) -> list[str]:
     flags = "--preset paper --rounds 3 --sparsity 0.25 --submodels-per-round 50"
     # few sub-models a batch, so that there is something to interrupt
     flags += " --num-sequences 4 --sequence-length 64 --memory-budget 600KB --evaluation-tokens 256"
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "bonsai_fast.prune",
-        str(parent),
-        *flags.split(),
-        "--output",
-        str(run),
-    ]
+    return ["bonsai_fast.prune", str(parent), *flags.split(), "--output", str(run)]
 
 
 @pytest.mark.slow
 def test_five_kills_and_a_resume_give_the_same_bytes(tmp_path: Path) -> None:
     parent = save_tiny_parent(tmp_path / "parent")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(parent, whole), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-P", "-m", *command(parent, whole)], check=True, capture_output=True
+    )
     entries = len(list((whole / "ledger").iterdir()))
     assert entries > 20
     draw = random.Random(0)
     for kill in range(5):
-        process = subprocess.Popen(
-            command(parent, broken), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        process = start(*command(parent, broken), folder=tmp_path)
         # somewhere in this start's share of the work; the last one may hit the saving
         wanted = min(entries, int((kill + draw.random()) * entries / 4))
-        while process.poll() is None and _num_entries(broken) < wanted:
+        while process.runs and _num_entries(broken) < wanted:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        process.stderr.close()
-    done = subprocess.run(command(parent, broken), check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[-1])["output"] == str(broken / "model")
+        process.kill()
+    code, out, err = start(*command(parent, broken), folder=tmp_path).wait()
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["output"] == str(broken / "model")
     assert masks_of(broken) == masks_of(whole)
     for one, other in zip(
         *(Ledger(run / "ledger", 536).entries for run in (whole, broken)), strict=True

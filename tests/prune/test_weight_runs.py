@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 import torch
 from commands import run_command
 from families import FAMILIES
+from forked import start
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -255,17 +252,11 @@ def test_interrupted_runs_go_on_to_the_same_bytes(
 def test_a_kill_and_a_resume_give_the_same_bytes(stream: list[str], tmp_path: Path) -> None:
     parent = save_tiny_parent(tmp_path / "parent", num_hidden_layers=12)
     flags = ["--method", "sparsegpt", "--pattern", "2:4", *FLAGS, "--output", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "bonsai_fast.prune", str(parent), *flags, *stream],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while (
-        process.poll() is None and len(list((tmp_path / "run").glob("layers/0*.safetensors"))) < 3
-    ):
+    process = start("bonsai_fast.prune", parent, *flags, *stream, folder=tmp_path)
+    while process.runs and len(list((tmp_path / "run").glob("layers/0*.safetensors"))) < 3:
         time.sleep(0.002)
-    assert process.poll() is None, "it was finished before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.runs, "it was finished before it could be killed"
+    process.kill()
     done = len(list((tmp_path / "run").glob("layers/*.safetensors")))
     assert 3 <= done < 12
     assert main([str(parent), *flags, *stream]) == 0
