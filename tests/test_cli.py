@@ -216,3 +216,28 @@ def imported(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name.partition(".")[0] for alias in node.names]
     return [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+SAVED = {
+    "compare": "nowhere --methods flap:spare_first=2 --sparsity 0.2,0.5 --no-uniform --seed 3",
+    "surgery": "nowhere mask.safetensors smaller --max-shard-size 1GB",
+    "export": "nowhere --format gguf --precision q8_0 --check",
+    "report": "nowhere --prompt one two --device cpu",
+    "latency": "nowhere elsewhere --batch 1,8 --threads 2",
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_other_commands_save_and_read_their_options(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written before the model is found to be missing."""
+    monkeypatch.chdir(tmp_path)
+    main = import_module(f"bonsai_fast.{name}.__main__").main
+    assert main([*SAVED[name].split(), "--save-config", "first.yaml"]) == 2
+    assert main(["--config", "first.yaml", "--save-config", "second.yaml"]) == 2
+    text = Path("first.yaml").read_text()
+    assert text == Path("second.yaml").read_text() and "nowhere" in text
+    for word in SAVED[name].split():
+        if not word.startswith("--"):
+            assert word in text
