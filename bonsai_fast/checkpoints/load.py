@@ -79,7 +79,7 @@ def load_parent(
 
 
 def load_model(name: str | None, options: LoadingOptions) -> PreTrainedModel:
-    """Load a model alone; arguments and errors as in `load_parent`."""
+    """Load a model without its tokenizer; arguments and errors as in `load_parent`."""
     device = find_device(options.device)
     trust = options.trust_remote_code
     with _loading(name):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run_command
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bonsai_fast.checkpoints.embedded import embedded_model
@@ -32,6 +33,12 @@ def test_it_is_an_ordinary_checkpoint(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     assert model.dtype == torch.bfloat16 and model.num_parameters() == 134_515_008
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_its_card_repeats_what_the_gguf_states(checkpoint: Path) -> None:
+    card = ModelCard.load(checkpoint / "README.md").data
+    assert card.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.license == "apache-2.0" and card.language == ["en"]
 
 
 def test_it_speaks_english(checkpoint: Path) -> None:

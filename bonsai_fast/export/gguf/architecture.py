@@ -24,7 +24,6 @@ class Architecture:
         rotates_pairs: the rotary embedding rotates neighbours (2i, 2i+1), not (i, i + K/2) as in
             transformers; rows of q and k are stored in that order.
         fuses_qkv: q, k and v are one tensor.
-        per_layer_widths: layers may have different widths.
         can_skip_attention: layers may have no attention.
         has_rope_factors: it reads the factors of LLaMA 3's rotary embedding.
     """
@@ -32,7 +31,6 @@ class Architecture:
     name: str
     rotates_pairs: bool = False
     fuses_qkv: bool = False
-    per_layer_widths: bool = False
     can_skip_attention: bool = False
     has_rope_factors: bool = True
 
@@ -41,10 +39,10 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", rotates_pairs=True),
-        Architecture("deci", rotates_pairs=True, per_layer_widths=True, can_skip_attention=True),
+        Architecture("deci", rotates_pairs=True, can_skip_attention=True),
         Architecture("qwen2", has_rope_factors=False),
         Architecture("qwen3", has_rope_factors=False),
-        Architecture("openelm", fuses_qkv=True, per_layer_widths=True, has_rope_factors=False),
+        Architecture("openelm", fuses_qkv=True, has_rope_factors=False),
     )
 }
 
