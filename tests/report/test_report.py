@@ -258,7 +258,7 @@ def test_a_retargeted_run_shows_its_new_result(
     page, result = page_of(run), result_of(run)
     assert result["parameters"] > before["parameters"] and result["rounds"] == []
     assert integer(page.row("result", "parameters")[2]) == result["parameters"]
-    assert "met from what was recorded" in page.words["result"]
+    assert "selected from recorded scores" in page.words["result"]
     assert "agreement-round-01" in {figure for _, figure in page.marks}
     assert "--target sparsity=0.2" in page.words["reproduce"]
 
