@@ -58,7 +58,9 @@ class LatencyOptions(LoadingOptions):
     rounds: int = option(
         ROUNDS, "Rounds that are timed, after one that is not.", group=WORK, minimum=1
     )
-    threads: int | None = option(None, "CPU threads.", group=DEVICE, minimum=1, shown="PyTorch's")
+    threads: int | None = option(
+        None, "CPU threads.", group=DEVICE, minimum=1, shown="as PyTorch chooses"
+    )
     semi_structured: Literal["auto", "off", "cusparselt", "cutlass"] = option(
         "auto",
         "GPU kernels for models with 2:4 zeros. auto: the first that works here.",

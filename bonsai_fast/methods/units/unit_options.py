@@ -42,10 +42,10 @@ class UnitOptions(MethodOptions):
     )
     route: Route = option(
         "auto",
-        "How to compute sub-models; it changes speed and memory, not results. dense: whole "
-        "layers with zeros. slice: a copy of what each keeps. gather: GPU kernels that skip the"
-        " rest. pack, tail, split: the same, from one copy of what any of them keeps. auto: the"
-        " fastest by estimate, never split.",
+        "How to compute sub-models; it changes speed and memory, and results by rounding alone. "
+        "dense: whole layers with zeros. slice: a copy of what each keeps. gather: GPU kernels "
+        "that skip the rest. pack, tail, split: the same, from one copy of what any of them keeps. "
+        "auto: the fastest by estimate, never split.",
         group=DEVICE,
         value="ROUTE",
     )

@@ -17,8 +17,8 @@ class WeightOptions(MethodOptions):
 
     pattern: str = option(
         UNSTRUCTURED,
-        "Where zeros may be: anywhere (unstructured), or N:M: of M neighbours, N are kept, such"
-        " as 2:4.",
+        "Where zeros may be: anywhere (unstructured), or N:M: of M neighbours, N are kept, such "
+        "as 2:4.",
         group=REMOVED,
         value="PATTERN",
     )

@@ -32,8 +32,8 @@ class PolicyGradientOptions(SparingOptions):
     granularity: GranularityOrShares = option(
         "shares",
         "What is learned: a probability for each unit (units), block of similar channels "
-        "(blocks) or decoder layer (layers), or the share to remove from each layer's attention"
-        " and MLP (shares).",
+        "(blocks) or decoder layer (layers), or the share to remove from each layer's attention "
+        "and MLP (shares).",
         group=SEARCH,
     )
     baseline: Baseline = option(
@@ -51,8 +51,8 @@ class PolicyGradientOptions(SparingOptions):
     projection: Projection = option(
         "sigmoid-budget",
         "How importance becomes a probability: a sigmoid shifted to meet the target "
-        "(sigmoid-budget), a sigmoid of the normalised importance (sigmoid-norm), or one of two"
-        " constants (score-const).",
+        "(sigmoid-budget), a sigmoid of the normalised importance (sigmoid-norm), or one of two "
+        "constants (score-const).",
         group=SEARCH,
         read_with={"granularity": ("units", "blocks", "layers")},
     )
