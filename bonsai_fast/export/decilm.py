@@ -26,9 +26,8 @@ from bonsai_fast.checkpoints.saved_model import (
 )
 from bonsai_fast.export.exported import Exported
 from bonsai_fast.hub import LayerShape, configuration_decilm
-from bonsai_fast.surgery.model_card import write_model_card
 from bonsai_fast.surgery.parent_card import CARD_NAME
-from bonsai_fast.surgery.save import check_target, written_beside
+from bonsai_fast.surgery.save import model_directory
 
 FAMILIES = ("llama", "mistral")
 MODEL_TYPE = "nemotron-nas"
@@ -50,21 +49,14 @@ def to_decilm(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         OSError: it cannot be written; nothing is left behind.
     """
     saved = open_saved(model)
-    target = Path(output)
-    check_target(target, overwrite=False)
     blocks = block_configs(saved)
-    try:
-        with written_beside(target) as scratch:
-            _write_weights(saved, blocks, scratch)
-            _copy_the_rest(saved.directory, scratch)
-            text = json.dumps(_config(saved, blocks), indent=2, sort_keys=True)
-            (scratch / "config.json").write_text(text + "\n", encoding="utf-8")
-            report = {"written_by": "bonsai_fast", "exported_from": str(saved.directory)}
-            (scratch / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
-            write_model_card(scratch, str(saved.directory))
-    except OSError as error:
-        raise OSError(f"could not write {target}: {error.strerror or error}") from error
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    parent = str(saved.directory)
+    with model_directory(output, parent, report={"exported_from": parent}) as scratch:
+        _write_weights(saved, blocks, scratch)
+        _copy_the_rest(saved.directory, scratch)
+        text = json.dumps(_config(saved, blocks), indent=2, sort_keys=True)
+        (scratch / "config.json").write_text(text + "\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
     return Exported(str(output), "decilm", MODEL_TYPE, size, _notes(blocks))
 
 

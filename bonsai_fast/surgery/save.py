@@ -99,7 +99,7 @@ def model_directory(
     check_target(target, overwrite)
     register()  # lets transformers copy the Python files of a bonsai_* model
     try:
-        with written_beside(target) as scratch:
+        with _written_beside(target) as scratch:
             yield scratch
             _drop_quantization(scratch / "config.json")
             text = json.dumps({"written_by": "bonsai_fast", **(report or {})}, indent=2)
@@ -129,7 +129,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
+def _written_beside(target: Path) -> Iterator[Path]:
     """A scratch directory on the same file system; at the end it becomes `target` or is deleted."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

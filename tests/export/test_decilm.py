@@ -147,6 +147,6 @@ def test_a_full_disk_leaves_no_debris(tmp_path: Path, monkeypatch: pytest.Monkey
 
     save_with_all_heads(tmp_path / "model", "widths")
     monkeypatch.setattr("shutil.copy", full)
-    with pytest.raises(OSError, match=r"could not write .*decilm: No space left"):
+    with pytest.raises(OSError, match=r"could not save the model to .*decilm: No space left"):
         to_decilm(tmp_path / "model", tmp_path / "decilm")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -46,7 +46,8 @@ def files(run: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in (run / "model").iterdir()
-        if path.suffix == ".safetensors" or path.name in ("config.json", "bonsai_report.json")
+        if path.suffix == ".safetensors"
+        or path.name in ("config.json", "bonsai_report.json", "README.md")
     }
 
 
@@ -63,7 +64,7 @@ def test_same_result_as_loaded(
     masks = [load_mask(run / "masks" / "final.safetensors") for run in (loaded, tmp_path / "run")]
     assert torch.equal(masks[0].keep, masks[1].keep)
     found = files(tmp_path / "run")
-    assert len(found) == 3 and found == files(loaded)
+    assert len(found) == 4 and found == files(loaded)
     (tmp_path / "run" / "model" / "tokenizer.json").stat()
 
 

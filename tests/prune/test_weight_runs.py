@@ -167,6 +167,10 @@ def test_zeros_are_counted_and_survive(options: dict[str, Any], tmp_path: Path) 
     others = before.keys() - linears.keys()
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in others)
     assert result.pruned_perplexity != result.dense_perplexity > 0
+    card = (Path(result.output) / "README.md").read_text()
+    measured = f"{result.dense_perplexity:.2f} | {result.pruned_perplexity:.2f}"
+    assert f"| perplexity | {measured} |" in card
+    assert f"pattern `{result.pattern}`" in card
     files = {path.name for path in Path(result.output).iterdir()}
     assert not {name for name in files if name.endswith(".py")} and "tokenizer.json" in files
     left = {path.name for path in (tmp_path / "run").iterdir()}
