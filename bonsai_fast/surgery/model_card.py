@@ -21,8 +21,15 @@ from bonsai_fast.surgery.model_size import KINDS, layer_widths, weight_size
 from bonsai_fast.surgery.parent_card import CARD_NAME, TAG, Parent, find_parent
 
 MEASURED = {"dense_perplexity", "pruned_perplexity", "protocol"}
-# options of a run that a reader of the card may want
-OPTIONS = ("preset", "target_text", "head_layout", "round_to", "weight_update", "seed")
+# options of a run in its report -> their names in the card
+OPTIONS = {
+    "preset": "preset",
+    "target_text": "target",
+    "head_layout": "head layout",
+    "round_to": "widths rounded to",
+    "weight_update": "weight update",
+    "seed": "seed",
+}
 
 
 def write_model_card(directory: Path, parent: str | None = None) -> None:
@@ -86,7 +93,11 @@ def _summary(report: dict[str, Any], parent: Parent) -> Iterator[str]:
     how = f", method `{report['method']}`" if report.get("method") else ""
     source = f" from {parent.link}" if parent.name else ""
     yield f"Made{source} by `bonsai_fast`{how}."
-    options = [f"`{name}` {report[name]}" for name in OPTIONS if report.get(name) is not None]
+    options = [
+        f"{label} `{report[name]}`"
+        for name, label in OPTIONS.items()
+        if report.get(name) is not None
+    ]
     if options:
         yield f"Options: {', '.join(options)}."
     if "padded_from" in report:

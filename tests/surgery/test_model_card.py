@@ -184,7 +184,7 @@ def test_measurements_are_added_later(parent: Path, tmp_path: Path) -> None:
     assert "license" not in found and "look it up" in said
     assert "| parameters | 1,234,567 |" in said and "| perplexity | 8.12 | 11.50 |" in said
     assert "`wikitext2`: 4,095 predicted tokens, windows of 512 tokens, stride 256" in said
-    assert "abc123" in said and "pattern `2:4`" in said and "`seed` 3." in said
+    assert "abc123" in said and "pattern `2:4`" in said and "seed `3`." in said
     assert "preset" not in said and "AutoTokenizer" not in said
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "README.md",
