@@ -106,7 +106,7 @@ def test_defaults_of_presets_are_shown(page) -> None:
         ("prune --method wanda --uniform", "uniform: method wanda does not read it"),
         ("prune --method wanda --uniform=false", "uniform: method wanda does not read it"),
         ("prune --method flap --pattern 2:4", "pattern: method flap does not read it"),
-        ("prune --method bonsia", "bonsia"),
+        ("prune --method bonsia", "method: expected one of bonsai, wanda-sp"),
         ("--install-completion --shell tcsh", '"zsh", "bash", "fish"'),
     ],
 )

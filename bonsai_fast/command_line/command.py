@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
-from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    UnusedCliTokensError,
+)
 
 from bonsai_fast.command_line.config_file import read_config
 from bonsai_fast.command_line.entry import Entry
 from bonsai_fast.command_line.help_page import HelpPage
-from bonsai_fast.config.options import ARGUMENTS, TOPICS
+from bonsai_fast.config.options import ARGUMENTS, TOPICS, check_choice, read_value
 from bonsai_fast.console import fail
 
 T = TypeVar("T")
@@ -101,10 +108,20 @@ class Command:
         """The same error, in the words of this command where those of cyclopts are not."""
         if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
             return ValueError(f"unexpected argument {error.unused_tokens[0]}")
-        if isinstance(error, MissingArgumentError) and error.argument:
-            for item in self.arguments:
-                if item.flag == error.argument.name:
-                    return ValueError(f"{item.name.upper()} is missing: {self.usage}")
+        known = {item.flag: item for item in (*self.arguments, *self.options)}
+        argument = getattr(error, "argument", None)
+        item = known.get(argument.name) if argument else None
+        if isinstance(error, MissingArgumentError) and item and item.positional:
+            return ValueError(f"{item.name.upper()} is missing: {self.usage}")
+        if isinstance(error, CoercionError) and item and error.token:
+            token = error.token
+            try:
+                check_choice(item.name, item.hint, token.value)
+                read_value(item.name, item.hint, token.value)
+            except ValueError as clearer:
+                return ValueError(
+                    f"{'' if token.source == 'cli' else f'{token.source}: '}{clearer}"
+                )
         return error
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from bonsai_fast.command_line.help_page import LABEL_WIDTH
 from bonsai_fast.config.options import ARGUMENTS, OUTPUT, choices_of
@@ -65,6 +65,7 @@ class Entry:
             show_default=False,
             show_choices=False,
             metavar=value,
+            converter=_whole if kind is int else None,
             # --no-NAME only where neither yes nor no is the default
             negative=None if bool in kinds else (),
             consume_multiple=True,
@@ -79,6 +80,11 @@ class Entry:
             default=inspect.Parameter.empty if self.required else None,
             annotation=Annotated[self.hint, settings],
         )
+
+
+def _whole(kind: type, tokens: Sequence[Token]) -> int:
+    """A whole number; cyclopts would round others."""
+    return int(tokens[0].value)
 
 
 def argument(name: str, hint: Any, help_text: str, shown: str | None = None) -> Entry:

@@ -93,16 +93,21 @@ def check_values(options: Any) -> None:
     hints = get_type_hints(type(options))
     for item in fields(options):
         name, value = item.name, getattr(options, item.name)
-        choices = choices_of(hints[name])
         if value is None or not item.metadata:
             continue
-        if choices and value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        check_choice(name, hints[name], value)
         minimum = item.metadata["minimum"]
         if minimum is not None and value < minimum:
             raise ValueError(f"{name}: expected at least {minimum}, got {value}")
         if item.metadata["positive"] and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def check_choice(name: str, hint: Any, value: Any) -> None:
+    """Raise ValueError if the type is a Literal and the value is none of its choices."""
+    choices = choices_of(hint)
+    if choices and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:

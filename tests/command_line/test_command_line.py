@@ -95,7 +95,7 @@ FILES = {
     "unknown name": ("num_egs: 3", "bake.yaml: unknown option num_egs. Did you mean num-eggs?"),
     "no mapping": ("- torte", "bake.yaml: expected lines of the form name: value"),
     "no YAML": ("cake: [torte", "bake.yaml is not readable as YAML"),
-    "no number": ("cake: torte\nheat: hot", '"hot"'),
+    "no number": ("cake: torte\nheat: hot", "bake.yaml: heat: expected a number, got 'hot'"),
     "a list": ("cake: torte\nshape: [round, square]", "shape"),
 }
 
@@ -114,9 +114,11 @@ def test_bad_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("", "CAKE is missing: bonsai-fast bake CAKE [GUEST] [OPTION ...]"),
         ("torte me you", "unexpected argument you"),
         ("torte --het 3", "--het. Did you mean --heat?"),
-        ("torte --heat hot", '"hot"'),
+        ("torte --heat hot", "error: heat: expected a number, got 'hot'"),
         ("torte --heat", "--heat requires an argument"),
-        ("torte --shape oval", '"round", "square"'),
+        ("torte --shape oval", "shape: expected one of round, square, got 'oval'"),
+        ("torte --num-eggs 1.5", "num_eggs: expected a whole number, got '1.5'"),
+        ("torte --vegan=maybe", "vegan: expected true or false, got 'maybe'"),
     ],
 )
 def test_errors_take_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

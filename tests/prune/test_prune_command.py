@@ -112,7 +112,11 @@ BAD = {
     "sparsity of 0": (None, ["--sparsity", "0"], "expected a fraction in (0, 1), got 0"),
     "sparsity of 1": (None, ["--sparsity", "1"], "expected a fraction in (0, 1)"),
     "sparsity in percent": (None, ["--sparsity", "20"], "expected a fraction in (0, 1), got 20"),
-    "sparsity not a number": (None, ["--sparsity", "half"], 'unable to convert "half" into float'),
+    "sparsity not a number": (
+        None,
+        ["--sparsity", "half"],
+        "sparsity: expected a number, got 'half'",
+    ),
     "sparsity and target": (None, ["--sparsity", "0.2", "--target", "params=90K"], "not both"),
     "target in words": (None, ["--target", "small"], "expected sparsity=FRACTION"),
     "target below the embeddings": (None, ["--target", "params=100"], "cannot be removed"),

@@ -348,7 +348,10 @@ BAD = {
         "--method wanda --pattern 2:4 --compare-within output",
         "method wanda with pattern=2:4 does not read it",
     ),
-    "unknown groups": ("--method wanda --compare-within row", 'Invalid value "row"'),
+    "unknown groups": (
+        "--method wanda --compare-within row",
+        "compare_within: expected one of layer, input",
+    ),
     "units of wanda": ("--method wanda --rounds 3", "rounds: method wanda does not read it"),
     "target of wanda": (
         "--method wanda --target params=50K",
