@@ -71,6 +71,8 @@ def test_the_first_page_names_every_command(page) -> None:
 
 def test_options_of_a_method_are_on_its_page_alone(page) -> None:
     common = flags_of(page("prune --help"))
+    words = page("prune --help").replace(",", " ").split()
+    assert set(get_args(MethodName)) <= set(words)
     assert common >= {*common_options(), "output", "plan", "stream", "device", "config"}
     assert not common & {name for name, option in all_options().items() if option.methods}
     for method in get_args(MethodName):
