@@ -301,5 +301,8 @@ def as_table(cells: list[Cell], dense: Perplexity) -> Table:
         "peak memory is the search's beside the weights"
     )
     if not all(cell.within_tolerance for cell in cells):
-        table.caption += f"; * off by more than {TOLERANCE:.1%}: the layers allow no finer steps"
+        table.caption += (
+            f"; * differs from the sparsity by more than {TOLERANCE:.1%}: "
+            "whole units and rounded widths allow no closer match"
+        )
     return table

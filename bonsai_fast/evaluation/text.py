@@ -118,7 +118,8 @@ def evaluation_sequences(
     """
     if source == "self":
         raise ValueError(
-            "evaluation: text sampled from the model says nothing about it; expected another source"
+            "evaluation: expected another source than self; "
+            "text that the model wrote does not test it"
         )
     held_out = source == calibration and source not in HUB_DATASETS
     tokens = _tokenize(source, "evaluation", tokenizer, max_tokens)

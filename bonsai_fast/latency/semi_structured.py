@@ -88,7 +88,7 @@ def use_semi_structured(model: nn.Module, backend: str) -> int:
         try:
             compressed = _compress(weight.detach(), backend)
         except RuntimeError as error:
-            raise ValueError(f"{backend} cannot take {name}: {error}") from error
+            raise ValueError(f"{backend} does not support {name}: {error}") from error
         module.weight = nn.Parameter(compressed, requires_grad=False)
     return len(names)
 

@@ -66,7 +66,7 @@ def sample_submodels(
     pools = list(_pools(layout, prior, keep, step_sparsity))
     if not pools:
         raise ValueError(
-            "nothing can be removed: every unit is gone already or has an infinite prior"
+            "nothing can be removed: every unit is removed already or has an infinite prior"
         )
     num_pairs = (num_submodels + 1) // 2
     sizes, removals = _counts(pools, num_pairs, seed)

@@ -153,7 +153,7 @@ def _warn_about_shape(search: Search[Any], keep: torch.Tensor) -> None:
     if not achieved.within_tolerance:
         warn(
             f"{achieved.removed:,} parameters are removed, {achieved.asked:,} were requested: "
-            "the layers allow no finer steps"
+            "whole units and rounded widths allow no closer match"
         )
     if task.options.round_to == "1":
         warn("widths are not rounded: llama.cpp runs such models slower and quantises them worse")

@@ -69,7 +69,7 @@ def load_mask(path: str | os.PathLike[str]) -> SavedMask:
             keep = unpack(file.get_tensor("keep"), int(about["num_units"]))[0]
             attention = read_kind(about["attention"])
             if attention not in get_args(AttentionUnit):
-                raise ValueError(f"attention is {about['attention']!r}")
+                raise ValueError(f"attention {about['attention']!r} is unknown")
             return SavedMask(
                 keep,
                 cast(AttentionUnit, attention),

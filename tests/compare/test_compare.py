@@ -181,7 +181,7 @@ def test_the_table_marks_what_misses_its_target(parent: Path, tmp_path: Path, ca
             for cell in json.loads(out.splitlines()[-1])["cells"]
         ]
         assert any(off) == misses and err.count("%*") == sum(off)
-        assert ("off by more than 0.5%" in " ".join(err.split())) == misses
+        assert ("differs from the sparsity by more than 0.5%" in " ".join(err.split())) == misses
 
 
 def test_chart_places_points_inside_and_skips_what_it_cannot_show() -> None:

@@ -79,7 +79,10 @@ def rectangles(layout: Layout, group: Group, relevance: np.ndarray) -> list[Shap
                     )
                 )
     if not found:
-        raise ValueError(f"layer {group.layer}: the heads that must stay admit no rectangular form")
+        raise ValueError(
+            f"layer {group.layer}: the heads that must stay cannot be made rectangular; "
+            "use head_layout free"
+        )
     return found
 
 

@@ -81,7 +81,7 @@ class InputRecorder:
             UnusableInputsError: NaN or Inf, or the layer was never called.
         """
         if name not in self._leader:
-            raise UnusableInputsError(f"{name} takes no part in the forward pass")
+            raise UnusableInputsError(f"{name} is not used in the forward pass")
         leader = self._leader[name]
         mean = self._sums[leader] / self._tokens[leader]
         squares = mean.diagonal() if mean.dim() == 2 else mean

@@ -342,12 +342,12 @@ def test_whole_runs(variant: str, tmp_path: Path) -> None:
 
 
 def test_sublayers_are_refused() -> None:
-    with pytest.raises(ValueError, match="granularity=layers instead"):
+    with pytest.raises(ValueError, match="choose granularity layers"):
         start(Path("unused"), sublayers=True)
 
 
 def test_shares_are_refused_where_they_mean_nothing() -> None:
-    with pytest.raises(ValueError, match="another start than layerwise-ppl"):
+    with pytest.raises(ValueError, match="does not support initial layerwise-ppl"):
         start(Path("unused"), initial="layerwise-ppl", granularity="shares")
     with pytest.raises(ValueError, match="expected one of units, blocks, layers, got 'shares'"):
         configure(method="mini-llm", perturbation="gates", granularity="shares")

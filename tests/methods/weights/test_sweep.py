@@ -221,7 +221,7 @@ def test_inputs_without_an_end_or_without_use(tmp_path: Path) -> None:
     assert recorder.of("mlp.up_proj").num_tokens == 60
     with pytest.raises(UnusableInputsError, match=r"mlp.down_proj: its inputs hold NaN or Inf"):
         recorder.of("mlp.down_proj")
-    with pytest.raises(UnusableInputsError, match="unused takes no part"):
+    with pytest.raises(UnusableInputsError, match="unused is not used"):
         recorder.of("unused")
 
 

@@ -61,9 +61,13 @@ class PolicyGradientOptions(SparingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sublayers:
-            raise ValueError("policy-gradient: expected granularity=layers instead of sublayers")
+            raise ValueError(
+                "policy-gradient does not support sublayers; choose granularity layers"
+            )
         if self.granularity == "shares" and self.initial == "layerwise-ppl":
-            raise ValueError("granularity=shares: expected another start than layerwise-ppl")
+            raise ValueError(
+                "granularity shares does not support initial layerwise-ppl; choose another initial"
+            )
 
 
 POLICY_GRADIENT_PRESETS: Mapping[PresetName, Preset[PolicyGradientOptions]] = {
