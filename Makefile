@@ -9,6 +9,9 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 DEMO_FLAGS ?= --sparsity 0.2 --output runs/demo
 
+# Tools in recipes must not look for this make's job server: they cannot reach it.
+unexport MAKEFLAGS MFLAGS
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint format test bench bench-smoke sanitize clean
 

@@ -122,7 +122,7 @@ def open_parent(
     Args:
         name: hub name or directory; None for the embedded model.
         options: device, dtype, and whether code of the checkpoint may run.
-        reporter: told if layers are streamed unasked.
+        reporter: gets a note if layers are streamed automatically.
         memory_budget: memory to leave beside the weights; the device's default if None.
         by_layer: the caller computes one layer at a time, so that a model that is too large for the
             GPU may stay in the host's memory.

@@ -156,7 +156,7 @@ def measure_latency(
     rounds: int = ROUNDS,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Latency]:
-    """Time models in turns, so that whatever else the machine does hits all of them alike.
+    """Time models alternately, so background load affects all equally.
 
     Args, Raises: as `measure_rounds`.
     """

@@ -1,4 +1,4 @@
-"""What a decoder is made of, for pruning: sub-layers, their parts, and where a part's weights lie.
+"""The parts of a decoder that can be pruned: sub-layers, their units, and the weights of each unit.
 
 A *part* is the smallest thing that owns rows or columns of a weight: a query head, a KV head, an
 MLP channel. A *cut* says, for one dimension of one parameter, which part owns each index. Slicing,
@@ -42,8 +42,8 @@ class AttentionBlock:
         output: path of the output projection; head masks act on its input.
         head_dim: width of one head at that input.
         kv_of_head: KV head that each query head reads, [H].
-        cuts: where the parts' weights lie.
-        norm: path of the norm that only this sub-layer reads and that goes with it, or None.
+        cuts: the weights of each part.
+        norm: path of the norm that only this sub-layer reads and that is removed with it, or None.
     """
 
     layer: int
@@ -88,8 +88,8 @@ class MLPBlock:
             module).
         output: path of the output projection; channel masks act on its input.
         num_channels: intermediate size I.
-        cuts: where the channels' weights lie.
-        norm: path of the norm that only this sub-layer reads and that goes with it, or None.
+        cuts: the weights of each channel.
+        norm: path of the norm that only this sub-layer reads and that is removed with it, or None.
     """
 
     layer: int
@@ -130,7 +130,7 @@ class Decoder:
     mlp: dict[int, MLPBlock]
 
     def blocks(self) -> list[Block]:
-        """All sub-layers, in the order in which their units stand in a layout."""
+        """All sub-layers, in the order of their units in a layout."""
         found: list[Block] = []
         for layer in range(self.num_layers):
             found += [b for b in (self.attention.get(layer), self.mlp.get(layer)) if b is not None]

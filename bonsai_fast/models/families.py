@@ -1,8 +1,8 @@
 """What structure alone cannot tell about a family: which norm only one sub-layer reads.
 
-Such a norm goes with its sub-layer. This is the adapter of a family. A model whose type is not
-listed is scored all the same; its norms then stay when a sub-layer goes, and it can be saved only
-where its own configuration can express the result (see `surgery`).
+Such a norm is removed with its sub-layer. A model whose type is not listed is scored too. Its norms
+then stay when a sub-layer is removed, and it can be saved only where its own configuration can
+express the result (see `surgery`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PRE_NORM = Norms("input_layernorm", "post_attention_layernorm")
 
 
 def _opt(config: Any) -> Norms:
-    # opt-350m normalises behind the residual: those norms are read whatever the sub-layer does
+    # opt-350m normalises behind the residual: those norms are always read
     return (
         Norms("self_attn_layer_norm", "final_layer_norm")
         if config.do_layer_norm_before

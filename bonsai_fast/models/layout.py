@@ -14,7 +14,7 @@ from bonsai_fast.config.choices import AttentionUnit
 from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
 
 Kind = Literal[AttentionUnit, "channel", "attention", "mlp"]
-# kinds whose units are parts of an attention sub-layer, or all of it
+# kinds whose units are parts of an attention sub-layer, or a whole one
 ATTENTION: tuple[Kind, ...] = ("head", "kv-group", "attention")
 
 
@@ -106,9 +106,9 @@ class Layout(Sequence[Unit]):
 
         Args:
             model: a causal language model, dense or pruned before.
-            attention: "head" removes query heads one by one (a KV head goes with its last query
-                head); "kv-group" removes a KV head with all its query heads. The same thing where
-                every query head has its own KV head.
+            attention: "head" removes query heads one by one, and a KV head with its last one;
+                "kv-group" removes a KV head with all its query heads. Both are the same where every
+                query head has its own KV head.
             sublayers: also list whole attention and MLP sub-layers as units.
         Raises:
             ValueError: the model is not supported, or an argument is not one of the above.
@@ -146,7 +146,7 @@ class Layout(Sequence[Unit]):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of units that occur, in the order in which they stand in a layer."""
+        """The kinds of units in this layout, in their order within a layer."""
         present = {group.kind for group in self.groups}
         return tuple(kind for kind in get_args(Kind) if kind in present)
 

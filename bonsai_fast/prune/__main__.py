@@ -22,7 +22,7 @@ from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import open_parent
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
+from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
 from bonsai_fast.methods import WEIGHT_METHODS, NotRecordedError, configure
 from bonsai_fast.methods.configure import resolve
 from bonsai_fast.methods.weights import UnusableInputsError
@@ -30,6 +30,7 @@ from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
 from bonsai_fast.prune.tables import result_table
 from bonsai_fast.runs.ledger import LedgerError
+from bonsai_fast.surgery import SavedModelError
 from bonsai_fast.surgery.loading_code import loading_code
 
 COMMAND = command(__doc__)
@@ -87,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = execute()
     except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
         return fail(error)
+    except SavedModelError as error:
+        return fail(error, WRONG_RESULT)
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again to resume from {output}", file=sys.stderr)
         return INTERRUPTED

@@ -82,5 +82,5 @@ def _directory(name: str) -> Path | None:
 def _metadata(directory: Path) -> dict[str, Any]:
     try:
         return metadata_load(directory / CARD_NAME) or {}
-    except Exception:  # whatever a parent's card holds, it must not keep its child from being saved
+    except Exception:  # a bad card of the parent must not prevent saving
         return {}

@@ -136,7 +136,7 @@ class Wave:
         multiple: int = 1,
         device: torch.device | str = "cpu",
     ) -> Wave:
-        """The wave of sub-models with so many rows each."""
+        """The wave of sub-models with the given number of rows each."""
         kept = KeptLists.of(keep, multiple=multiple, device=device)
         return cls(keep.to(device), RowPlan.of(sizes, device=device), kept)
 
@@ -153,7 +153,7 @@ def random_wave(
     multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> Wave:
-    """Sub-models with so many rows each, whose masks are those of `random_keep`."""
+    """Sub-models with the given number of rows each; masks as in `random_keep`."""
     keep = random_keep(len(sizes), num_units)
     return Wave.of(keep, sizes, multiple=multiple, device=device)
 

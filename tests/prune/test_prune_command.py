@@ -21,8 +21,9 @@ from bonsai_fast.checkpoints.load import load_parent
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.methods import configure
 from bonsai_fast.prune import __main__ as command
-from bonsai_fast.prune import job
+from bonsai_fast.prune import job, pruned_model
 from bonsai_fast.prune.__main__ import main, parse
+from bonsai_fast.surgery import SavedModelError
 
 SMALL = ["--num-sequences", "2", "--sequence-length", "32", "--evaluation-tokens", "256"]
 
@@ -203,6 +204,21 @@ def test_full_disk_ends_in_one_line(
     monkeypatch.undo()
     code, out, _ = run(capsys, parent, *SMALL, "--sparsity", 0.2, "--output", tmp_path / "run")
     assert code == 0 and json.loads(out.splitlines()[-1])["output"]
+
+
+def test_a_saved_model_that_computes_something_else_ends_in_one_line_and_code_1(
+    parent: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def differs(*_: object, **__: object) -> float:
+        raise SavedModelError("its logits differ")
+
+    monkeypatch.setattr(pruned_model, "verify_saved", differs)
+    code, out, err = run(capsys, parent, *SMALL, "--sparsity", 0.2, "--output", tmp_path / "run")
+    assert code == 1 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1] == "error: its logits differ"
 
 
 def test_missing_embedded_model_gives_the_command(

@@ -78,7 +78,7 @@ def fit_ridge(
     kernels = [design.kernel] if group is None else [design.kernel, design.mass @ design.mass.T]
     evidence = _fit(design, y, kernels, with_mean=rho is not None or group is not None)
     relevance, standard_error = _posterior(design, evidence, y)
-    mean_removed = 1 - keep.mean(axis=0)  # also one for units that are gone in every row
+    mean_removed = 1 - keep.mean(axis=0)  # also 1 for units removed in every row
 
     error = held_out_errors(evidence.precision, y, block) * sd
     nothing = maximise_evidence(y, 1 / sd[:, None], [np.zeros_like(design.kernel)])

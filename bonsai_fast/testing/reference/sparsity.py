@@ -16,7 +16,7 @@ def keep_best_reference(
     Args:
         scores: [out, in].
         group_of: int64 [out, in], the group in which each weight competes.
-        num_pruned: how many of so many go.
+        num_pruned: number of weights to zero in a group of a given size.
     Returns:
         bool [out, in], True = kept.
     """
