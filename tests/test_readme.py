@@ -40,6 +40,7 @@ def test_there_is_something_to_run() -> None:
     assert f"bonsai-fast prune {MODEL} --sparsity 0.2 --output runs/mine" in COMMANDS
 
 
+@pytest.mark.slow
 def test_commands_and_programs_in_the_order_of_the_page(folder: Path) -> None:
     for command in COMMANDS:
         words = shlex.split(command)

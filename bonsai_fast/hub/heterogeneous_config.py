@@ -114,7 +114,9 @@ class HeterogeneousConfig:
             where = f"per_layer_config[{index}]"
             skip = getattr(layer, "skip", ())
             if unknown := set(skip).difference(SUBLAYERS):
-                raise ValueError(f"{where}: skip takes {list(SUBLAYERS)}, got {sorted(unknown)}")
+                raise ValueError(
+                    f"{where}: skip: expected some of {list(SUBLAYERS)}, got {sorted(unknown)}"
+                )
             shape = self._shape(layer)
             if "attention" not in skip:
                 heads = layer.num_attention_heads
@@ -125,7 +127,9 @@ class HeterogeneousConfig:
                         f"{where}: {heads} query heads do not fill {kv_heads} KV groups {groups}"
                     )
                 if shape.alibi_heads is not None and len(shape.alibi_heads) != heads:
-                    raise ValueError(f"{where}: {heads} heads, alibi_heads {shape.alibi_heads}")
+                    raise ValueError(
+                        f"{where}: alibi_heads: expected {heads} of them, got {shape.alibi_heads}"
+                    )
             if "mlp" not in skip and shape.channels < 1:
                 raise ValueError(f"{where}: {self.channels_attribute} must be positive")
 

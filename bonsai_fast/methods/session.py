@@ -29,6 +29,10 @@ def _ignore(count: int) -> None:
     """No progress bar."""
 
 
+# what to do where a finished run lacks something
+NEW_RUN = "this target needs a new run, in another directory"
+
+
 class NotRecordedError(ValueError):
     """A re-targeted run asked for an evaluation that its ledger does not hold."""
 
@@ -123,7 +127,7 @@ class Search(Generic[O_co]):
                     losses = self.run.ledger.find_each(text, chunk.keep)
                 if losses is None:
                     if self.recorded_only:
-                        raise NotRecordedError(f"{stage}: not recorded; this needs a new run")
+                        raise NotRecordedError(f"{stage}: its scores are not recorded; {NEW_RUN}")
                     losses = evaluate(chunk)
                     self.run.ledger.append(stage, text, chunk.keep, losses)
                     self.submodels_scored += len(chunk.keep)
@@ -173,7 +177,7 @@ class Search(Generic[O_co]):
         if path.is_file():
             return load_file(path)
         if self.recorded_only:
-            raise NotRecordedError(f"{stage}: prior not recorded; this request needs a new run")
+            raise NotRecordedError(f"{stage}: its statistics are not recorded; {NEW_RUN}")
         if tokens:
             self.reporter.note(f"{stage}: statistics over {tokens:,} tokens")
         found = {name: tensor.contiguous() for name, tensor in measure().items()}
@@ -209,7 +213,7 @@ class Search(Generic[O_co]):
         """
         path = self.run.path / "relevance.safetensors"
         if not path.is_file():
-            raise NotRecordedError(f"{path} is missing; this request needs a new run")
+            raise NotRecordedError(f"{path} is missing; {NEW_RUN}")
         return load_file(path)["relevance"]
 
     def has_recorded(self, stage: str) -> bool:
@@ -224,7 +228,7 @@ class Search(Generic[O_co]):
         """
         entries = [entry for entry in self.run.ledger.entries if entry.stage == stage]
         if not entries:
-            raise NotRecordedError(f"{stage}: not in the ledger; this request needs a new run")
+            raise NotRecordedError(f"{stage}: its scores are not recorded; {NEW_RUN}")
         return torch.cat([entry.keep for entry in entries]), torch.cat(
             [entry.losses for entry in entries]
         )

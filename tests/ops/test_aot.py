@@ -16,6 +16,8 @@ import bonsai_fast
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 # Threads that an SM must hold: with 32 bytes in flight each, they cover the latency of HBM3.
 RESIDENT_THREADS = 768
 REGISTERS_PER_SM = 65536

@@ -288,7 +288,7 @@ def test_pitfall_2_the_stock_checks_do_not_apply(tmp_path: Path) -> None:
     for entry, message in (
         ({"num_attention_heads": 5}, "do not fill 6 KV groups"),
         ({"num_attention_heads": 5, "q_heads_per_kv": [3, 1]}, "do not fill 6 KV groups"),
-        ({"skip": ["norm"]}, "skip takes"),
+        ({"skip": ["norm"]}, "skip: expected"),
         ({"intermediate_size": 0}, "must be positive"),
     ):
         with pytest.raises(Exception, match=message):

@@ -40,7 +40,8 @@ class PaperBonsai:
             stage = f"round-{number:02d}"
             if search.recorded_only and not search.has_recorded(stage):
                 search.reporter.warn(
-                    f"the recorded rounds end at {removed:,} parameters; the rest is extrapolated"
+                    f"the recorded rounds removed only {removed:,} parameters; the other units are "
+                    "chosen by the recorded relevance"
                 )
                 break
             step = (goal - removed) / (layout.num_decoder_parameters - removed)

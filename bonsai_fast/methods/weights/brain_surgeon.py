@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bonsai_fast.methods.weights.linear_inputs import UnusableInputsError
+
 # columns whose effect on all later columns is applied at once
 BLOCK = 128
 # fractions of the mean of H's diagonal; larger ones are tried if rounding makes H indefinite
@@ -35,7 +37,7 @@ class InverseHessian:
     Args:
         gram: float32 [in, in], mean of x x^T over tokens.
     Raises:
-        ValueError: it holds NaN or Inf.
+        UnusableInputsError: it holds NaN or Inf, or cannot be inverted.
 
     Attributes:
         factor: float32 [in, in], the upper Cholesky factor of H^-1.
@@ -90,7 +92,7 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor of the damped inverse, and the inverse's diagonal."""
     diagonal = gram.diagonal()
     if not bool(diagonal.isfinite().all()):
-        raise ValueError("expected finite inputs, got NaN or Inf in their Gram matrix")
+        raise UnusableInputsError("expected finite inputs, got NaN or Inf in their Gram matrix")
     mean = float(diagonal.mean()) or 1.0
     for damping in DAMPING:
         damped = gram.clone()
@@ -102,4 +104,7 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not bool(failed):
             return upper, inverse.diagonal().clone()
-    raise ValueError("the Gram matrix of a layer's inputs is not positive")
+    raise UnusableInputsError(
+        f"the Gram matrix of a layer's inputs cannot be inverted, even with {DAMPING[-1]:g} of its "
+        "mean diagonal added; use more calibration text"
+    )
