@@ -29,7 +29,6 @@ class Achieved:
         removed: number removed, at most that.
         num_parameters: parameters of the pruned model.
         sparsity: removed fraction of the decoder's parameters.
-        total_sparsity: removed fraction of all parameters.
         heads: (query heads, KV heads) kept, by layer.
         widths: channels kept, by layer.
     """
@@ -38,7 +37,6 @@ class Achieved:
     removed: int
     num_parameters: int
     sparsity: float
-    total_sparsity: float
     heads: tuple[tuple[int, int], ...]
     widths: tuple[int, ...]
 
@@ -58,7 +56,6 @@ class Achieved:
             removed=removed,
             num_parameters=layout.num_model_parameters - removed,
             sparsity=removed / layout.num_decoder_parameters,
-            total_sparsity=removed / layout.num_model_parameters,
             heads=tuple(heads),
             widths=tuple(widths),
         )
