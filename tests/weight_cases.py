@@ -44,7 +44,7 @@ def pruned_weights(task: WeightTask, folder: Path) -> dict[str, torch.Tensor]:
     """The pruned weights of all linear layers of a task."""
     run, weights = pruned_run(task, folder), {}
     for number in range(len(task.layers)):
-        layer = run.layer(number)
+        layer = run.layers.find(number)
         assert layer is not None
         weights |= layer
     return weights

@@ -35,6 +35,13 @@ Initial = Literal["wanda-sp", "random", "random-progressive", "layerwise-ppl"]
 Projection = Literal["sigmoid-budget", "sigmoid-norm", "score-const"]
 Perturbation = Literal["weights", "weights-divided", "gates"]
 
+# what is done after pruning
+Tier = Literal[
+    "compensate", "reconstruct", "distill", "bonsai", "wanda-lora", "mini-llm", "policy-gradient"
+]
+RecoverName = Literal["none", Tier]
+RecoverWeights = Literal["lora", "all", "norms"]
+
 # how it is computed
 EngineName = Literal["auto", "hooks", "fused"]
 ConcreteRoute = Literal["dense", "slice", "gather"]

@@ -15,10 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 ARGUMENTS = "Arguments"
 REMOVED = "What to remove"
 SEARCH = "How to search"
+RECOVERY = "How to recover"
 TEXT = "Text"
 DEVICE = "Model and device"
 OUTPUT = "Output"
-TOPICS = (ARGUMENTS, REMOVED, SEARCH, TEXT, DEVICE, OUTPUT)
+TOPICS = (ARGUMENTS, REMOVED, SEARCH, RECOVERY, TEXT, DEVICE, OUTPUT)
 
 
 def option(

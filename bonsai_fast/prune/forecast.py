@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from bonsai_fast.layerwise import Sweep
 from bonsai_fast.methods import Plan, Task
-from bonsai_fast.methods.weights import Sweep
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, prune_layer
 
 # sub-models of the batch that is timed

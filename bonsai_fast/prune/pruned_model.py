@@ -22,9 +22,9 @@ from bonsai_fast.checkpoints.streaming import (
     stream_of,
 )
 from bonsai_fast.console import Reporter
-from bonsai_fast.evaluation.perplexity import Perplexity, perplexity
+from bonsai_fast.evaluation.perplexity import Perplexity, perplexity, perplexity_of
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods.weights import sweep_perplexity
+from bonsai_fast.layerwise import sweep_losses
 from bonsai_fast.models import find_decoder
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import masked
@@ -186,13 +186,14 @@ class ZeroedModel(PrunedModel):
     def perplexity(self, model: PreTrainedModel, text: Sequences, name: str) -> Perplexity:
         layers = find_decoder(model).num_layers
         with self.reporter.bar(f"perplexity of the {name} model", total=layers) as advance:
-            return sweep_perplexity(
+            losses = sweep_losses(
                 model,
-                text,
+                text.input_ids,
                 memory_budget=self.memory_budget,
                 folder=self.directory.parent,
                 advance=advance,
             )
+        return perplexity_of(losses, text)
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:

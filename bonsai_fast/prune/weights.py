@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import open_streamed, weight
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.layerwise import check_memory
 from bonsai_fast.methods import WEIGHT_METHODS, Choice, resolve
-from bonsai_fast.methods.weights import check_memory
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
 from bonsai_fast.prune.deliver import deliver
 from bonsai_fast.prune.pruned_model import ZeroedModel
@@ -69,7 +69,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
     """
     started = time.perf_counter()
     if run.start == "finished":
-        run.drop_layers()  # in case the last start was killed just before it did
+        run.layers.drop()  # in case the last start was killed just before it did
         return recorded_result(run, SparseResult, reporter)
     text, model = task.calibration, task.model
     reporter.note(
@@ -88,7 +88,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
             task.tokenizer,
             run.model_directory,
             reporter,
-            run.recorded_layer,
+            run.layers.__getitem__,
             task.config.memory_budget,
         ),
         run,
@@ -119,7 +119,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         pruning_seconds=found,
     )
     record_result(run, result, reporter)
-    run.drop_layers()
+    run.layers.drop()
     return result
 
 
@@ -131,7 +131,7 @@ def count_saved_zeros(task: WeightTask, run: WeightRun) -> int:
     """
     saved, zeros = open_streamed(run.model_directory, device="cpu"), 0
     for number in range(len(task.layers)):
-        for name, pruned in run.recorded_layer(number).items():
+        for name, pruned in run.layers[number].items():
             found = weight(saved, name).detach()
             if not torch.equal(found, pruned):
                 raise SavedModelError(
@@ -147,7 +147,7 @@ def _restore_layers(task: WeightTask, run: WeightRun) -> None:
         return
     saved = open_streamed(run.model_directory, device="cpu")
     for number, layer in enumerate(task.layers):
-        run.save_layer(number, {name: weight(saved, name).detach().clone() for name in layer})
+        run.layers.save(number, {name: weight(saved, name).detach().clone() for name in layer})
 
 
 def _check_shapes(layers: list[dict[str, nn.Linear]], choice: Choice) -> None:

@@ -28,12 +28,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from bonsai_fast.config import ResolvedConfig
-from bonsai_fast.files import write_atomically, write_json
+from bonsai_fast.files import write_json
 from bonsai_fast.models.layout import Layout, describe_layout
 from bonsai_fast.runs.identity import (
     FORMAT,
@@ -45,7 +43,8 @@ from bonsai_fast.runs.identity import (
     start_in,
     versions,
 )
-from bonsai_fast.runs.ledger import Ledger, LedgerError
+from bonsai_fast.runs.layer_record import LayerRecord
+from bonsai_fast.runs.ledger import Ledger
 from bonsai_fast.runs.mask_files import save_mask
 
 
@@ -126,50 +125,10 @@ class UnitRun(Run):
 class WeightRun(Run):
     """An open run that zeroes weights."""
 
-    def has_layer(self, number: int) -> bool:
-        """Whether a decoder layer is on record; it is not read."""
-        return self._layer_path(number).is_file()
-
-    def layer(self, number: int) -> dict[str, torch.Tensor] | None:
-        """Pruned weights of a decoder layer by parameter name, or None if it is not on record.
-
-        Raises:
-            LedgerError: the record is damaged.
-        """
-        if not self.has_layer(number):
-            return None
-        path = self._layer_path(number)
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise LedgerError(
-                f"{path} cannot be read: {error}; delete it to prune that layer again"
-            ) from error
-
-    def recorded_layer(self, number: int) -> dict[str, torch.Tensor]:
-        """The same of a decoder layer that must be on record.
-
-        Raises:
-            LedgerError: the record is damaged or missing.
-        """
-        weights = self.layer(number)
-        if weights is None:
-            path = self._layer_path(number)
-            raise LedgerError(f"{path} is missing; run the same command again to prune that layer")
-        return weights
-
-    def save_layer(self, number: int, weights: dict[str, torch.Tensor]) -> None:
-        """Record the pruned weights of a decoder layer."""
-        path = self._layer_path(number)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, save({name: x.contiguous() for name, x in weights.items()}))
-
-    def drop_layers(self) -> None:
-        """Delete the records of layers: the saved model holds their weights."""
-        shutil.rmtree(self._layer_path(0).parent, ignore_errors=True)
-
-    def _layer_path(self, number: int) -> Path:
-        return self.path / "layers" / f"{number:04d}.safetensors"
+    @property
+    def layers(self) -> LayerRecord:
+        """Pruned weights of decoder layers, until the model is saved."""
+        return LayerRecord(self.path / "layers")
 
 
 def open_run(

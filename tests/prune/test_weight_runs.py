@@ -23,12 +23,14 @@ from bonsai_fast.checkpoints.streaming import exchanged_weights
 from bonsai_fast.compare.__main__ import main as compare
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.console import Reporter
-from bonsai_fast.methods.weights import layer_by_layer, sweep
+from bonsai_fast.layerwise import sweep
+from bonsai_fast.methods.weights import layer_by_layer
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer
 from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.prune.forecast import weight_plan
 from bonsai_fast.runs.directory import WeightRun
+from bonsai_fast.runs.layer_record import LayerRecord
 from bonsai_fast.runs.ledger import LedgerError
 
 QUIET = Reporter(quiet=True)
@@ -191,7 +193,7 @@ def test_a_layer_that_is_missing_is_not_passed_over(tmp_path: Path) -> None:
     (run.path / "layers" / "0002.safetensors").unlink()
     with (
         pytest.raises(LedgerError, match=r"0002.safetensors is missing; run the same command"),
-        exchanged_weights(task.model, run.recorded_layer),
+        exchanged_weights(task.model, run.layers.__getitem__),
     ):
         pass
     assert all(torch.equal(x, before[name]) for name, x in task.model.named_parameters())
@@ -227,10 +229,10 @@ def weights_in(run: Path) -> bytes:
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
-        (WeightRun, "save_layer", 2),
+        (LayerRecord, "save", 2),
         (pruned_model, "save_pretrained", 0),
         (WeightRun, "record", 1),
-        (WeightRun, "drop_layers", 0),
+        (LayerRecord, "drop", 0),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".")[2],
 )
@@ -242,14 +244,14 @@ def test_interrupted_runs_go_on_to_the_same_bytes(
         with pytest.raises(Interrupted):
             prune(tmp_path / "run", method="sparsegpt")
     on_record = len(list((tmp_path / "run").glob("layers/*.safetensors")))
-    assert on_record == (calls if name == "save_layer" else 4)
+    assert on_record == (calls if name == "save" else 4)
     result = prune(tmp_path / "run", method="sparsegpt")
     assert weights_in(tmp_path / "run") == weights_in(whole)
     assert not (tmp_path / "run" / "layers").exists()
-    if name != "drop_layers":  # by then the run was finished
+    if name != "drop":  # by then the run was finished
         fresh = json.loads((whole / "run.json").read_text())["result"]
         assert result.pruned_perplexity == fresh["pruned_perplexity"]
-        assert (result.tokens > 0) == (name == "save_layer")
+        assert (result.tokens > 0) == (name == "save")
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["loaded", "streamed"])

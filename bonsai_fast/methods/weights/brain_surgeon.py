@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bonsai_fast.methods.weights.linear_inputs import UnusableInputsError
+from bonsai_fast.layerwise.linear_inputs import UnusableInputsError
 
 # columns whose effect on all later columns is applied at once
 BLOCK = 128

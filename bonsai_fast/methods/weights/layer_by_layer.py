@@ -11,8 +11,8 @@ from bonsai_fast.checkpoints.streaming import exchanged_weights, weight
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences
+from bonsai_fast.layerwise import InputRecorder, LinearInputs, Sweep
 from bonsai_fast.methods import Choice, WeightMethod
-from bonsai_fast.methods.weights import InputRecorder, LinearInputs, Sweep
 from bonsai_fast.methods.weights.weight_options import WeightOptions
 from bonsai_fast.models import find_decoder
 from bonsai_fast.runs.directory import WeightRun
@@ -71,7 +71,7 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
         calibration tokens that layers were run on, as tokens through the whole model.
     """
     num_layers = len(task.layers)
-    missing = [number for number in range(num_layers) if not run.has_layer(number)]
+    missing = [number for number in range(num_layers) if not run.layers.has(number)]
     if 0 < len(missing) < num_layers:
         reporter.note(f"resuming {run.path}: {num_layers - len(missing)} layers are recorded")
     if not missing:
@@ -86,11 +86,11 @@ def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:
         )
     with reporter.bar("layers", total=missing[-1] + 1) as advance:
         for number in range(missing[-1] + 1):
-            weights = run.layer(number)
+            weights = run.layers.find(number)
             if weights is None:
                 weights = prune_layer(task, number, sweep)
                 passes += 1
-                run.save_layer(number, weights)
+                run.layers.save(number, weights)
             if sweep is not None and number < missing[-1]:
                 with exchanged_weights(task.model, {number: weights}.get):
                     sweep.advance(number)

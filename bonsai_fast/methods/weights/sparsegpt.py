@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bonsai_fast.methods.weights import LinearInputs, Needs
+from bonsai_fast.layerwise import LinearInputs, Needs
 from bonsai_fast.methods.weights.brain_surgeon import BLOCK, prune_columns
 from bonsai_fast.methods.weights.keep_best import keep_best
 from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bonsai_fast.methods.weights import LinearInputs, Needs
+from bonsai_fast.layerwise import LinearInputs, Needs
 from bonsai_fast.methods.weights.weight_method import Choice, hessian_of, without_worst
 from bonsai_fast.methods.weights.weight_options import weight_presets
 from bonsai_fast.ops import native

@@ -16,7 +16,7 @@ from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.config.choices import CompareWithin, PresetName
 from bonsai_fast.config.presets import Preset
 from bonsai_fast.config.weight_pattern import Pattern
-from bonsai_fast.methods.weights import LinearInputs, Needs
+from bonsai_fast.layerwise import LinearInputs, Needs
 from bonsai_fast.methods.weights.brain_surgeon import BLOCK, InverseHessian, prune_columns
 from bonsai_fast.methods.weights.keep_best import keep_best
 from bonsai_fast.methods.weights.weight_options import WeightOptions

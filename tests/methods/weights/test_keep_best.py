@@ -10,8 +10,8 @@ import torch
 
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.config.weight_pattern import Pattern
+from bonsai_fast.layerwise import LinearInputs
 from bonsai_fast.methods import WEIGHT_METHODS, Choice, configure, resolve
-from bonsai_fast.methods.weights import LinearInputs
 from bonsai_fast.methods.weights.keep_best import keep_best
 from bonsai_fast.testing.reference import keep_best_reference
 

@@ -14,9 +14,10 @@ from weight_cases import pruned_run, random_text, task_of
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
 from bonsai_fast.checkpoints.streaming import exchanged_weights
 from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.perplexity import perplexity_of
 from bonsai_fast.evaluation.text import Sequences
+from bonsai_fast.layerwise import sweep_losses
 from bonsai_fast.methods import configure
-from bonsai_fast.methods.weights import sweep_perplexity
 from bonsai_fast.methods.weights.layer_by_layer import prune_layers
 from bonsai_fast.prune.weights import prepare_weights
 from bonsai_fast.runs.directory import open_weight_run
@@ -51,7 +52,7 @@ def damage(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (key := str(options)) not in known:
             task = task_of(model, text, **options)
             run = pruned_run(task, tmp_path_factory.mktemp("run") / "run")
-            with exchanged_weights(model, run.layer), torch.no_grad():
+            with exchanged_weights(model, run.layers.find), torch.no_grad():
                 known[key] = float((model(input_ids=fresh).logits - dense).square().mean())
         return known[key]
 
@@ -94,11 +95,12 @@ def test_the_embedded_model(
         task = prepare_weights(model, tokenizer, config)
         run = open_weight_run(tmp_path / method, task.config, model, None)
         prune_layers(task, run, QUIET)
-        with exchanged_weights(model, run.layer):
-            return sweep_perplexity(model, task.evaluation, folder=tmp_path).value
+        with exchanged_weights(model, run.layers.find):
+            losses = sweep_losses(model, task.evaluation.input_ids, folder=tmp_path)
+            return perplexity_of(losses, task.evaluation).value
 
     config = configure(method="wanda", **small)
     text: Sequences = prepare_weights(model, tokenizer, config).evaluation
-    dense = sweep_perplexity(model, text, folder=tmp_path).value
+    dense = perplexity_of(sweep_losses(model, text.input_ids, folder=tmp_path), text).value
     wanda, magnitude = measured("wanda"), measured("magnitude")
     assert 1.2 * dense < wanda < magnitude / 4

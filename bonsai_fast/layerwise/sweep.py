@@ -10,10 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.memory import default_budget, parse_bytes
-from bonsai_fast.evaluation.perplexity import Perplexity, perplexity_of
-from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.methods.weights.hidden_states import HiddenStates
-from bonsai_fast.methods.weights.outside_layers import Call, OutsideLayers
+from bonsai_fast.layerwise.hidden_states import HiddenStates
+from bonsai_fast.layerwise.outside_layers import Call, OutsideLayers
 from bonsai_fast.scoring.sequence_nll import evaluation_mode
 from bonsai_fast.scoring.working_set import MAX_TOKENS, WorkingSet
 
@@ -136,23 +134,22 @@ def _check_budget(needs: WorkingSet, budget: int, length: int) -> None:
         )
 
 
-def sweep_perplexity(
+def sweep_losses(
     model: PreTrainedModel,
-    sequences: Sequences,
+    input_ids: Tensor,
     *,
     memory_budget: int | str | None = None,
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
-) -> Perplexity:
-    """The same as `evaluation.perplexity`, layer by layer.
+) -> Tensor:
+    """Next-token losses, mean nats of every sequence: int64 [B, T] -> float32 [B].
 
     Args:
-        model, memory_budget, folder: as in `Sweep`.
-        sequences: the text.
+        model, input_ids, memory_budget, folder: as in `Sweep`.
         advance: called with 1 after every layer, for a progress bar.
     """
-    sweep = Sweep(model, sequences.input_ids, memory_budget=memory_budget, folder=folder)
+    sweep = Sweep(model, input_ids, memory_budget=memory_budget, folder=folder)
     for number in range(len(sweep.layers)):
         sweep.advance(number)
         advance(1)
-    return perplexity_of(sweep.losses(), sequences)
+    return sweep.losses()

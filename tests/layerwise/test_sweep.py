@@ -14,15 +14,14 @@ from torch import nn
 from weight_cases import random_text
 
 from bonsai_fast.checkpoints.streaming import exchanged_weights, stream_layers, stream_of
-from bonsai_fast.evaluation.perplexity import perplexity
-from bonsai_fast.methods.weights import (
+from bonsai_fast.layerwise import (
     InputRecorder,
     Sweep,
     UnusableInputsError,
     sweep,
-    sweep_perplexity,
+    sweep_losses,
 )
-from bonsai_fast.methods.weights.hidden_states import HiddenStates
+from bonsai_fast.layerwise.hidden_states import HiddenStates
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import SequenceNLL
 
@@ -50,9 +49,9 @@ def test_same_losses_as_the_model(family: str, tmp_path: Path) -> None:
     )
     # the model is its own again
     assert all("forward" not in vars(layer) for layer in passed.layers)
-    found = sweep_perplexity(model, text, folder=tmp_path)
-    assert found.value == pytest.approx(perplexity(model, text).value, rel=1e-5)
-    assert found.protocol == perplexity(model, text).protocol
+    torch.testing.assert_close(
+        sweep_losses(model, text.input_ids, folder=tmp_path), passed.losses(), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "phi3", "bloom", "gpt_neox"])
