@@ -22,7 +22,7 @@ from bonsai_fast.methods.task import O_co, Task
 from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.runs.directory import UnitRun
-from bonsai_fast.scoring import Chunk, ScoringSession
+from bonsai_fast.scoring import Chunk, OutputWeights, ScoringSession
 
 
 def _ignore(count: int) -> None:
@@ -66,7 +66,14 @@ class Search(Generic[O_co]):
         return self.run.start == "retarget"
 
     def losses(
-        self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor, *, silent: bool = False
+        self,
+        stage: str,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        output_weights: OutputWeights | None = None,
+        compensation: str = "compensated",
+        silent: bool = False,
     ) -> torch.Tensor:
         """Losses of sub-models: recorded ones if the ledger has them, else scored and recorded.
 
@@ -74,14 +81,18 @@ class Search(Generic[O_co]):
             stage: what the evaluations are for; recorded and shown.
             keep: bool [S, P].
             input_ids: int64 [B, T].
+            output_weights: the sub-models' own output projections; see `MaskScorer.score`.
+            compensation: name of `output_weights`, under which their losses are recorded apart
+                from others. One name must mean the same weights throughout a run.
             silent: show no progress bar, because the caller does.
         Returns:
             float32 [S, B], nats per predicted token.
         Raises:
             NotRecordedError: the run is only re-targeted and these are not recorded.
         """
-        session = self.task.scorer.session(input_ids)
-        return self.evaluations("", Chunk.losses, stage, keep, session, silent=silent)
+        session = self.task.scorer.session(input_ids, output_weights=output_weights)
+        measure = "" if output_weights is None else f"{compensation} "
+        return self.evaluations(measure, Chunk.losses, stage, keep, session, silent=silent)
 
     def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
@@ -112,7 +123,8 @@ class Search(Generic[O_co]):
         a whole: a resumed run has the same batches, and so the same bits, as an uninterrupted one.
 
         Args:
-            measure: name of the quantity; one name must mean the same function throughout a run.
+            measure: name of the quantity and a space, or "" for the loss of plain sub-models; one
+                name must mean the same function throughout a run.
             evaluate: chunk of n sub-models -> float32 [n, B].
             stage, keep, silent: as for `losses`.
             session: of the scorer, on the text.

@@ -82,7 +82,8 @@ class Stage:
     """All ledger entries of one stage.
 
     Attributes:
-        measure: what the values are: "" for losses in nats per predicted token.
+        measure: what the values are: "" for losses in nats per predicted token, "compensated" for
+            those of sub-models with their own output projections.
         keep: bool [S, P].
         values: float32 [S, B].
     """

@@ -2,6 +2,7 @@
 
 from bonsai_fast.config.choices import EngineName, Precision
 from bonsai_fast.scoring.hooks_engine import masked
+from bonsai_fast.scoring.output_weights import OutputProjection, OutputWeights
 from bonsai_fast.scoring.scorer import MaskScorer
 from bonsai_fast.scoring.scoring_session import Chunk, ScoringSession
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
@@ -10,6 +11,8 @@ __all__ = [
     "Chunk",
     "EngineName",
     "MaskScorer",
+    "OutputProjection",
+    "OutputWeights",
     "Precision",
     "ScoringSession",
     "SequenceNLL",

@@ -14,6 +14,8 @@ from bonsai_fast.models import Block
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.divergence import ParentReference
 from bonsai_fast.scoring.interface import Measure, Progress
+from bonsai_fast.scoring.output_hooks import OutputHooks
+from bonsai_fast.scoring.output_weights import SubmodelOutputs
 from bonsai_fast.scoring.sequence_nll import SequenceNLL, evaluation_mode
 from bonsai_fast.scoring.working_set import rows_within
 
@@ -28,13 +30,16 @@ class HooksEngine:
         self.nll = nll
         self._budget = memory_budget
 
-    def rows_per_batch(self, length: int) -> int:
+    def rows_per_batch(self, length: int, *, own_outputs: bool = False) -> int:
         """See `Engine.rows_per_batch`."""
-        return rows_within(self._budget, self.layout, self.nll, length)
+        return rows_within(self._budget, self.layout, self.nll, length, own_outputs=own_outputs)
 
-    def submodels_per_chunk(self, sequences: int, length: int) -> int:
+    def submodels_per_chunk(self, sequences: int, length: int, *, own_outputs: bool = False) -> int:
         """As many as fit into a batch: sub-models share no work here."""
-        return max(1, self.rows_per_batch(length) // sequences)
+        return max(1, self.rows_per_batch(length, own_outputs=own_outputs) // sequences)
+
+    def check_own_outputs(self) -> None:
+        """Nothing is refused."""
 
     def route_for(self, keep: Tensor, sequences: int, length: int) -> None:
         """None: there is only one route."""
@@ -45,18 +50,20 @@ class HooksEngine:
         input_ids: Tensor,
         measure: Measure,
         *,
+        outputs: SubmodelOutputs | None = None,
         route: Route | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """See `Engine.score`."""
         sequences, device = len(input_ids), self.nll.head.weight.device
         found = torch.empty(len(keep) * sequences, dtype=torch.float32)
-        step = self.rows_per_batch(input_ids.shape[1])
+        step = self.rows_per_batch(input_ids.shape[1], own_outputs=outputs is not None)
         for start in range(0, len(found), step):
             pairs = torch.arange(start, min(start + step, len(found)))
-            text = pairs % sequences
-            tokens, kept = input_ids[text].to(device), keep[pairs // sequences].to(device)
-            with masked(self.nll.model, self.layout, kept):
+            text, submodels = pairs % sequences, pairs // sequences
+            tokens, kept = input_ids[text].to(device), keep[submodels].to(device)
+            own = None if outputs is None else outputs.rows(submodels)
+            with masked(self.nll.model, self.layout, kept, own):
                 states = self._states(tokens)
             found[pairs] = measure(states, tokens, text).cpu()
             if progress is not None:
@@ -80,18 +87,28 @@ class HooksEngine:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, layout: Layout, keep: Tensor) -> Iterator[None]:
+def masked(
+    model: PreTrainedModel,
+    layout: Layout,
+    keep: Tensor,
+    outputs: SubmodelOutputs | None = None,
+) -> Iterator[None]:
     """Inside the context, row r of a batch runs through sub-model r.
 
     Args:
         model: the parent.
         layout: its units.
         keep: bool [R, P] on its device.
+        outputs: their own output projections; None: all have the parent's.
     """
     with ExitStack() as stack:
         for block, kept in layout.keep_by_block(keep):
-            if not bool(kept.all()):
-                output = model.get_submodule(block.output)
+            output = model.get_submodule(block.output)
+            own = None if outputs is None else OutputHooks(block, kept.cpu(), outputs)
+            if own is not None and own.any_own:
+                stack.callback(output.register_forward_pre_hook(own.before).remove)
+                stack.callback(output.register_forward_hook(own.after, prepend=True).remove)
+            elif not bool(kept.all()):
                 hook = _zero_removed(block, kept)
                 stack.callback(output.register_forward_pre_hook(hook).remove)
         yield

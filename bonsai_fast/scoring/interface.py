@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bonsai_fast.config.choices import Route
 from bonsai_fast.scoring.divergence import ParentReference
+from bonsai_fast.scoring.output_weights import SubmodelOutputs
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 
 Progress = Callable[[int], None]
@@ -46,18 +47,28 @@ class Engine(Protocol):
 
     name: str
 
-    def rows_per_batch(self, length: int) -> int:
+    def rows_per_batch(self, length: int, *, own_outputs: bool = False) -> int:
         """Number of pairs that are processed at once, for sequences of `length` tokens.
 
+        Args:
+            length: of a sequence.
+            own_outputs: whether sub-models have their own output projections.
         Raises:
             ValueError: not even one fits into the memory budget.
         """
 
-    def submodels_per_chunk(self, sequences: int, length: int) -> int:
+    def submodels_per_chunk(self, sequences: int, length: int, *, own_outputs: bool = False) -> int:
         """Number of sub-models to score in one call where the result of each call is recorded.
 
         Fewer would compute more than once what sub-models share; with more, more work would be lost
         when the run is interrupted.
+        """
+
+    def check_own_outputs(self) -> None:
+        """Refuse to score sub-models with their own output projections.
+
+        Raises:
+            ValueError: the route does not support that.
         """
 
     def route_for(self, keep: Tensor, sequences: int, length: int) -> Route | None:
@@ -76,6 +87,7 @@ class Engine(Protocol):
         input_ids: Tensor,
         measure: Measure,
         *,
+        outputs: SubmodelOutputs | None = None,
         route: Route | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -85,6 +97,7 @@ class Engine(Protocol):
             keep: bool [S, P].
             input_ids: int64 [B, T].
             measure: what is computed from the last hidden states.
+            outputs: the sub-models' own output projections; None: all have the parent's.
             route: from `route_for`, where several calls should share one; None: the fastest for
                 these sub-models.
             progress: called now and then with the number of pairs done since the last call.

@@ -16,6 +16,7 @@ from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.fused import FusedEngine, UnsupportedStructureError
 from bonsai_fast.scoring.hooks_engine import HooksEngine
 from bonsai_fast.scoring.interface import Engine, Progress
+from bonsai_fast.scoring.output_weights import OutputTensors, OutputWeights
 from bonsai_fast.scoring.scoring_session import ScoringSession
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 from bonsai_fast.scoring.working_set import logit_bytes_within
@@ -116,37 +117,71 @@ class MaskScorer:
         if isinstance(self.engine, FusedEngine):
             self.engine.record_rates(path, write=write)
 
-    def session(self, input_ids: torch.Tensor) -> ScoringSession:
+    def session(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        output_weights: OutputWeights | OutputTensors | None = None,
+    ) -> ScoringSession:
         """Score many sub-models on one text, in chunks that can be recorded one by one.
 
         Args:
             input_ids: int64 [B, T], T >= 2, no padding.
+            output_weights: as for `score`; tensors have a row for each of the sub-models that are
+                given to the session together.
         Raises:
-            TypeError, ValueError: wrong dtype or shape, or token ids outside the vocabulary.
+            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, or a
+                route that does not support `output_weights`.
         """
         self._check_tokens(input_ids)
-        return ScoringSession(self.engine, self.layout, self._nll, input_ids)
+        if output_weights is not None:
+            self.engine.check_own_outputs()
+        return ScoringSession(self.engine, self.layout, self._nll, input_ids, output_weights)
 
     def score(
-        self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
+        self,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        output_weights: OutputWeights | OutputTensors | None = None,
+        progress: Progress | None = None,
     ) -> torch.Tensor:
         """Loss of every sub-model on every sequence.
+
+        With `output_weights`, sub-models are scored as compensated: each one's loss is that of the
+        parent whose output projections were exchanged for the sub-model's and whose removed units
+        were cut out. Any engine, and any route but "split", supports it.
 
         Args:
             keep: bool [S, P], True = kept.
             input_ids: int64 [B, T], T >= 2, no padding.
+            output_weights: the sub-models' own output projections; None: all have the parent's.
+                A function makes them from the mask of a sub-layer; see `OutputWeights`. It is
+                called when the layer is computed, and a few results are held at once, within the
+                memory budget. What the function itself holds is not counted.
+                Or tensors, by the names of the parent's parameters: weights [S, D, in_features] of
+                some output projections, for every sub-model; columns of removed units are not read.
+                A bias [S, D] beside it replaces or adds the bias. Such sub-models share no hidden
+                states after the first of these layers.
             progress: called now and then with the number of pairs done since the last call.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token. A sub-model that overflows has
             NaN or Inf in its own row only.
         Raises:
-            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, or the
-                memory budget is too small for one sequence.
+            TypeError, ValueError: wrong dtype or shape, token ids outside the vocabulary, a route
+                that does not support `output_weights`, or the memory budget is too small for one
+                sequence.
         """
-        return self.session(input_ids).whole(keep).losses(progress)
+        session = self.session(input_ids, output_weights=output_weights)
+        return session.whole(keep).losses(progress)
 
     def divergence(
-        self, keep: torch.Tensor, input_ids: torch.Tensor, *, progress: Progress | None = None
+        self,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        output_weights: OutputWeights | OutputTensors | None = None,
+        progress: Progress | None = None,
     ) -> torch.Tensor:
         """KL divergence of every sub-model from the parent, on every sequence.
 
@@ -155,24 +190,28 @@ class MaskScorer:
         runs it once per text.
 
         Args:
-            keep, input_ids, progress: as for `score`.
+            keep, input_ids, output_weights, progress: as for `score`.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token.
         Raises:
             TypeError, ValueError: as `score`, or the model caps its logits.
         """
-        return self.session(input_ids).whole(keep).divergence(progress)
+        session = self.session(input_ids, output_weights=output_weights)
+        return session.whole(keep).divergence(progress)
 
-    def as_function(self, input_ids: torch.Tensor) -> Callable[[np.ndarray], np.ndarray]:
+    def as_function(
+        self, input_ids: torch.Tensor, *, output_weights: OutputWeights | None = None
+    ) -> Callable[[np.ndarray], np.ndarray]:
         """The scorer as a plain function, for shap, scipy, optuna, pymoo or your own search.
 
         Args:
             input_ids: int64 [B, T].
+            output_weights: as for `score`, a function.
         Returns:
             a function of keep masks (bool or 0/1 array [S, P], or [P] for one) to float64 [S]: the
             mean loss over all sequences, nats per predicted token.
         """
-        session = self.session(input_ids)
+        session = self.session(input_ids, output_weights=output_weights)
 
         def mean_loss(keep: np.ndarray) -> np.ndarray:
             masks = np.atleast_2d(np.asarray(keep))

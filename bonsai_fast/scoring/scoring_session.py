@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from bonsai_fast.config.choices import Route
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.divergence import Divergence
 from bonsai_fast.scoring.interface import Engine, Measure, NextTokenLoss, Progress
+from bonsai_fast.scoring.output_weights import (
+    OutputTensors,
+    OutputWeights,
+    SubmodelOutputs,
+    submodel_outputs,
+)
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 
 
@@ -23,10 +30,19 @@ class ScoringSession:
 
     Attributes:
         input_ids: int64 [B, T], the text.
+        output_weights: own output projections of the sub-models; None: all have the parent's.
     """
 
-    def __init__(self, engine: Engine, layout: Layout, nll: SequenceNLL, input_ids: Tensor) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        layout: Layout,
+        nll: SequenceNLL,
+        input_ids: Tensor,
+        output_weights: OutputWeights | OutputTensors | None = None,
+    ) -> None:
         self.engine, self.input_ids = engine, input_ids
+        self.output_weights = output_weights
         self.loss_measure = NextTokenLoss(nll)
         self._layout, self._nll = layout, nll
 
@@ -37,7 +53,8 @@ class ScoringSession:
         Raises:
             ValueError: the memory budget is too small for one sequence.
         """
-        return self.engine.submodels_per_chunk(*self.input_ids.shape)
+        own_outputs = self.output_weights is not None
+        return self.engine.submodels_per_chunk(*self.input_ids.shape, own_outputs=own_outputs)
 
     @property
     def has_divergence(self) -> bool:
@@ -65,17 +82,28 @@ class ScoringSession:
         Args:
             keep: bool [S, P].
         Raises:
-            TypeError, ValueError: wrong dtype or shape, or the memory budget is too small for one
-                sequence.
+            TypeError, ValueError: wrong dtype or shape, of masks or of `output_weights` given as
+                tensors, or the memory budget is too small for one sequence.
         """
         self._layout.check_mask(keep, dims=2)
+        outputs = self._outputs(keep)
         route = self.engine.route_for(keep, *self.input_ids.shape)
-        return [Chunk(self, part, route) for part in keep.split(self.submodels_per_chunk)]
+        size = self.submodels_per_chunk
+        parts = zip(keep.split(size), torch.arange(len(keep)).split(size), strict=True)
+        return [
+            Chunk(self, part, route, None if outputs is None else outputs.rows(rows))
+            for part, rows in parts
+        ]
 
     def whole(self, keep: Tensor) -> Chunk:
         """All of these sub-models as one chunk; arguments and errors as for `chunks`."""
         self._layout.check_mask(keep, dims=2)
-        return Chunk(self, keep, None)
+        return Chunk(self, keep, None, self._outputs(keep))
+
+    def _outputs(self, keep: Tensor) -> SubmodelOutputs | None:
+        if self.output_weights is None:
+            return None
+        return submodel_outputs(self.output_weights, self._layout, len(keep))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +114,13 @@ class Chunk:
         session: the text.
         keep: bool [n, P].
         route: shared with other chunks; None: the fastest for these sub-models.
+        outputs: their own output projections; None: all have the parent's.
     """
 
     session: ScoringSession
     keep: Tensor
     route: Route | None
+    outputs: SubmodelOutputs | None
 
     def losses(self, progress: Progress | None = None) -> Tensor:
         """Loss of every sub-model on every sequence.
@@ -113,5 +143,10 @@ class Chunk:
     def _score(self, measure: Measure, progress: Progress | None) -> Tensor:
         session = self.session
         return session.engine.score(
-            self.keep, session.input_ids, measure, route=self.route, progress=progress
+            self.keep,
+            session.input_ids,
+            measure,
+            outputs=self.outputs,
+            route=self.route,
+            progress=progress,
         )

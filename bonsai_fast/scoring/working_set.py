@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.output_weights import num_columns
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 
 # tokens in a batch; measured: larger batches are not faster
@@ -33,16 +34,27 @@ class WorkingSet:
         layer: temporaries of the widest layer, for each sequence.
         logits: one chunk of logits.
         hidden: last hidden states, for each sequence.
+        output: an output projection of sub-models that have their own.
     """
 
     mask: int
     layer: int
     logits: int
     hidden: int
+    output: int = 0
 
     @classmethod
-    def of(cls, layout: Layout, nll: SequenceNLL, length: int) -> WorkingSet:
-        """Estimate it for sequences of `length` tokens."""
+    def of(
+        cls, layout: Layout, nll: SequenceNLL, length: int, *, own_outputs: bool = False
+    ) -> WorkingSet:
+        """Estimate it for sequences of `length` tokens.
+
+        Args:
+            layout: the units.
+            nll: the model.
+            length: of a sequence.
+            own_outputs: whether sub-models have their own output projections.
+        """
         element = nll.head.weight.element_size()
         hidden = nll.head.weight.shape[1]
         attention = layout.decoder.attention.values()
@@ -69,31 +81,49 @@ class WorkingSet:
             layer=int(SAFETY * (length * per_token + scores)),
             logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
             hidden=int(SAFETY * 3 * length * hidden * element),
+            output=sum(output_bytes(layout, hidden, element)) if own_outputs else 0,
         )
 
     def rows_within(self, budget: int) -> int:
         """Number of sequences that fit; 0 if none fits."""
-        return min((budget - self.mask) // self.layer, (budget - self.logits) // self.hidden)
+        room = budget - self.mask - self.output
+        return min(room // self.layer, (budget - self.logits) // self.hidden)
 
     @property
     def least_budget(self) -> int:
         """The smallest budget in which a sequence fits, with logits in chunks."""
         return math.ceil(
             max(
-                self.mask + self.layer,
+                self.mask + self.output + self.layer,
                 self.hidden / (1 - LOGIT_SHARE),
                 self.logits / LOGIT_SHARE,
             )
         )
 
 
-def rows_within(budget: int, layout: Layout, nll: SequenceNLL, length: int) -> int:
+def output_bytes(layout: Layout, width: int, element: int) -> tuple[int, int]:
+    """Memory of the largest output projection that a sub-model may have as its own, bytes.
+
+    Args:
+        layout: the units.
+        width: D.
+        element: bytes of a weight of the model.
+    Returns:
+        of one in the model's dtype, and of one as it is made, in float32.
+    """
+    columns = max(map(num_columns, layout.decoder.blocks()), default=0)
+    return int(SAFETY * element * width * columns), int(SAFETY * 4 * width * columns)
+
+
+def rows_within(
+    budget: int, layout: Layout, nll: SequenceNLL, length: int, *, own_outputs: bool = False
+) -> int:
     """Number of sequences of `length` tokens that fit into `budget` bytes, at least 1.
 
     Raises:
         ValueError: not even one sequence fits.
     """
-    needs = WorkingSet.of(layout, nll, length)
+    needs = WorkingSet.of(layout, nll, length, own_outputs=own_outputs)
     if needs.least_budget > budget:
         raise too_small(budget, needs.least_budget, length)
     rows = needs.rows_within(budget)

@@ -40,6 +40,7 @@ from bonsai_fast.scoring.fused.sublayer_step import run_sublayer
 from bonsai_fast.scoring.fused.wave import Wave
 from bonsai_fast.scoring.hooks_engine import HooksEngine
 from bonsai_fast.scoring.interface import Measure, Progress
+from bonsai_fast.scoring.output_weights import SubmodelOutputs
 from bonsai_fast.scoring.sequence_nll import SequenceNLL, evaluation_mode
 from bonsai_fast.scoring.working_set import MAX_TOKENS, too_small
 
@@ -87,13 +88,13 @@ class FusedEngine:
         with evaluation_mode(nll.model):
             check_structure(nll.model, layout, structure)
 
-    def rows_per_batch(self, length: int) -> int:
+    def rows_per_batch(self, length: int, *, own_outputs: bool = False) -> int:
         """Number of (sub-model, sequence) pairs whose states are held at once."""
-        return self._schedule(length).wave_rows
+        return self._schedule(length, own_outputs=own_outputs).wave_rows
 
-    def submodels_per_chunk(self, sequences: int, length: int) -> int:
+    def submodels_per_chunk(self, sequences: int, length: int, *, own_outputs: bool = False) -> int:
         """See `Engine.submodels_per_chunk`."""
-        submodels = self.rows_per_batch(length) // sequences
+        submodels = self.rows_per_batch(length, own_outputs=own_outputs) // sequences
         if stream_of(self.nll.model) is None:  # a streamed model reads all weights for every call
             most = MAX_SUBMODELS_PER_CHUNK
             if self.kernels:  # few sub-models are too little work for a GPU
@@ -123,6 +124,11 @@ class FusedEngine:
         elif write and self.rates is not None:
             write_json(path, asdict(self.rates))
 
+    def check_own_outputs(self) -> None:
+        """See `Engine.check_own_outputs`."""
+        if self.route == "split":
+            raise ValueError("route split does not support output_weights: choose route pack")
+
     def route_for(self, keep: Tensor, sequences: int, length: int) -> Route:
         """See `Engine.route_for`. On a CPU "auto" stays: there each mask has its own route."""
         rates = self.rates
@@ -148,21 +154,25 @@ class FusedEngine:
         input_ids: Tensor,
         measure: Measure,
         *,
+        outputs: SubmodelOutputs | None = None,
         route: Route | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """See `Engine.score`."""
         if has_foreign_hooks(self.nll.backbone):
-            return self._hooks.score(keep, input_ids, measure, progress=progress)
+            return self._hooks.score(keep, input_ids, measure, outputs=outputs, progress=progress)
         structure, keep = self._structure(), keep.cpu()
         route = route or self.route_for(keep, *input_ids.shape)
-        schedule = self._schedule(input_ids.shape[1])
-        tree = MaskTree(self.layout, structure.blocks, keep)
+        schedule = self._schedule(input_ids.shape[1], own_outputs=outputs is not None)
+        tree = MaskTree(self.layout, structure.blocks, keep, outputs)
         positions = Positions(structure, input_ids.shape[1])
         arithmetic = self._arithmetic()
         parts = list(waves(tree.num_leaves, len(input_ids), schedule.wave_rows))
         if schedule.packs:
             packs = choose_packs(tree, structure, route, tokens=input_ids.numel(), waves=len(parts))
+            if outputs is not None:
+                # what nobody keeps has no parts, but perhaps own biases
+                packs = {depth: pack for depth, pack in packs.items() if len(pack.parts)}
             tree = tree.of_parts({depth: pack.parts for depth, pack in packs.items()})
             sublayers = PackedSublayers(structure.sublayers, packs, arithmetic)
             structure = replace(structure, sublayers=sublayers)
@@ -177,6 +187,8 @@ class FusedEngine:
                 chunk_rows=schedule.chunk_rows,
                 route=route if schedule.slices else "dense",
                 arithmetic=arithmetic,
+                outputs=outputs,
+                held_outputs=schedule.held_outputs,
             )
             tokens = input_ids[sequences].to(self.nll.head.weight.device)
             step = len(leaves) * len(tokens) / (len(structure.sublayers) + 1)
@@ -218,8 +230,10 @@ class FusedEngine:
     def _structure(self) -> Structure:
         return read_structure(self.nll.model, self.layout)
 
-    def _schedule(self, length: int) -> Schedule:
-        needs = FusedWorkingSet.of(self.layout, self.nll, length, low=self._low)
+    def _schedule(self, length: int, *, own_outputs: bool = False) -> Schedule:
+        needs = FusedWorkingSet.of(
+            self.layout, self.nll, length, low=self._low, own_outputs=own_outputs
+        )
         schedule = needs.schedule(self._budget)
         if schedule is None:
             raise too_small(self._budget, needs.least_budget, length)

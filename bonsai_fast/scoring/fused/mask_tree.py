@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bonsai_fast.models import Block
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.output_weights import SubmodelOutputs
 
 
 class Branch(NamedTuple):
@@ -48,12 +49,20 @@ class MaskTree:
         layout: the units.
         blocks: the sub-layers, in the order in which they run; None for one without units.
         keep: bool [S, P] on the CPU.
+        outputs: the sub-models' own output projections. Those that differ by these only have
+            different masks, which keep the same.
     Attributes:
         leaf_of_submodel: int64 [S], the leaf of each sub-model; equal sub-models share one.
         num_leaves: number of different sub-models.
     """
 
-    def __init__(self, layout: Layout, blocks: list[Block | None], keep: Tensor) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: list[Block | None],
+        keep: Tensor,
+        outputs: SubmodelOutputs | None = None,
+    ) -> None:
         self._layout, self._blocks, self._keep = layout, blocks, keep
         self._parts: Mapping[int, Tensor] = {}
         masks = np.zeros((len(blocks), len(keep)), dtype=np.int64)
@@ -63,7 +72,8 @@ class MaskTree:
             if block is None:
                 self._owner.append(np.zeros(1, dtype=np.int64))
                 continue
-            owner, masks[level] = _distinct(layout.keep_of_block(block, keep))
+            labels = None if outputs is None else outputs.labels(block)
+            owner, masks[level] = _distinct(layout.keep_of_block(block, keep), labels)
             self._owner.append(owner)
         order = np.lexsort(masks[::-1])
         ordered = masks[:, order]
@@ -88,9 +98,23 @@ class MaskTree:
         found._parts = parts
         return found
 
+    def parts(self, depth: int) -> Tensor | None:
+        """Which parts of a sub-layer `kept` reports, in this order: int64 [n]; None: all."""
+        return self._parts.get(depth)
+
+    def block(self, depth: int) -> Block:
+        """The units of a sub-layer that has some."""
+        block = self._blocks[depth]
+        assert block is not None
+        return block
+
+    def submodel_of(self, depth: int, mask: int) -> int:
+        """A sub-model that has this mask of a sub-layer, by its row."""
+        return int(self._owner[depth][mask])
+
     def kept(self, depth: int, masks: Sequence[int]) -> Tensor:
         """What masks of a sub-layer keep, by number: bool [masks, query heads or channels]."""
-        found = self._kept_of_all(depth, masks)
+        found = self.kept_of_all_parts(depth, masks)
         return found[:, self._parts[depth]] if depth in self._parts else found
 
     def kept_by_all(self, depth: int) -> Tensor:
@@ -99,7 +123,7 @@ class MaskTree:
         Returns:
             bool [query heads] or [channels]; all True if none keeps anything.
         """
-        kept = self._kept_of_all(depth, range(len(self._owner[depth])))
+        kept = self.kept_of_all_parts(depth, range(len(self._owner[depth])))
         return kept[kept.any(dim=1)].all(dim=0)
 
     def nodes(self, depth: int, leaves: range) -> Iterator[Node]:
@@ -114,19 +138,25 @@ class MaskTree:
             children = tuple(Branch(int(slot), int(masks[slot])) for slot in slots)
             yield Node(int(begin), children)
 
-    def _kept_of_all(self, depth: int, masks: Sequence[int]) -> Tensor:
-        block = self._blocks[depth]
-        assert block is not None
+    def kept_of_all_parts(self, depth: int, masks: Sequence[int]) -> Tensor:
+        """The same of all parts, whatever `of_parts` selected."""
         owners = torch.from_numpy(self._owner[depth][list(masks)])
-        return self._layout.keep_of_block(block, self._keep, owners)
+        return self._layout.keep_of_block(self.block(depth), self._keep, owners)
 
 
-def _distinct(keep: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _distinct(keep: Tensor, labels: Tensor | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The first row of each kind, in the rows' sorted order, and the kind of every row.
 
     The same as `np.unique` over rows, but much faster.
+
+    Args:
+        keep: bool [S, parts].
+        labels: int64 [S]; rows with different labels are of different kinds. None: all are equal.
     """
     rows = [row.tobytes() for row in np.packbits(keep.numpy(), axis=1)]
+    if labels is not None:
+        pairs = zip(rows, labels.tolist(), strict=True)
+        rows = [row + label.to_bytes(8, "big") for row, label in pairs]
     first: dict[bytes, int] = {}
     for number, row in enumerate(rows):
         first.setdefault(row, number)

@@ -14,6 +14,7 @@ from bonsai_fast.scoring.fused.choose_route import choose
 from bonsai_fast.scoring.fused.mask_tree import Branch, Node
 from bonsai_fast.scoring.fused.operands.gather import gathers
 from bonsai_fast.scoring.fused.operands.packed import PackedMLP
+from bonsai_fast.scoring.fused.own_outputs import OwnOutputs
 from bonsai_fast.scoring.fused.parent import MLP, Attention
 from bonsai_fast.scoring.fused.wave import Wave
 
@@ -36,7 +37,7 @@ class Copied(NamedTuple):
 
     Attributes:
         parts: bool [parts], what is copied.
-        use: a fork, or branches that keep exactly these parts.
+        use: a fork, or branches of one mask, which keeps exactly these parts.
     """
 
     parts: Tensor
@@ -50,6 +51,8 @@ class RoutePlan:
     Attributes:
         dense_forks, gathered_forks: forks on the whole sub-layer, or by kernels.
         dense: branches on the whole sub-layer, in the order of their slots.
+        own: branches on the whole sub-layer up to an output projection of their own; those of one
+            mask are neighbours.
         gathered: branches by kernels; those of one mask are neighbours.
         copied: forks and branches on copies of the parts that they keep.
         skipped: branches that keep nothing; only the output bias is added.
@@ -58,6 +61,7 @@ class RoutePlan:
     dense_forks: list[Fork] = field(default_factory=list)
     gathered_forks: list[Fork] = field(default_factory=list)
     dense: list[Branch] = field(default_factory=list)
+    own: list[Branch] = field(default_factory=list)
     gathered: list[Branch] = field(default_factory=list)
     copied: list[Copied] = field(default_factory=list)
     skipped: list[Branch] = field(default_factory=list)
@@ -72,6 +76,7 @@ class Router:
         sublayer: the sub-layer.
         sequences: number of sequences of the wave.
         is_split: whether the sub-layer is computed in two parts; see `split`.
+        own: output projections of masks that have their own; None: none has.
     """
 
     def __init__(
@@ -82,9 +87,10 @@ class Router:
         sequences: int,
         *,
         is_split: bool,
+        own: OwnOutputs | None = None,
     ) -> None:
         self._wave, self._depth, self._sublayer = wave, depth, sublayer
-        self._sequences, self._is_split = sequences, is_split
+        self._sequences, self._is_split, self._own = sequences, is_split, own
 
     def plan(self) -> RoutePlan:
         """Routes of all sub-models of the wave."""
@@ -127,10 +133,11 @@ class Router:
             return
         route = self._route(size, len(branches) * self._sequences)
         if route == "slice":
-            whole = [Branch(branch.slot, WHOLE) for branch in branches]
-            plan.copied.append(Copied(kept, whole))
+            plan.copied.append(Copied(kept, branches))
         elif route == "gather":
             plan.gathered.extend(branches)
+        elif self._own is not None and self._own.belongs_to(branches[0].mask):
+            plan.own.extend(branches)
         elif size == self._sublayer.num_parts:
             plan.dense.extend(Branch(branch.slot, WHOLE) for branch in branches)
         else:
@@ -141,7 +148,7 @@ class Router:
         total = self._sublayer.num_parts
         if self._is_split:
             return "gather"
-        if size == total:
+        if size in (0, total):  # 0: sub-models that differ by the output projection's bias alone
             return "dense"
         copied_share = None
         if isinstance(self._sublayer, PackedMLP):

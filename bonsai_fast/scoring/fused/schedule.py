@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.fused.arithmetic.eight_bits import BLOCK_BYTES, block_rows
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
-from bonsai_fast.scoring.working_set import LOGIT_SHARE, MAX_TOKENS, SAFETY
+from bonsai_fast.scoring.working_set import LOGIT_SHARE, MAX_TOKENS, SAFETY, output_bytes
 
 # largest share of the memory for rows that the chunk being computed may use
 CHUNK_SHARE = 0.5
 # least number of leaves of a wave if sequences are split: enough leaves to share prefixes well
 MIN_LEAVES = 16
+# of the sub-models' own output projections, as many are held as fit into this share of the budget
+HELD_SHARE = 0.125
+MAX_HELD = 16
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Schedule:
         chunk_rows: pairs that a sub-layer computes at once.
         slices: whether a slice of a sub-layer fits into memory, too.
         packs: whether a packed sub-layer fits beside the slice.
+        held_outputs: number of sub-models' own output projections that are held at once.
     """
 
     wave_rows: int
     chunk_rows: int
     slices: bool
     packs: bool = False
+    held_outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class FusedWorkingSet:
         pack: the largest sub-layer, packed.
         logits: one chunk of logits.
         max_chunk: number of rows above which a larger chunk is not faster.
+        output: an output projection of a sub-model that has its own; 0 if none has.
+        making: the same when it is made, in float32.
     """
 
     state: int
@@ -59,12 +66,28 @@ class FusedWorkingSet:
     pack: int
     logits: int
     max_chunk: int
+    output: int = 0
+    making: int = 0
 
     @classmethod
     def of(
-        cls, layout: Layout, nll: SequenceNLL, length: int, *, low: bool = False
+        cls,
+        layout: Layout,
+        nll: SequenceNLL,
+        length: int,
+        *,
+        low: bool = False,
+        own_outputs: bool = False,
     ) -> FusedWorkingSet:
-        """Estimate it for sequences of `length` tokens; `low`: products are in 8 bits."""
+        """Estimate it for sequences of `length` tokens.
+
+        Args:
+            layout: the units.
+            nll: the model.
+            length: of a sequence.
+            low: whether products are in 8 bits.
+            own_outputs: whether sub-models have their own output projections.
+        """
         element, width = nll.head.weight.element_size(), nll.head.weight.shape[1]
         attention, mlp = layout.decoder.attention.values(), layout.decoder.mlp.values()
         query = max((block.num_heads * block.head_dim for block in attention), default=0)
@@ -77,6 +100,8 @@ class FusedWorkingSet:
         device = nll.head.weight.device.type
         # gate and up; on CUDA their activation as well, which is a new tensor
         per_token = common + max(heads, element * (3 if device == "cuda" else 2) * channels)
+        if own_outputs:  # kept columns of the output projection's input
+            per_token += element * max(query, channels)
         # a slice and a copy of the output projection; on CUDA two slices
         largest = width * max(
             2 * (2 * query + 2 * key) if device == "cuda" else 3 * query + 2 * key,
@@ -87,6 +112,9 @@ class FusedWorkingSet:
             fixed += width * max(2 * query + 2 * key, 3 * channels)
             widest = max(width, query, channels)
             fixed += block_rows(nll.head.weight.device) * widest * BLOCK_BYTES
+        output, making = output_bytes(layout, width, element) if own_outputs else (0, 0)
+        if low:  # and its 8-bit copy
+            output += output // element
         return cls(
             state=length * width * element,
             layer=int(SAFETY * length * per_token),
@@ -97,6 +125,8 @@ class FusedWorkingSet:
             pack=int(SAFETY * element * width * max(3 * query + 2 * key, 7 * channels)),
             logits=int(SAFETY * nll.logit_rows * nll.bytes_per_logit_row),
             max_chunk=max(1, MAX_TOKENS.get(device, MAX_TOKENS["cpu"]) // length),
+            output=output,
+            making=making,
         )
 
     def schedule(self, budget: int) -> Schedule | None:
@@ -109,17 +139,25 @@ class FusedWorkingSet:
         )
 
     def _schedule(self, budget: int, slices: int) -> Schedule | None:
-        room = budget - self.fixed - slices
+        held = 1
+        if self.output:
+            held = max(1, min(MAX_HELD, int(HELD_SHARE * budget) // self.output))
+        copies = slices + self._outputs(held)
+        room = budget - self.fixed - copies
         chunk = max(1, min(self.max_chunk, int(CHUNK_SHARE * room) // self.layer))
-        at_work = max(self.fixed + slices + chunk * self.layer, self.logits + chunk * self.hidden)
+        at_work = max(self.fixed + copies + chunk * self.layer, self.logits + chunk * self.hidden)
         wave = (budget - at_work) // self.state
-        return Schedule(wave, chunk, slices > 0, slices > self.slices) if wave > 0 else None
+        return Schedule(wave, chunk, slices > 0, slices > self.slices, held) if wave > 0 else None
+
+    def _outputs(self, held: int) -> int:
+        """Memory for own output projections: those held, one in another order, one being made."""
+        return (held + 1) * self.output + self.making
 
     @property
     def least_budget(self) -> int:
         """The smallest budget in which a row fits, with logits in chunks."""
         head = max(self.hidden / (1 - LOGIT_SHARE), self.logits / LOGIT_SHARE)
-        return math.ceil(self.state + max(self.fixed + self.layer, head))
+        return math.ceil(self.state + max(self.fixed + self._outputs(1) + self.layer, head))
 
 
 def waves(leaves: int, sequences: int, rows: int) -> Iterator[tuple[range, slice]]:

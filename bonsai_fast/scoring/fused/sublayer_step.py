@@ -14,6 +14,7 @@ from bonsai_fast.scoring.fused.operands.gather import Bank
 from bonsai_fast.scoring.fused.operands.operands import Operands, dense
 from bonsai_fast.scoring.fused.operands.packed import slice_order
 from bonsai_fast.scoring.fused.operands.slices import sliced
+from bonsai_fast.scoring.fused.own_outputs import OwnOutputs
 from bonsai_fast.scoring.fused.parent import MLP, Attention, Removed
 from bonsai_fast.scoring.fused.routing import Copied, Fork, RoutePlan, Router
 from bonsai_fast.scoring.fused.row_batches import RowBatches
@@ -49,14 +50,17 @@ class _SublayerStep:
         self._split: Split | None = None
         if wave.route == "split":
             self._split = split(sublayer, wave.positions, wave.arithmetic)
+        self._own: OwnOutputs | None = None
+        if wave.outputs is not None:
+            self._own = OwnOutputs(wave, wave.outputs, depth, sublayer)
         self._router = Router(
-            wave, depth, sublayer, states.shape[1], is_split=self._split is not None
+            wave, depth, sublayer, states.shape[1], is_split=self._split is not None, own=self._own
         )
 
     def run(self) -> None:
         plan = self._router.plan()
         for branch in plan.skipped:
-            self._add_bias(self._states[branch.slot])
+            self._add_bias(self._states[branch.slot], branch.mask)
         self._run_dense(plan)
         for fork in plan.gathered_forks:
             if self._split is not None:
@@ -64,7 +68,7 @@ class _SublayerStep:
             else:
                 union = fork.kept.any(dim=0)
                 operands = self._gathering.operands(union[None], None)
-                self._fork(fork._replace(kept=fork.kept[:, union]), operands)
+                self._fork(fork, operands, union.nonzero().flatten())
         self._run_gathered(plan.gathered)
         if plan.copied:
             self._run_copied(plan.copied)
@@ -72,37 +76,54 @@ class _SublayerStep:
     def _run_dense(self, plan: RoutePlan) -> None:
         # 8-bit copies of these weights are freed before those of slices are made
         weights = dense(self._sublayer)
+        everything = torch.arange(self._sublayer.num_parts)
         for fork in plan.dense_forks:
-            self._fork(fork, weights)
+            self._fork(fork, weights, everything)
         self._run_branches(plan.dense, weights)
+        self._run_own(plan.own, weights, everything)
 
     def _run_copied(self, copied: list[Copied]) -> None:
         keep = torch.stack([parts for parts, _ in copied])
         slices = sliced(self._sublayer, keep, self._arithmetic)
         for (parts, use), operands in zip(copied, slices, strict=True):
+            order = slice_order(self._sublayer, parts)
             if isinstance(use, Fork):
-                order = slice_order(self._sublayer, parts)
-                self._fork(use._replace(kept=use.kept[:, order]), operands)
+                self._fork(use, operands, order)
+            elif self._own_of(use[0].mask) is not None:
+                self._run_own(use, operands, order)
             else:
-                self._run_branches(use, operands)
+                self._run_branches([Branch(slot, WHOLE) for slot, _ in use], operands)
 
-    def _fork(self, fork: Fork, operands: Operands) -> None:
-        """Compute a fork on weights of exactly those parts that `fork.kept` has columns for."""
+    def _fork(self, fork: Fork, operands: Operands, computed: Tensor) -> None:
+        """Compute a fork on weights of some parts, int64 [n], in this order."""
+        kept = fork.kept[:, computed]
         # operands may be padded with parts that give 0
-        padding = operands.columns // self._sublayer.block.part_width - fork.kept.shape[1]
-        removed = self._columns(~F.pad(fork.kept, (0, padding)))
-        is_empty = (~fork.kept.any(dim=1)).tolist()
-        for here, source in self._batches.of_slot(fork.node.slot):
-            inputs = inner(operands, source, self._wave.positions, self._arithmetic)
-            # the first child is stored in the node's own slot, which the others still read
-            children = list(range(len(fork.node.children)))[::-1]
-            together = max(1, self._batches.chunk_rows // len(source))
-            for first in range(0, len(children), together):
-                some = children[first : first + together]
-                changes = self._changes(operands, inputs, removed[some])
-                for child, change in zip(some, changes, strict=True):
-                    target = self._states[fork.node.children[child].slot, here]
-                    self._store(target, source, None if is_empty[child] else change)
+        padding = operands.columns // self._sublayer.block.part_width - kept.shape[1]
+        removed = self._columns(~F.pad(kept, (0, padding)))
+        is_empty = (~kept.any(dim=1)).tolist()
+        branches = fork.node.children
+        # the first child is stored in the node's own slot, which the others still read
+        children = list(range(len(branches)))[::-1]
+        groups = [children]
+        if self._own is not None:
+            groups = self._own.held_together(children, [branch.mask for branch in branches])
+        for group in groups:
+            for here, source in self._batches.of_slot(fork.node.slot):
+                inputs = inner(operands, source, self._wave.positions, self._arithmetic)
+                for some in self._together(group, len(source)):
+                    mask = branches[some[0]].mask
+                    if self._own_of(mask) is None:
+                        changes = self._changes(operands, inputs, removed[some])
+                    else:
+                        changes = self._own_changes(inputs, [mask] * len(source), computed)[None]
+                    for child, change in zip(some, changes, strict=True):
+                        found = None if is_empty[child] else change
+                        self._store(branches[child], here, source, found)
+
+    def _together(self, children: list[int], rows: int) -> list[list[int]]:
+        """Cut children of a fork, which have `rows` rows each, into those with one product."""
+        size = max(1, self._batches.chunk_rows // rows) if self._own is None else 1
+        return [children[first : first + size] for first in range(0, len(children), size)]
 
     def _fork_split(self, fork: Fork, split: Split) -> None:
         """Compute a fork of a sub-layer in two parts; the fixed part is computed once."""
@@ -110,11 +131,11 @@ class _SublayerStep:
         for here, source in self._batches.of_slot(fork.node.slot):
             shared = split.shared(source, self._out(len(source)))
             # the first child is stored in the node's own slot, which the others still read
-            for child in reversed(range(len(fork.node.children))):
+            for child, branch in reversed(list(enumerate(fork.node.children))):
                 change = None
                 if not is_empty[child]:
                     change = split.change(*shared, fork.kept[child : child + 1], [len(source)])
-                self._store(self._states[fork.node.children[child].slot, here], source, change)
+                self._store(branch, here, source, change)
 
     def _changes(self, operands: Operands, inputs: Tensor, removed: Tensor) -> Tensor:
         """What several masks make of the same inputs: [masks, R, T, D]."""
@@ -135,6 +156,18 @@ class _SublayerStep:
             inputs = inner(operands, source, self._wave.positions, self._arithmetic, on_rows)
             source.add_(project_out(operands, inputs, self._out(len(source)), self._arithmetic))
 
+    def _run_own(self, branches: list[Branch], operands: Operands, computed: Tensor) -> None:
+        """Compute branches with their own output projections; those of a mask are neighbours.
+
+        Args:
+            branches: the branches.
+            operands: weights.
+            computed: int64 [n], the parts that these are of, in their order.
+        """
+        for source, masks in self._batches.of_branches(branches):
+            inputs = inner(operands, source, self._wave.positions, self._arithmetic)
+            source.add_(self._own_changes(inputs, masks, computed))
+
     def _run_gathered(self, branches: list[Branch]) -> None:
         """Compute branches by kernels, on what the masks of each chunk keep."""
         for source, masks in self._batches.of_branches(branches):
@@ -147,7 +180,34 @@ class _SublayerStep:
             else:
                 operands = self._gathering.operands(keep, counts)
                 inputs = inner(operands, source, self._wave.positions, self._arithmetic)
-                source.add_(operands.project_out(inputs))
+                if self._own_of(masks[0]) is None:
+                    source.add_(operands.project_out(inputs))
+                else:
+                    source.add_(self._own_changes(inputs, masks, None))
+
+    def _own_changes(self, inputs: Tensor, masks: list[int], computed: Tensor | None) -> Tensor:
+        """What the own projections of each row's mask make of [R, T, columns]: [R, T, D].
+
+        Args:
+            inputs: of the output projection.
+            masks: the mask of each row; equal ones are neighbours.
+            computed: int64 [n], the parts that inputs are of; None: those that each mask keeps.
+        """
+        assert self._own is not None
+        out, start = self._out(len(inputs)), 0
+        for mask, rows in groupby(masks):
+            here = slice(start, start + len(list(rows)))
+            parts = (
+                self._router.kept([mask])[0].nonzero().flatten() if computed is None else computed
+            )
+            self._own.project(mask, inputs[here], parts, out[here])
+            start = here.stop
+        return out
+
+    def _own_of(self, mask: int) -> OwnOutputs | None:
+        """Where the own output projection of a mask comes from; None: it has the parent's."""
+        own = self._own
+        return own if own is not None and own.belongs_to(mask) else None
 
     @property
     def _gathering(self) -> Bank:
@@ -163,17 +223,20 @@ class _SublayerStep:
     def _out(self, rows: int) -> Tensor:
         return self._arithmetic.buffer("out", rows, *self._states.shape[2:])
 
-    def _store(self, target: Tensor, source: Tensor, change: Tensor | None) -> None:
+    def _store(self, child: Branch, here: slice, source: Tensor, change: Tensor | None) -> None:
         """Write the states of a child; None: it keeps nothing, so only the bias is added."""
+        target = self._states[child.slot, here]
         if change is None:
             target.copy_(source)
-            self._add_bias(target)
+            self._add_bias(target, child.mask)
         else:
             torch.add(source, change, out=target)
 
-    def _add_bias(self, states: Tensor) -> None:
-        if self._sublayer.output.bias is not None:
-            states += self._sublayer.output.bias
+    def _add_bias(self, states: Tensor, mask: int) -> None:
+        own = self._own_of(mask)
+        bias = self._sublayer.output.bias if own is None else own.of(mask).bias
+        if bias is not None:
+            states += bias
 
     def _columns(self, removed: Tensor) -> Tensor:
         """Parts, bool [..., parts] -> columns of the output projection, on the device."""

@@ -11,6 +11,7 @@ from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.mask_tree import MaskTree
 from bonsai_fast.scoring.fused.parent import Structure
 from bonsai_fast.scoring.fused.positions import Positions
+from bonsai_fast.scoring.output_weights import SubmodelOutputs
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +26,8 @@ class Wave:
         chunk_rows: number of (sub-model, sequence) pairs that a sub-layer computes at once.
         route: how sub-layers with removed parts are computed; see `MaskScorer`.
         arithmetic: shared by all waves of a call.
+        outputs: own output projections of the tree's sub-models; None: all have the parent's.
+        held_outputs: number of these that a sub-layer may hold at once.
     """
 
     structure: Structure
@@ -34,6 +37,8 @@ class Wave:
     chunk_rows: int
     route: Route
     arithmetic: Arithmetic
+    outputs: SubmodelOutputs | None = None
+    held_outputs: int = 1
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The buffer for the states of all leaves, with the embedded tokens in slot 0.

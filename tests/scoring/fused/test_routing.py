@@ -75,7 +75,7 @@ def test_what_is_whole_runs_densely_on_every_route() -> None:
 def test_one_copy_for_all_submodels_of_a_mask() -> None:
     (copied,) = plan_of(wide_heads("llama3"), "slice").copied
     assert int(copied.parts.sum()) == 20
-    assert [branch.mask for branch in copied.use] == [WHOLE, WHOLE]
+    assert len(copied.use) == 2 and len({branch.mask for branch in copied.use}) == 1
 
 
 def test_rows_of_a_mask_are_neighbours_for_the_kernels() -> None:
