@@ -24,11 +24,11 @@ from bonsai_fast.config.options import OUTPUT, REMOVED, SEARCH, check_values, op
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.methods import configure
 from bonsai_fast.methods.configure import resolve
-from bonsai_fast.prune.prune_options import preset_entry
+from bonsai_fast.prune.prune_options import ELSEWHERE, preset_entry
 from bonsai_fast.runs.ledger import LedgerError
 
 # explained by the help of prune
-UNLISTED = ("route", "precision")
+UNLISTED = ("route", "precision", *ELSEWHERE)
 METHODS = "random,magnitude-l1,wanda-sp,flap,bonsai"
 
 
@@ -44,13 +44,13 @@ class CompareOptions(LoadingOptions):
     )
     sparsity: str = option(
         "0.2",
-        "Fractions of the decoder's parameters to remove, such as 0.2,0.5.",
+        "Fractions of the decoder to remove, such as 0.2,0.5.",
         group=REMOVED,
         value="X,X...",
     )
     search_tokens: int | None = option(
         None,
-        "Forward tokens for the search of each method.",
+        "Forward tokens of each search.",
         group=SEARCH,
         minimum=1,
         shown="as many as bonsai plans",

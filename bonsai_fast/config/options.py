@@ -71,13 +71,18 @@ class MethodOptions:
 
     def unread(self) -> dict[str, str]:
         """Options without effect at the values of the others, and why: "regression=groups"."""
-        found = {}
-        for item in fields(self):
-            wanted = item.metadata["read_with"]
-            now = {name: getattr(self, name) for name in wanted}
-            if wanted and not any(now[name] in values for name, values in wanted.items()):
-                found[item.name] = describe_values(now)
-        return found
+        return unread_options(self)
+
+
+def unread_options(options: Any) -> dict[str, str]:
+    """Fields of options without effect at the values of the others, and why."""
+    found = {}
+    for item in fields(options):
+        wanted = item.metadata.get("read_with") or {}
+        now = {name: getattr(options, name) for name in wanted}
+        if wanted and not any(now[name] in values for name, values in wanted.items()):
+            found[item.name] = describe_values(now)
+    return found
 
 
 def describe_values(values: Mapping[str, Any], joint: str = ", ") -> str:

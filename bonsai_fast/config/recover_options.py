@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from bonsai_fast.config.choices import RecoverName, RecoverWeights
 from bonsai_fast.config.options import RECOVERY, option
+
+PUBLISHED: tuple[RecoverName, ...] = ("bonsai", "wanda-lora", "mini-llm", "policy-gradient")
+TRAINS: tuple[RecoverName, ...] = ("reconstruct", "distill", *PUBLISHED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +22,20 @@ class RecoverOptions:
         "against the parent's predictions. bonsai, wanda-lora, mini-llm, policy-gradient: the "
         "training that these papers publish.",
         group=RECOVERY,
-        shown="compensate; none with preset paper and where weights are zeroed",
+        shown="none",
     )
     recover_weights: RecoverWeights = option(
         "lora",
         "What distill trains: low-rank adapters of the linear layers, which are merged; all "
         "weights of the decoder; or its norms and biases.",
         group=RECOVERY,
+        read_with={"recover": ("distill",)},
     )
     recover_text: str | None = option(
         None,
         "Text that is trained on, named like --calibration.",
         group=RECOVERY,
+        read_with={"recover": TRAINS},
         shown="the calibration text",
         value="TEXT",
     )
@@ -39,6 +44,7 @@ class RecoverOptions:
         "Tokens to train on: of distill in all, of reconstruct those that every layer sees.",
         group=RECOVERY,
         minimum=1,
+        read_with={"recover": TRAINS},
         shown="set by the method",
     )
     recover_minutes: float | None = option(
@@ -46,5 +52,12 @@ class RecoverOptions:
         "Stop training after this time, with the learning rate brought down by then.",
         group=RECOVERY,
         positive=True,
+        read_with={"recover": TRAINS},
         shown="no limit",
     )
+
+    @property
+    def recovery(self) -> RecoverOptions:
+        """These options alone, where they are part of others."""
+        names = [item.name for item in fields(RecoverOptions)]
+        return RecoverOptions(**{name: getattr(self, name) for name in names})

@@ -14,8 +14,10 @@ from bonsai_fast.config.options import (
     MethodOptions,
     check_values,
     option,
+    unread_options,
 )
 from bonsai_fast.config.presets import O_co
+from bonsai_fast.config.recover_options import RecoverOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +41,14 @@ class CommonOptions:
     method: MethodName = option("bonsai", "One of the methods above.", group=SEARCH, value="METHOD")
     preset: PresetName = option(
         "default",
-        "Values of options that are not given. default: the best known; paper: as published.",
+        "Values of options not given; paper: as published.",
         group=SEARCH,
     )
     seed: int = option(0, "Seed of all random numbers.", group=SEARCH, minimum=0)
     calibration: str = option(
         "builtin",
-        "Text that methods read: wikitext2, c4, hf:NAME[:CONFIG] (a data set of the hub), "
-        "FILE.txt, FILE.jsonl, self (the model writes it) or builtin.",
+        "Text to read: wikitext2, c4, hf:NAME[:CONFIG] (on the hub), FILE.txt, FILE.jsonl, "
+        "self (the model's own) or builtin.",
         group=TEXT,
     )
     evaluation: str | None = option(
@@ -64,9 +66,9 @@ class CommonOptions:
     )
     memory_budget: str | None = option(
         None,
-        "Memory for scoring, besides that of the weights, such as 800MB.",
+        "Besides the weights, such as 800MB.",
         group=DEVICE,
-        shown="2GiB on a CPU, half of a GPU's memory",
+        shown="2GiB; half of a GPU's",
         value="SIZE",
     )
 
@@ -91,7 +93,7 @@ class CommonOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(CommonOptions):
+class PruneConfig(RecoverOptions, CommonOptions):
     """What a user asks for; what is None is left to the preset (see `methods.resolve`).
 
     Attributes:
@@ -113,10 +115,11 @@ class PruneConfig(CommonOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedConfig(CommonOptions, Generic[O_co]):
+class ResolvedConfig(RecoverOptions, CommonOptions, Generic[O_co]):
     """The same with the preset filled in and every option checked; made by `methods.resolve`.
 
     Attributes:
+        recover: not None any more.
         sequence_length: None: the longest window that the model takes.
         options: of the method.
     """
@@ -133,5 +136,5 @@ class ResolvedConfig(CommonOptions, Generic[O_co]):
 
     def values_read(self) -> dict[str, Any]:
         """The same without options that have no effect at the values of the others."""
-        unread = self.options.unread()
+        unread = self.options.unread() | unread_options(self.recovery)
         return {name: value for name, value in self.values().items() if name not in unread}

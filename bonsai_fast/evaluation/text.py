@@ -14,6 +14,8 @@ from bonsai_fast.evaluation.text_sources import HUB_DATASETS, Purpose, read_text
 
 # one text may serve both purposes: calibration reads its first part, evaluation the rest
 HELD_OUT_FRACTION = 0.25
+# windows are no longer than this unless requested
+MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,11 @@ def ledger_key(input_ids: torch.Tensor) -> str:
     return tokens_sha256(input_ids, str(tuple(input_ids.shape)).encode())[:32]
 
 
+def longest_window(model: PreTrainedModel) -> int:
+    """Tokens in a window of text, unless the request says otherwise."""
+    return min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
+
+
 def calibration_sequences(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -80,20 +87,46 @@ def calibration_sequences(
             source,
             f"{num_sequences} x {length} tokens sampled from the parent, seed {seed}",
         )
-    tokens = _tokenize(source, "calibration", tokenizer, num_sequences * length)
-    tokens = tokens[: len(tokens) - int(HELD_OUT_FRACTION * len(tokens))]
-    windows = len(tokens) // length
-    if windows < num_sequences:
+    tokens = calibration_tokens(source, tokenizer, num_sequences * length)
+    windows = in_windows(tokens, length)
+    if len(windows) < num_sequences:
         raise ValueError(
             f"calibration text {source!r} is too short: expected at least "
             f"{num_sequences} x {length} tokens in its first {1 - HELD_OUT_FRACTION:.0%}, "
             f"got {len(tokens)}"
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(windows, num_sequences, replace=False))
-    input_ids = tokens[: windows * length].view(windows, length)[torch.from_numpy(chosen)]
+    chosen = draw(len(windows), num_sequences, seed)
     return Sequences(
-        input_ids, source, f"{num_sequences} random windows of {length} tokens, seed {seed}"
+        windows[chosen], source, f"{num_sequences} random windows of {length} tokens, seed {seed}"
     )
+
+
+def calibration_tokens(
+    source: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int
+) -> torch.Tensor:
+    """The first three quarters of a text, int64 [N]: what evaluation on it does not read.
+
+    Args:
+        source: one of SOURCES but "self".
+        tokenizer: the model's tokenizer.
+        num_tokens: how many will be drawn; of a large text, no more than needed for them is read.
+    Raises:
+        ValueError: the text is missing or empty, or the package that reads it is missing.
+    """
+    tokens = _tokenize(source, "calibration", tokenizer, num_tokens)
+    return tokens[: len(tokens) - int(HELD_OUT_FRACTION * len(tokens))]
+
+
+def in_windows(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Consecutive windows without the rest at the end: [N] -> [N // length, length]."""
+    windows = len(tokens) // length
+    return tokens[: windows * length].view(windows, length)
+
+
+def draw(windows: int, count: int, seed: int) -> torch.Tensor:
+    """Numbers of `count` different windows at random, in order: int64 [count]."""
+    chosen = np.random.default_rng(seed).choice(windows, count, replace=False)
+    return torch.from_numpy(np.sort(chosen))
 
 
 def evaluation_sequences(

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from bonsai_fast.config import PruneConfig, ResolvedConfig
-from bonsai_fast.config.choices import MethodName, PresetName
-from bonsai_fast.config.options import MethodOptions, describe_values, read_value
+from bonsai_fast.config.choices import MethodName, PresetName, RecoverName
+from bonsai_fast.config.options import MethodOptions, describe_values, read_value, unread_options
 from bonsai_fast.config.presets import Preset
+from bonsai_fast.config.recover_options import RecoverOptions
 from bonsai_fast.config.run import CommonOptions
 from bonsai_fast.config.weight_pattern import Pattern
 from bonsai_fast.methods.registry import METHODS, WEIGHT_METHODS
 from bonsai_fast.methods.weights.weight_options import WeightOptions
+from bonsai_fast.recovery.tiers import steps_of
+
+# what follows pruning, unless something else is asked for
+RECOVER: RecoverName = "none"
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,10 @@ def resolve(config: PruneConfig) -> ResolvedConfig[Any]:
             f"options: method {config.method} takes {type(usual).__name__}, "
             f"got {type(options).__name__}"
         )
-    changed = [i.name for i in fields(usual) if getattr(options, i.name) != getattr(usual, i.name)]
-    _refuse_unread(config, changed)
+    _refuse_unread(config, _changed(options, usual))
     resolved: ResolvedConfig[Any] = ResolvedConfig(
         **{item.name: getattr(config, item.name) for item in fields(CommonOptions)},
+        **asdict(_recovery(config)),
         num_sequences=config.num_sequences or preset.num_sequences,
         sequence_length=config.sequence_length or preset.sequence_length,
         options=options,
@@ -134,11 +139,38 @@ def config_of_record(values: Mapping[str, Any]) -> ResolvedConfig[Any]:
     recorded all options of all methods.
     """
     found = {name: value for name, value in values.items() if value is not None}
-    config = PruneConfig(**_read(found, common_options()))
+    # earlier versions did not recover
+    config = PruneConfig(**_read({"recover": "none", **found}, common_options()))
     usual = presets_of(config.method)[config.preset].options
     options = replace(usual, **_read(found, method_options(config.method)))
     unread = {name: getattr(usual, name) for name in options.unread()}
     return resolve(replace(config, options=replace(options, **unread)))
+
+
+def _recovery(config: PruneConfig) -> RecoverOptions:
+    """The options of recovery with its name filled in.
+
+    Raises:
+        ValueError: an option is set that has no effect, or zeroed weights would not stay zero.
+    """
+    zeros = config.method in WEIGHT_METHODS
+    name = config.recover or ("none" if zeros or config.preset == "paper" else RECOVER)
+    found = replace(config.recovery, recover=name)
+    steps_of(name, zeros=zeros)
+    unread = unread_options(found)
+    for option in _changed(found, RecoverOptions(recover=name)):
+        if option in unread:
+            wanted = all_options()[option].field.metadata["read_with"]
+            raise ValueError(
+                f"{option}: has no effect with {unread[option]}; "
+                f"it is read with {describe_values(wanted)}"
+            )
+    return found
+
+
+def _changed(options: Any, usual: Any) -> list[str]:
+    """Names of the fields in which two sets of options differ."""
+    return [i.name for i in fields(usual) if getattr(options, i.name) != getattr(usual, i.name)]
 
 
 def _options_of(owner: type[Any], without: tuple[str, ...] = ()) -> dict[str, Option]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from bonsai_fast.evaluation.perplexity import Perplexity
 from bonsai_fast.evaluation.tasks import evaluate_tasks
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.latency.timing import Workload, measure_latency
-from bonsai_fast.prune.pruned_model import PrunedModel
+from bonsai_fast.prune.pruned_model import CUT, PrunedModel
+from bonsai_fast.prune.recover_step import FOLDER, RecoveryResult, recover_pruned
+from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import Run
 from bonsai_fast.surgery.model_card import record_measurements
 
@@ -28,6 +31,7 @@ class Delivery:
             set.
         tasks: zero-shot results of both, if tasks were given.
         max_logit_difference: between the logits of the pruned model and of the saved one.
+        recovery: what recovery did; None if there was none.
     """
 
     parameters: int
@@ -36,6 +40,7 @@ class Delivery:
     latency: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, dict[str, float]]]
     max_logit_difference: float
+    recovery: RecoveryResult | None
 
     def as_result(self, run: Run) -> dict[str, Any]:
         """The fields of `RunResult` that are known by now."""
@@ -48,18 +53,26 @@ class Delivery:
             "protocol": self.dense.protocol,
             "tasks": self.tasks,
             "max_logit_difference": self.max_logit_difference,
+            "recovery": None if self.recovery is None else asdict(self.recovery),
         }
 
 
 def deliver(
-    model: PrunedModel, run: Run, evaluation: Sequences, *, report: dict[str, Any], tasks: list[str]
+    model: PrunedModel,
+    run: Run,
+    evaluation: Sequences,
+    *,
+    recovery: Recovery | None,
+    report: dict[str, Any],
+    tasks: list[str],
 ) -> Delivery:
-    """Save, load again, compare logits, measure, and write the measurements into the model card.
+    """Recover, save, load again, compare logits, measure, and write all that into the model card.
 
     Args:
         model: the pruned model.
         run: directory of the run.
         evaluation: text for perplexity.
+        recovery: what follows pruning; None: nothing.
         report: what bonsai_report.json says beside the parent.
         tasks: zero-shot tasks, perhaps none.
     Raises:
@@ -67,6 +80,10 @@ def deliver(
         SavedModelError: the saved model gives other logits.
     """
     note = model.reporter.note
+    recovered = None
+    if recovery is not None:
+        model, recovered = recover_pruned(model, recovery, evaluation)
+        report = {**report, "recovery": recovered.for_card()}
     model.save({"parent": run.identity["parent"], **report})
     note(f"saved to {model.directory}; loading it again to compare its logits")
     difference = model.check(evaluation.input_ids[:1, :VERIFIED_TOKENS])
@@ -94,4 +111,10 @@ def deliver(
         "protocol": dense.protocol,
     }
     record_measurements(run.model_directory, measured)
-    return Delivery(parameters, dense, pruned, latency, found, difference)
+    return Delivery(parameters, dense, pruned, latency, found, difference, recovered)
+
+
+def drop_recovery(run: Run) -> None:
+    """Delete what recovery recorded: the saved model holds it."""
+    for name in (FOLDER, CUT):
+        shutil.rmtree(run.path / name, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
@@ -14,10 +15,12 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.methods import WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
+from bonsai_fast.prune.recover_step import recovery_of
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
-from bonsai_fast.prune.tables import plan_table, weight_plan_table
+from bonsai_fast.prune.tables import add_recovery, plan_table, weight_plan_table
 from bonsai_fast.prune.units import execute, prepare
-from bonsai_fast.prune.weights import execute_weights, prepare_weights
+from bonsai_fast.prune.weights import execute_weights, prepare_weight_recovery, prepare_weights
+from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import open_run, open_weight_run
 
 Result = PruneResult | SparseResult
@@ -25,9 +28,10 @@ Result = PruneResult | SparseResult
 
 @dataclass(frozen=True)
 class UnitJob:
-    """A checked request to remove units."""
+    """A checked request to remove units, and perhaps to recover what is left."""
 
     task: Task[Any]
+    recovery: Recovery | None
 
     @property
     def name(self) -> str:
@@ -39,8 +43,9 @@ class UnitJob:
         plan = self.task.method.plan(self.task)
         with reporter.busy("timing one batch"):
             seconds = estimate_seconds(self.task, plan)
-        reporter.table(plan_table(self.task, plan, seconds))
-        return {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
+        table = plan_table(self.task, plan, seconds)
+        values = {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
+        return values | _planned_recovery(self.recovery, self.task.model, table, reporter)
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         """Start or resume the run in a directory; the returned function does the work.
@@ -48,9 +53,11 @@ class UnitJob:
         Raises:
             ValueError, OSError: the directory holds something else, or cannot be created.
         """
-        task = self.task
+        task, recovery = self.task, self.recovery
+        if recovery is not None:
+            recovery.check(task.model, output)
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
-        return lambda: execute(Search(task, run, reporter))
+        return lambda: execute(Search(task, run, reporter), recovery)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class WeightJob:
     """A checked request to zero weights; used like `UnitJob`."""
 
     task: WeightTask
+    recovery: Recovery | None
 
     @property
     def name(self) -> str:
@@ -67,14 +75,16 @@ class WeightJob:
     def plan(self, reporter: Reporter) -> dict[str, Any]:
         with reporter.busy("timing one layer"):
             plan = weight_plan(self.task)
-        reporter.table(weight_plan_table(self.task, plan))
-        return asdict(plan)
+        table = weight_plan_table(self.task, plan)
+        return asdict(plan) | _planned_recovery(self.recovery, self.task.model, table, reporter)
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
-        task = self.task
+        task, recovery = self.task, self.recovery
+        if recovery is not None:
+            recovery.check(task.model, output)
         sha256 = task.calibration.sha256 if task.calibration is not None else None
         run = open_weight_run(output, task.config, task.model, sha256)
-        return lambda: execute_weights(task, run, reporter)
+        return lambda: execute_weights(task, run, reporter, recovery)
 
 
 def job_of(
@@ -86,8 +96,26 @@ def job_of(
         ValueError: the request cannot be met; one line.
     """
     if config.method in WEIGHT_METHODS:
-        return WeightJob(prepare_weights(model, tokenizer, config))
-    return UnitJob(prepare(model, tokenizer, config))
+        weights = prepare_weights(model, tokenizer, config)
+        return WeightJob(weights, prepare_weight_recovery(weights))
+    task = prepare(model, tokenizer, config)
+    return UnitJob(
+        task, recovery_of(task.config, model, tokenizer, task.calibration, task.evaluation)
+    )
+
+
+def _planned_recovery(
+    recovery: Recovery | None, parent: PreTrainedModel, table: Table, reporter: Reporter
+) -> dict[str, Any]:
+    """Add the work of recovery to the table of a plan and show it; the same as values for JSON."""
+    plans = {}
+    if recovery is not None:
+        recovery.check(parent, Path.cwd())
+        plans = recovery.plans(parent)
+    for name, plan in plans.items():
+        add_recovery(table, name, plan)
+    reporter.table(table)
+    return {"recovery": {name: asdict(plan) for name, plan in plans.items()}}
 
 
 def prune(

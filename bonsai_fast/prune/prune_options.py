@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions
 from bonsai_fast.command_line import FILES, Command, Entry, argument, entries_of, entry
-from bonsai_fast.config.choices import MethodName, PresetName
+from bonsai_fast.config.choices import MethodName, PresetName, RecoverName
 from bonsai_fast.config.options import DEVICE, OUTPUT, option
+from bonsai_fast.config.recover_options import RecoverOptions
 from bonsai_fast.methods.configure import all_options, common_options, method_options, preset_values
 from bonsai_fast.methods.registry import SUMMARIES
 
@@ -18,6 +19,12 @@ from bonsai_fast.methods.registry import SUMMARIES
 SET_BY_PRESET = ("num_sequences", "sequence_length")
 MODEL = (argument("model", str | None, "Hub name or directory of the model.", NAME),)
 OTHERS = "The options of all methods are shown by bonsai-fast prune --help."
+# the help of another command explains these
+ELSEWHERE = tuple(item.name for item in fields(RecoverOptions) if item.name != "recover")
+RECOVER = (
+    f"Done after pruning: {', '.join(get_args(RecoverName)[:-1])} or "
+    f"{get_args(RecoverName)[-1]}; see bonsai-fast recover --help."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ def options(method: MethodName | None = None) -> tuple[Entry, ...]:
     for name, known in ({name: all_options()[name] for name in own} | all_options()).items():
         first: MethodName = known.methods[0] if known.methods else "bonsai"
         owner = method if method and name in own else first
-        listed = name in own if method else not known.methods
+        listed = name in own if method else not (known.methods or name in ELSEWHERE)
         found.append(preset_entry(name, owner, listed=listed))
     rest = (*entries_of(CommandOptions), *FILES)
     return (*found, *(replace(item, listed=method is None) for item in rest))
@@ -83,13 +90,14 @@ def preset_entry(
     is_common = name in common_options() and name not in SET_BY_PRESET
     # a switch that is on for one method can be switched off
     is_switch = known.hint is bool
-    return entry(
+    found = entry(
         name,
         known.hint | None if is_switch else known.hint,
         known.field,
         *() if is_common else (preset_values(method, preset)[name] for preset in presets),
         listed=listed,
     )
+    return replace(found, help=RECOVER) if name == "recover" else found
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.checkpoints.saved_model import REPORT_NAME
 from bonsai_fast.checkpoints.streaming import (
     LayerWeights,
     Origin,
@@ -27,8 +31,12 @@ from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.layerwise import sweep_losses
 from bonsai_fast.models import find_decoder
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.recovery.recover_model import Recovered
 from bonsai_fast.scoring import masked
 from bonsai_fast.surgery import compare_logits, save_pretrained, slice_checkpoint, verify_saved
+
+# where a streamed model is while it is recovered, beside the saved one
+CUT = "cut"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +61,23 @@ class PrunedModel(ABC):
     @abstractmethod
     def pruned(self) -> AbstractContextManager[PreTrainedModel]:
         """Inside, the pruned model can be run, and `parent` perhaps not."""
+
+    @abstractmethod
+    def student(self) -> PreTrainedModel:
+        """The pruned model for recovery, which needs `parent` beside it.
+
+        Raises:
+            OSError: it cannot be written, if it is streamed.
+        """
+
+    @abstractmethod
+    def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
+        """The model with what recovery changed, to be saved in place of this one.
+
+        Args:
+            student: what `student` returned; recovery has run on it.
+            found: its result.
+        """
 
     def save(self, report: dict[str, Any]) -> None:
         """Write the model, its tokenizer and `report` (bonsai_report.json) to `directory`.
@@ -92,9 +117,12 @@ class PrunedModel(ABC):
     @cached_property
     def saved(self) -> PreTrainedModel:
         """The saved model, opened as its parent is: streamed."""
+        return self._open(self.directory)
+
+    def _open(self, directory: Path) -> PreTrainedModel:
         stream = stream_of(self.parent)
         return open_streamed(
-            self.directory,
+            directory,
             device=self.parent.device,
             dtype=self.parent.dtype,
             trust_remote_code=bool(stream and stream.origin and stream.origin.trust_remote_code),
@@ -128,6 +156,12 @@ class SmallerModel(PrunedModel):
     def pruned(self) -> AbstractContextManager[PreTrainedModel]:
         return nullcontext(self.smaller)
 
+    def student(self) -> PreTrainedModel:
+        return self.smaller
+
+    def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
+        return self
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SlicedModel(PrunedModel):
@@ -144,10 +178,27 @@ class SlicedModel(PrunedModel):
     origin: Origin
 
     def save(self, report: dict[str, Any]) -> None:
+        self._save(self.directory, report)
+
+    def student(self) -> PreTrainedModel:
+        """The pruned model, saved beside `directory` and streamed from there."""
+        directory = self.directory.with_name(CUT)
+        key = {"mask": hashlib.sha256(self.keep.cpu().numpy().tobytes()).hexdigest()}
+        report = directory / REPORT_NAME
+        found = json.loads(report.read_text()) if report.is_file() else {}
+        if found.get("mask") != key["mask"]:
+            self._save(directory, key)
+        return self._open(directory)
+
+    def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
+        common = (self.parent, self.tokenizer, self.directory, self.reporter)
+        return StreamedStudent(*common, student, found.weights)
+
+    def _save(self, directory: Path, report: dict[str, Any]) -> None:
         slice_checkpoint(
             self.origin.directory,
             self.keep,
-            self.directory,
+            directory,
             attention=self.layout.attention,
             sublayers=self.layout.sublayers,
             dtype=self.parent.dtype,
@@ -167,6 +218,30 @@ class SlicedModel(PrunedModel):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class StreamedStudent(PrunedModel):
+    """A pruned model on disk, of which recovery recorded new weights.
+
+    Attributes:
+        cut: the model before recovery, streamed.
+        weights: number of a layer -> its new weights by name.
+    """
+
+    cut: PreTrainedModel
+    weights: LayerWeights
+
+    @contextmanager
+    def pruned(self) -> Iterator[PreTrainedModel]:
+        with exchanged_weights(self.cut, self.weights):
+            yield self.cut
+
+    def student(self) -> PreTrainedModel:
+        return self.cut
+
+    def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
+        return replace(self, weights=found.weights)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ZeroedModel(PrunedModel):
     """Weights are zeroed; the parent computes as the pruned model while it holds them.
 
@@ -183,6 +258,19 @@ class ZeroedModel(PrunedModel):
         with exchanged_weights(self.parent, self.weights):
             yield self.parent
 
+    @torch.no_grad()
+    def student(self) -> PreTrainedModel:
+        """A copy of the parent, with the pruned weights."""
+        copied = copy.deepcopy(self.parent)
+        for number in range(find_decoder(copied).num_layers):
+            for name, pruned in (self.weights(number) or {}).items():
+                copied.get_parameter(name).copy_(pruned)
+        return copied
+
+    def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
+        common = (self.parent, self.tokenizer, self.directory, self.reporter)
+        return SparseStudent(*common, student)
+
     def perplexity(self, model: PreTrainedModel, text: Sequences, name: str) -> Perplexity:
         layers = find_decoder(model).num_layers
         with self.reporter.bar(f"perplexity of the {name} model", total=layers) as advance:
@@ -194,6 +282,13 @@ class ZeroedModel(PrunedModel):
                 advance=advance,
             )
         return perplexity_of(losses, text)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseStudent(SmallerModel):
+    """Weights are zeroed and the others were recovered; both models are in memory."""
+
+    measures_speed: ClassVar[bool] = False
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:

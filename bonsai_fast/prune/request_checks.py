@@ -10,11 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import named_weights, stream_of
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.evaluation.tasks import check_tasks
-from bonsai_fast.evaluation.text import Sequences, calibration_sequences, evaluation_sequences
+from bonsai_fast.evaluation.text import (
+    Sequences,
+    calibration_sequences,
+    evaluation_sequences,
+    longest_window,
+)
 from bonsai_fast.methods import WEIGHT_METHODS
 
-# windows for calibration and evaluation are no longer than this unless requested
-MAX_LENGTH = 4096
 EVALUATION_LENGTH = 512
 # methods over units that differentiate, perturb or change the model itself
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
@@ -33,11 +36,6 @@ def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
             raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
     if config.tasks is not None:
         check_tasks(config.task_names)
-
-
-def longest_window(model: PreTrainedModel) -> int:
-    """Tokens in a window of text, unless the request says otherwise."""
-    return min(int(getattr(model.config, "max_position_embeddings", MAX_LENGTH)), MAX_LENGTH)
 
 
 def calibration_text(

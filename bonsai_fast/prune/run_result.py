@@ -46,6 +46,7 @@ class RunResult:
         max_logit_difference: largest difference between the logits of the pruned model and of the
             saved one, loaded again.
         seconds: wall time of the last start.
+        recovery: what recovery did, see `RecoveryResult`; None if there was none.
     """
 
     output: str
@@ -59,6 +60,7 @@ class RunResult:
     tasks: dict[str, dict[str, dict[str, float]]]
     max_logit_difference: float
     seconds: float
+    recovery: dict[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -69,7 +71,11 @@ class RunResult:
     def rows(self) -> list[Row]:
         """Both models side by side."""
         dense, pruned = self.dense_perplexity, self.pruned_perplexity
-        return [Row("perplexity", f"{dense:.2f}", f"{pruned:.2f}", f"x{pruned / dense:.2f}")]
+        rows = [Row("perplexity", f"{dense:.2f}", f"{pruned:.2f}", f"x{pruned / dense:.2f}")]
+        if self.recovery:
+            before = self.recovery["perplexity_before"]
+            rows.append(Row("before recovery", "", f"{before:.2f}", f"x{before / dense:.2f}"))
+        return rows
 
     @property
     def caption(self) -> str:

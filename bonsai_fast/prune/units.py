@@ -11,19 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.evaluation.peak_memory import PeakMemory
+from bonsai_fast.evaluation.text import longest_window
 from bonsai_fast.methods import METHODS, Compensates, Search, Task, resolve
 from bonsai_fast.methods.allocation import Achieved, Target
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.prune.deliver import deliver
+from bonsai_fast.prune.deliver import deliver, drop_recovery
 from bonsai_fast.prune.precision import report_precision
 from bonsai_fast.prune.pruned_model import PrunedModel, SlicedModel, SmallerModel
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
     evaluation_text,
-    longest_window,
 )
 from bonsai_fast.prune.run_result import PruneResult, record_result, recorded_result
+from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.surgery import kept_positions, remove_units
@@ -65,9 +66,12 @@ def prepare(
     )
 
 
-def execute(search: Search[Any]) -> PruneResult:
+def execute(search: Search[Any], recovery: Recovery | None) -> PruneResult:
     """Run a prepared task in its run directory.
 
+    Args:
+        search: a start of the run.
+        recovery: what follows pruning; None: nothing.
     Raises:
         NotRecordedError: a finished run is asked for something that needs scoring.
         OSError: a file cannot be written.
@@ -76,6 +80,7 @@ def execute(search: Search[Any]) -> PruneResult:
     started = time.perf_counter()
     task, run, reporter = search.task, search.run, search.reporter
     if run.start == "finished":
+        drop_recovery(run)  # in case the last start was killed just before it did
         return recorded_result(run, PruneResult, reporter)
     _announce(search)
     warnings_before = len(reporter.warnings)
@@ -90,6 +95,7 @@ def execute(search: Search[Any]) -> PruneResult:
         _pruned(search, keep),
         run,
         task.evaluation,
+        recovery=recovery,
         report=_report(task, keep),
         tasks=task.config.task_names,
     )
@@ -108,6 +114,7 @@ def execute(search: Search[Any]) -> PruneResult:
         seconds=time.perf_counter() - started,
     )
     record_result(run, result, reporter)
+    drop_recovery(run)
     return result
 
 

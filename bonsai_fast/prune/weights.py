@@ -11,18 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import open_streamed, weight
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.evaluation.text import longest_window
 from bonsai_fast.layerwise import check_memory
 from bonsai_fast.methods import WEIGHT_METHODS, Choice, resolve
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
-from bonsai_fast.prune.deliver import deliver
+from bonsai_fast.prune.deliver import deliver, drop_recovery
 from bonsai_fast.prune.pruned_model import ZeroedModel
+from bonsai_fast.prune.recover_step import recovery_of
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
     evaluation_text,
-    longest_window,
 )
 from bonsai_fast.prune.run_result import SparseResult, record_result, recorded_result
+from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import WeightRun
 from bonsai_fast.surgery import SavedModelError
 
@@ -58,9 +60,33 @@ def prepare_weights(
     return WeightTask(model, tokenizer, config, method, choice, calibration, evaluation, layers)
 
 
-def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> SparseResult:
+def prepare_weight_recovery(task: WeightTask) -> Recovery | None:
+    """The recovery that a request asks for; None if it asks for none.
+
+    Raises:
+        ValueError: as `recovery_of`.
+    """
+    config, model = task.config, task.model
+    if config.recover == "none":
+        return None
+    text = task.calibration
+    if text is None:  # the method reads none
+        length = min(config.sequence_length or CALIBRATION_LENGTH, longest_window(model))
+        text = calibration_text(config, task.tokenizer, model, length)
+    return recovery_of(config, model, task.tokenizer, text, task.evaluation, zeros=True)
+
+
+def execute_weights(
+    task: WeightTask, run: WeightRun, reporter: Reporter, recovery: Recovery | None
+) -> SparseResult:
     """Run a prepared task in its run directory.
 
+    The pruned weights stay on record if the saved model holds others, made by recovery.
+
+    Args:
+        task, run: what to do and where.
+        reporter: shows progress.
+        recovery: what follows pruning; None: nothing.
     Raises:
         LedgerError: a recorded layer is damaged.
         UnusableInputsError: a layer's inputs hold NaN or Inf, or it has none.
@@ -69,7 +95,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
     """
     started = time.perf_counter()
     if run.start == "finished":
-        run.layers.drop()  # in case the last start was killed just before it did
+        _drop(run, recovery)  # in case the last start was killed just before it did
         return recorded_result(run, SparseResult, reporter)
     text, model = task.calibration, task.model
     reporter.note(
@@ -93,6 +119,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         ),
         run,
         task.evaluation,
+        recovery=recovery,
         report={
             "method": task.config.method,
             "pattern": str(task.choice.pattern),
@@ -102,7 +129,7 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         },
         tasks=task.config.task_names,
     )
-    zeros = count_saved_zeros(task, run)
+    zeros = count_saved_zeros(task, run, exact=recovery is None)
     num_weights = sum(linear.weight.numel() for linear in task.linears.values())
     result = SparseResult(
         **delivery.as_result(run),
@@ -119,13 +146,16 @@ def execute_weights(task: WeightTask, run: WeightRun, reporter: Reporter) -> Spa
         pruning_seconds=found,
     )
     record_result(run, result, reporter)
-    run.layers.drop()
+    _drop(run, recovery)
     return result
 
 
-def count_saved_zeros(task: WeightTask, run: WeightRun) -> int:
+def count_saved_zeros(task: WeightTask, run: WeightRun, *, exact: bool) -> int:
     """Zeros among the pruned weights, in the saved model read from disk again.
 
+    Args:
+        task, run: what was done and where.
+        exact: whether the saved weights shall be the recorded ones; else only zeros stay zeros.
     Raises:
         SavedModelError: the saved model holds other weights than the record of a layer.
     """
@@ -133,7 +163,14 @@ def count_saved_zeros(task: WeightTask, run: WeightRun) -> int:
     for number in range(len(task.layers)):
         for name, pruned in run.layers[number].items():
             found = weight(saved, name).detach()
-            if not torch.equal(found, pruned):
+            if not exact:
+                lost = int(torch.count_nonzero(found[pruned == 0]))
+                if lost:
+                    raise SavedModelError(
+                        f"{run.model_directory}: recovery left {lost:,} of the zeroed weights "
+                        f"other than zero, in {name}"
+                    )
+            elif not torch.equal(found, pruned):
                 raise SavedModelError(
                     f"{run.model_directory} holds other weights than were saved, in {name}"
                 )
@@ -141,9 +178,16 @@ def count_saved_zeros(task: WeightTask, run: WeightRun) -> int:
     return zeros
 
 
+def _drop(run: WeightRun, recovery: Recovery | None) -> None:
+    """Delete what the saved model holds."""
+    drop_recovery(run)
+    if recovery is None:
+        run.layers.drop()
+
+
 def _restore_layers(task: WeightTask, run: WeightRun) -> None:
     """Record the layers of a finished run again, from its saved model, if it has one."""
-    if not (run.model_directory / "config.json").is_file():
+    if run.layers.has(0) or not (run.model_directory / "config.json").is_file():
         return
     saved = open_streamed(run.model_directory, device="cpu")
     for number, layer in enumerate(task.layers):

@@ -47,6 +47,19 @@ class RecoveryTask:
 
 
 @dataclass(frozen=True)
+class TextWanted:
+    """Text that a tier trains on.
+
+    Attributes:
+        tokens: in all; a short text gives fewer.
+        length: tokens in each sequence, if the model takes as many.
+    """
+
+    tokens: int
+    length: int
+
+
+@dataclass(frozen=True)
 class RecoveryPlan:
     """Work of a tier: tokens that it reads or trains on, and bytes that it needs on the disk."""
 

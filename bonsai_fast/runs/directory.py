@@ -3,6 +3,7 @@
     run.json                        identity, request, status, result; see `identity`
     model/                          the saved model
     report.html                     the report
+    recovery/                       until the model is saved: what recovery tiers have finished
 
 and, if units are removed,
 
@@ -38,6 +39,7 @@ from bonsai_fast.runs.identity import (
     LAST_STEP,
     MEASURED,
     NOT_IDENTITY,
+    RECOVERED,
     Start,
     run_identity,
     start_in,
@@ -55,7 +57,7 @@ class Run:
     Attributes:
         path: the directory.
         identity: what the losses or weights of the run depend on.
-        request: target, last step and measurements.
+        request: target, last step, recovery and measurements.
         start: "new"; "resume": the same request was interrupted; "finished": it was completed;
             "retarget": another request was completed.
     """
@@ -147,9 +149,7 @@ def open_run(
     """
     identity = run_identity(config, NOT_IDENTITY, model, calibration_sha256)
     identity["parent"]["num_units"] = len(layout)
-    options = config.values()
-    names = (*LAST_STEP, *MEASURED)
-    request = {"target": config.target_text, **{name: options[name] for name in names}}
+    request = {"target": config.target_text, **_request(config, *LAST_STEP)}
     start = start_in(path, identity, request)
     run = UnitRun(path, identity, request, start, Ledger(path / "ledger", len(layout)), layout)
     run.begin()
@@ -167,9 +167,16 @@ def open_weight_run(
     Raises:
         ValueError, OSError: as `open_run`; another sparsity or pattern is another run.
     """
-    identity = run_identity(config, MEASURED, model, calibration_sha256)
-    options = config.values()
-    request = {name: options[name] for name in MEASURED}
+    without = (*MEASURED, *RECOVERED)
+    identity = run_identity(config, without, model, calibration_sha256)
+    request = _request(config)
     run = WeightRun(path, identity, request, start_in(path, identity, request))
     run.begin()
     return run
+
+
+def _request(config: ResolvedConfig[Any], *names: str) -> dict[str, Any]:
+    """Values of these options, of what is measured, and of recovery as far as it reads them."""
+    values, read = config.values(), config.values_read()
+    recovery = {name: read[name] for name in RECOVERED if name in read}
+    return {name: values[name] for name in (*names, *MEASURED)} | recovery

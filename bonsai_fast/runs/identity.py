@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,15 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import named_weights
 from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.config.recover_options import RecoverOptions
 
 FORMAT = 1
 # options that a finished run can change without scoring anything
 LAST_STEP = ("head_layout", "round_to", "uniform")
 MEASURED = ("evaluation", "evaluation_tokens", "tasks")
-NOT_IDENTITY = ("sparsity", "target", *LAST_STEP, *MEASURED)
+# what follows pruning, and so depends on the last step
+RECOVERED = tuple(item.name for item in fields(RecoverOptions))
+NOT_IDENTITY = ("sparsity", "target", *LAST_STEP, *MEASURED, *RECOVERED)
 # options that earlier versions recorded as null
 FORMER_NULLS = {
     "route": "auto",
@@ -126,7 +130,7 @@ def _second_start(
         raise ValueError(
             f"output {path} holds another run ({'; '.join(differences)}); choose another directory"
         )
-    before = found["request"]
+    before = {"recover": "none", **found["request"]}  # earlier versions did not recover
     if found["status"] == "finished":
         is_complete = before == request and (path / "model" / "config.json").is_file()
         return "finished" if is_complete else "retarget"

@@ -23,8 +23,8 @@ class UnitOptions(MethodOptions):
     sublayers: bool = option(False, "Also remove whole attention or MLP blocks.", group=REMOVED)
     head_layout: HeadLayout = option(
         "rectangular",
-        "rectangular: all key-value heads of a layer keep equally many query heads, as most "
-        "engines need. free: they may differ.",
+        "Query heads of a layer's key-value heads: rectangular (equally many, as most engines "
+        "need) or free.",
         group=REMOVED,
     )
     round_to: str = option(
