@@ -19,7 +19,8 @@ from pathlib import Path
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions, load_parent
 from bonsai_fast.command_line import FILES, Command, argument, entries_of, save_config, taken
-from bonsai_fast.compare.comparison import SHARED, Comparison, as_table
+from bonsai_fast.compare.cell_tables import as_table
+from bonsai_fast.compare.comparison import SHARED, Comparison
 from bonsai_fast.config.options import OUTPUT, REMOVED, SEARCH, check_values, option
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.methods import configure

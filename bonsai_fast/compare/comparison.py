@@ -6,33 +6,33 @@ results are written to `cell.json` when they are known.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
+import shutil
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.compare.cell import Cell, read_cell
+from bonsai_fast.compare.cell_tables import as_csv, as_svg
 from bonsai_fast.compare.equal_tokens import KNOBS, within_tokens
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.evaluation.perplexity import Perplexity, perplexity
 from bonsai_fast.evaluation.tasks import evaluate_tasks
-from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.files import write_atomically, write_json
 from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task, configure, resolve
-from bonsai_fast.methods.allocation import TOLERANCE, Target
+from bonsai_fast.methods.allocation import Target
 from bonsai_fast.methods.configure import all_options, common_options
 from bonsai_fast.methods.units.unit_options import UnitOptions
+from bonsai_fast.prune.recover_step import FOLDER, recovery_of
 from bonsai_fast.prune.units import prepare, pruned_model
-from bonsai_fast.report.chart import Panel, draw
 from bonsai_fast.runs.directory import open_run
+from bonsai_fast.runs.identity import RECOVERED
 
 # options that differ between cells
 OWN = ("sparsity", "target", "method", "preset")
@@ -42,42 +42,6 @@ SHARED = tuple(
     for name in (*common_options(), *(item.name for item in fields(UnitOptions)))
     if name not in OWN
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Results of one method at one sparsity.
-
-    Attributes:
-        method: its name, followed by preset and options if given.
-        asked, sparsity: requested and removed fraction of the decoder's parameters.
-        parameters: of the whole pruned model.
-        perplexity: on the common evaluation text; inf where it overflows.
-        standard_error: of the mean loss, in nats.
-        submodels, tokens: work of the search, as planned.
-        seconds: of the search; nan if it was interrupted.
-        peak_bytes: memory of the search beside the weights; None where it cannot be measured.
-        protocol: how the perplexity was measured.
-        tasks: zero-shot results, if requested.
-    """
-
-    method: str
-    asked: float
-    sparsity: float
-    parameters: int
-    perplexity: float
-    standard_error: float
-    submodels: int
-    tokens: int
-    seconds: float
-    peak_bytes: int | None
-    protocol: dict[str, Any]
-    tasks: dict[str, dict[str, float]]
-
-    @property
-    def within_tolerance(self) -> bool:
-        """Whether the sparsity differs from the request by at most 0.5 % of it."""
-        return abs(self.asked - self.sparsity) <= TOLERANCE * self.asked
 
 
 class Comparison:
@@ -108,7 +72,13 @@ class Comparison:
         self.output, self.search_tokens, self.reporter = output, search_tokens, reporter
         self.model, self.tokenizer = model, tokenizer
         self._task = prepare(model, tokenizer, base)
-        self.base = self._task.config
+        self.base = config = self._task.config
+        texts = (self._task.calibration, self._task.evaluation)
+        self._recovery = recovery_of(config, model, tokenizer, *texts)
+        if self._recovery is not None:
+            self._recovery.check(model, output)
+        read = config.values_read()
+        self._recover = {name: read[name] for name in RECOVERED if name in read}
         self.cells: list[Cell] = []
 
     def task_of(self, name: str, sparsity: float) -> Task[Any]:
@@ -158,7 +128,7 @@ class Comparison:
         directory = self.output / f"{name.replace(':', '-')}-{task.config.sparsity:g}"
         run = open_run(directory, task.config, task.layout, self.model, task.calibration.sha256)
         path = directory / "cell.json"
-        cell = _read(path, self._task.evaluation)
+        cell = read_cell(path, self._task.evaluation, self._recover)
         if cell is None:
             self.reporter.note(f"{name} at sparsity {task.config.sparsity:g}")
             search = Search(task, run, self.reporter)
@@ -172,6 +142,7 @@ class Comparison:
             plan = task.method.plan(task)
             parameters, layout = smaller.num_parameters(), task.layout
             removed = layout.num_model_parameters - parameters
+            recovered = self._recovered(smaller, directory)
             cell = Cell(
                 method=name,
                 asked=float(task.config.sparsity or 0.0),
@@ -185,8 +156,10 @@ class Comparison:
                 peak_bytes=peak.bytes,
                 protocol=found.protocol,
                 tasks=self._tasks(smaller),
+                **recovered,
             )
             write_json(path, asdict(cell))
+            shutil.rmtree(directory / FOLDER, ignore_errors=True)
         self.cells.append(cell)
         return cell
 
@@ -201,6 +174,18 @@ class Comparison:
         write_json(self.output / "comparison.json", _plain(state))
         write_atomically(self.output / "comparison.csv", as_csv(self.cells).encode())
         write_atomically(self.output / "comparison.svg", as_svg(self.cells, dense).encode())
+
+    def _recovered(self, smaller: PreTrainedModel, directory: Path) -> dict[str, Any]:
+        """Recover the model of a cell; the fields of `Cell` about that."""
+        if self._recovery is None:
+            return {}
+        done = self._recovery.run(smaller, directory / FOLDER, self.reporter)
+        return {
+            "recovered": perplexity(smaller, self._task.evaluation).value,
+            "recovery_tokens": sum(record.tokens for record in done.records),
+            "recovery_seconds": math.fsum(record.seconds for record in done.records),
+            "recovery": self._recover,
+        }
 
     def _tasks(self, smaller: PreTrainedModel) -> dict[str, dict[str, float]]:
         if self.base.tasks is None:
@@ -230,14 +215,6 @@ def variant(name: str) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path, evaluation: Sequences) -> Cell | None:
-    """A finished cell on the same text, or None."""
-    if not path.is_file():
-        return None
-    cell = Cell(**json.loads(path.read_text()))
-    return cell if cell.protocol["sha256"] == evaluation.sha256 else None
-
-
 def _plain(value: Any) -> Any:
     """NaN and infinity as null, since JSON has neither."""
     if isinstance(value, dict):
@@ -245,64 +222,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_csv(cells: list[Cell]) -> str:
-    """One line for each cell."""
-    names = [field.name for field in fields(Cell) if field.name not in ("protocol", "tasks")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([getattr(cell, name) for name in names] for cell in cells)
-    return text.getvalue()
-
-
-def as_svg(cells: list[Cell], dense: Perplexity) -> str:
-    """Perplexity against sparsity, and against forward tokens."""
-    names = list(dict.fromkeys(cell.method for cell in cells))
-    sparsity = {
-        name: [(0.0, dense.value)] + [(c.sparsity, c.perplexity) for c in cells if c.method == name]
-        for name in names
-    }
-    # methods that read no text are drawn at one token
-    tokens = {
-        name: [(float(max(1, c.tokens)), c.perplexity) for c in cells if c.method == name]
-        for name in names
-    }
-    return draw(
-        [
-            Panel("perplexity and sparsity", "sparsity", "perplexity", sparsity, log_y=True),
-            Panel(
-                "perplexity and search", "forward tokens", "perplexity", tokens,
-                log_x=True, log_y=True,
-            ),
-        ]
-    )  # fmt: skip
-
-
-def as_table(cells: list[Cell], dense: Perplexity) -> Table:
-    """The comparison, best perplexity first."""
-    table = Table(title=f"methods compared; the parent's perplexity is {dense.value:.2f}")
-    for column in ("method", "sparsity", "perplexity", "change", "tokens", "seconds", "peak MiB"):
-        justify: Any = "left" if column == "method" else "right"
-        table.add_column(column, justify=justify, overflow="fold")
-    for cell in sorted(cells, key=lambda cell: (cell.asked, cell.perplexity)):
-        table.add_row(
-            cell.method,
-            f"{cell.sparsity:.2%}" + ("" if cell.within_tolerance else "*"),
-            f"{cell.perplexity:.2f}",
-            f"x{cell.perplexity / dense.value:.2f}",
-            f"{cell.tokens:,}",
-            "" if math.isnan(cell.seconds) else f"{cell.seconds:.1f}",
-            "" if cell.peak_bytes is None else f"{cell.peak_bytes / 2**20:,.0f}",
-        )
-    table.caption = (
-        f"{dense.dataset}, {dense.tokens:,} predicted tokens, window {dense.window}; "
-        "peak memory is the search's beside the weights"
-    )
-    if not all(cell.within_tolerance for cell in cells):
-        table.caption += (
-            f"; * differs from the sparsity by more than {TOLERANCE:.1%}: "
-            "whole units and rounded widths allow no closer match"
-        )
-    return table

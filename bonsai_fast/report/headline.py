@@ -73,6 +73,9 @@ def lead(run: RunRecord) -> list[str]:
         f"Its perplexity on text that was not used for calibration is {decimal(pruned)},  "
         f"the parent's is {decimal(dense)} ({times(pruned / dense)}).",
     ]
+    if recovery := result.get("recovery"):
+        before = decimal(recovery["perplexity_before"])
+        sentences.append(f"It was {before} before recovery ({recovery['recover']}).")
     if ratios := speed_ratios(result):
         speeds = " and ".join(f"{PHASES[name]} {times(ratio)}" for name, ratio in ratios.items())
         doubt = ", but the timings vary more than that" if _within_spread(result) else ""
@@ -93,6 +96,9 @@ def rows(run: RunRecord) -> list[Row]:
         return []
     dense, pruned = result["dense_perplexity"], result["pruned_perplexity"]
     found = [Row("perplexity", decimal(dense), decimal(pruned), times(pruned / dense))]
+    if recovery := result.get("recovery"):
+        value = recovery["perplexity_before"]
+        found.append(Row("before recovery", "", decimal(value), times(value / dense)))
     if "zeros" in result:
         zeros = (count(result["zeros_dense"]), count(result["zeros"]))
         return [*found, Row("zero weights", *zeros, percent(result["sparsity"]))]
@@ -135,6 +141,10 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         peak = result["peak_bytes"]
         words = "not measured" if peak is None else f"{size(peak)} beside the weights"
         found.append(("Memory of the search", words))
+    if recovery := result.get("recovery"):
+        seconds = sum(tier["seconds"] for tier in recovery["tiers"])
+        names = " and ".join(tier["name"] for tier in recovery["tiers"])
+        found.append(("Recovery", f"{names}, {duration(seconds)}"))
     found.append(("Time", f"{duration(result['seconds'])} since the last start, in total"))
     check, difference = "gives the same logits", result["max_logit_difference"]
     check += f"within {significant(difference, 2)}" if difference else ""

@@ -16,6 +16,7 @@ from bonsai_fast.report import number_format as words
 from bonsai_fast.report.chart import DARK, LIGHT
 from bonsai_fast.report.figures import channel_bar, head_cells, trajectory
 from bonsai_fast.report.kept_by_layer import layer_rows
+from bonsai_fast.report.recovery_section import recovery_section
 from bonsai_fast.report.reproduce import command_line, recorded_config
 from bonsai_fast.report.run_record import RunRecord
 from bonsai_fast.report.search_section import Section, relevance_section, search_section
@@ -81,6 +82,7 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
 
     search = or_left_out(search_section(run), "Predicted and measured")
     relevance = or_left_out(relevance_section(run), "Relevance")
+    recovery = or_left_out(_recovery(run), "Recovery")
     rounds = _rounds(run, left_out)
     kept = _kept(run, left_out)
     if not run.completions:
@@ -100,6 +102,7 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
         "preset": config.preset,
         "config": config,
         "rounds": rounds,
+        "recovery": recovery,
         "kept": kept,
         "search": search,
         "relevance": relevance,
@@ -127,11 +130,25 @@ def _rounds(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
     else:
         points = [("dense", 0.0, result["dense_perplexity"])]
         points += [(r["name"], r["sparsity"], r["perplexity"]) for r in result["rounds"]]
+        if result.get("recovery"):
+            before = result["recovery"]["perplexity_before"]
+            points.append(("before recovery", result["sparsity"], before))
         points += [("saved", result["sparsity"], result["pruned_perplexity"])]
         figure = trajectory(points)
         return {"figure": figure and Markup(figure), "points": points}
     left_out.append(LeftOut("Perplexity over the rounds", why))
     return None
+
+
+def _recovery(run: RunRecord) -> Section | str:
+    """What recovery did; or, as text, why there is nothing to show."""
+    result = run.result
+    if not result:
+        return "it follows pruning."
+    recovery = result.get("recovery")
+    if not recovery:
+        return "the model was saved as it was pruned."
+    return recovery_section(recovery, result["dense_perplexity"], result["pruned_perplexity"])
 
 
 def _kept(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:

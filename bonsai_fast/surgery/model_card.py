@@ -64,6 +64,7 @@ def write_model_card(directory: Path, parent: str | None = None) -> None:
         f"# {found.name}, pruned" if name else "# A pruned model",
         *_summary(report, found),
         *_sizes(directory, report, found),
+        *_recovered(report),
         *_removed(source, report, found),
         *_loading(directory),
         *_licence(found),
@@ -123,6 +124,9 @@ def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[
     if measured.keys() >= MEASURED:
         values = (measured["dense_perplexity"], measured["pruned_perplexity"])
         rows.append(("perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}"))
+        if "recovery" in report:
+            before = report["recovery"]["perplexity_before"]
+            rows.append(("perplexity before recovery", "", f"{before:.2f}"))
     yield _table(rows)
     if measured.keys() >= MEASURED:
         protocol = measured["protocol"]
@@ -131,6 +135,33 @@ def _sizes(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[
             f"windows of {protocol['window']} tokens, stride {protocol['stride']}; SHA-256 of the "
             f"tokens: `{protocol['sha256']}`."
         )
+
+
+def _recovered(report: dict[str, Any]) -> Iterator[str]:
+    """How the model was made better after pruning, if it was."""
+    if "recovery" not in report:
+        return
+    yield "## How it was recovered"
+    yield (
+        f"After pruning, `{report['recovery']['recover']}`, with the parent as the teacher. Losses "
+        "are on text that was held out from it."
+    )
+    yield _table(
+        [
+            ("tier", "text", "tokens", "loss before", "loss after"),
+            ("---",) * 5,
+            *(
+                (
+                    tier["name"],
+                    tier["text"],
+                    f"{tier['tokens']:,}",
+                    f"{tier['held_out_before']:.4f}",
+                    f"{tier['held_out_after']:.4f}",
+                )
+                for tier in report["recovery"]["tiers"]
+            ),
+        ]
+    )
 
 
 def _removed(directory: Path, report: dict[str, Any], parent: Parent) -> Iterator[str]:

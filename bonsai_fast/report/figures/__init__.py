@@ -5,10 +5,12 @@ from bonsai_fast.report.figures.descent import descent
 from bonsai_fast.report.figures.layer_parts import LayerRow, channel_bar, head_cells
 from bonsai_fast.report.figures.predicted_measured import Pair, agreement
 from bonsai_fast.report.figures.ranked import ranked
+from bonsai_fast.report.figures.training import Measured, training
 from bonsai_fast.report.figures.trajectory import trajectory
 
 __all__ = [
     "LayerRow",
+    "Measured",
     "Pair",
     "agreement",
     "by_layer",
@@ -16,5 +18,6 @@ __all__ = [
     "descent",
     "head_cells",
     "ranked",
+    "training",
     "trajectory",
 ]
