@@ -62,6 +62,22 @@ class Reporter:
             task = progress.add_task(description, total=total)
             yield lambda count: progress.advance(task, count)
 
+    @contextmanager
+    def training_bar(self, description: str) -> Iterator[Callable[[float, str], None]]:
+        """A progress bar of work whose end is not a count.
+
+        Yields the function that is told the share that is done, in [0, 1], and the state in words.
+        """
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[state]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(description, total=1.0, state="")
+            yield lambda share, state: progress.update(task, completed=share, state=state)
+
 
 # exit codes
 WRONG_RESULT = 1

@@ -68,6 +68,13 @@ def start(
     return Command(process, logs)
 
 
+def call(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a function of a module in a process of its own."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def _run(
     words: list[str], folder: Path, logs: tuple[Path, Path], before: Callable[[], None]
 ) -> None:

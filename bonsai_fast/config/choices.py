@@ -41,6 +41,8 @@ Tier = Literal[
 ]
 RecoverName = Literal["none", Tier]
 RecoverWeights = Literal["lora", "all", "norms"]
+RecoverTeacher = Literal["auto", "live", "cached"]
+RecoverKL = Literal["code", "paper"]
 
 # how it is computed
 EngineName = Literal["auto", "hooks", "fused"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from bonsai_fast.config.choices import RecoverName, RecoverWeights
+from bonsai_fast.config.choices import RecoverKL, RecoverName, RecoverTeacher, RecoverWeights
 from bonsai_fast.config.options import RECOVERY, option
 
 PUBLISHED: tuple[RecoverName, ...] = ("bonsai", "wanda-lora", "mini-llm", "policy-gradient")
@@ -54,6 +54,65 @@ class RecoverOptions:
         positive=True,
         read_with={"recover": TRAINS},
         shown="no limit",
+    )
+    recover_rank: int | None = option(
+        None,
+        "Rank of the adapters.",
+        group=RECOVERY,
+        read_with={"recover": ("distill",)},
+        minimum=1,
+        shown="8",
+    )
+    recover_rate: float | None = option(
+        None,
+        "The highest learning rate.",
+        group=RECOVERY,
+        read_with={"recover": ("distill",)},
+        positive=True,
+        shown="0.001; 0.0001 with --recover-weights all",
+    )
+    recover_batch: int | None = option(
+        None,
+        "Sequences per training step, of all processes together.",
+        group=RECOVERY,
+        read_with={"recover": ("distill",)},
+        minimum=1,
+        shown="1",
+    )
+    recover_cross_entropy: float | None = option(
+        None,
+        "Add the loss of the text's next tokens, times this, to the divergence that distill "
+        "trains on.",
+        group=RECOVERY,
+        read_with={"recover": ("distill",)},
+        positive=True,
+        shown="not added",
+    )
+    recover_hidden: float | None = option(
+        None,
+        "Add the relative squared error of the last hidden states, times this, to the loss of "
+        "distill.",
+        group=RECOVERY,
+        read_with={"recover": ("distill",)},
+        positive=True,
+        shown="not added",
+    )
+    recover_kl: RecoverKL | None = option(
+        None,
+        "The divergence in the loss of bonsai. code: KL(parent || model), summed over the tokens "
+        "of a sequence, as its code has it. paper: KL(model || parent), mean over tokens.",
+        group=RECOVERY,
+        read_with={"recover": ("bonsai",)},
+        shown="code",
+    )
+    recover_teacher: RecoverTeacher = option(
+        "auto",
+        "live: the parent is run in every step. cached: it is run once, its last hidden states "
+        "are kept on the disk, and a GPU's memory is free of it during training. auto: cached "
+        "where text is read more than once and there is no time limit, or where the parent is "
+        "streamed.",
+        group=RECOVERY,
+        read_with={"recover": ("distill", "bonsai")},
     )
 
     @property

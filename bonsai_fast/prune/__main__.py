@@ -29,6 +29,7 @@ from bonsai_fast.methods.configure import resolve
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
 from bonsai_fast.prune.tables import result_table
+from bonsai_fast.recovery import TrainingError
 from bonsai_fast.runs.ledger import LedgerError
 from bonsai_fast.surgery import SavedModelError
 from bonsai_fast.surgery.loading_code import loading_code
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     try:
         result = execute()
-    except (OSError, LedgerError, NotRecordedError, UnusableInputsError) as error:
+    except (OSError, LedgerError, NotRecordedError, TrainingError, UnusableInputsError) as error:
         return fail(error)
     except SavedModelError as error:
         return fail(error, WRONG_RESULT)

@@ -8,6 +8,7 @@ from bonsai_fast.recovery.recovery_task import (
     TrainingPoint,
 )
 from bonsai_fast.recovery.tier import RecoveryTier
+from bonsai_fast.recovery.training_error import TrainingError
 
 __all__ = [
     "RecoveryPlan",
@@ -15,5 +16,6 @@ __all__ = [
     "RecoveryTier",
     "TextWanted",
     "TierRecord",
+    "TrainingError",
     "TrainingPoint",
 ]

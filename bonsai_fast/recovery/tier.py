@@ -31,4 +31,5 @@ class RecoveryTier(Protocol):
 
         Raises:
             OSError: a file cannot be written.
+            TrainingError: a loss is not finite; the message is one line.
         """

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bonsai_fast.config.choices import RecoverName, Tier
+from bonsai_fast.config.recover_options import PUBLISHED
 from bonsai_fast.recovery.tier import RecoveryTier
 
+TRAINED: tuple[Tier, ...] = ("distill", "bonsai", "wanda-lora", "mini-llm", "policy-gradient")
+
+
+def _trained(name: Tier) -> RecoveryTier:
+    from bonsai_fast.recovery.distill import DistillTier
+
+    return DistillTier(name)
+
+
 # a function makes each, so that what a tier needs is imported only if it is used
-TIERS: dict[Tier, Callable[[], RecoveryTier]] = {}
+TIERS: dict[Tier, Callable[[], RecoveryTier]] = {name: partial(_trained, name) for name in TRAINED}
 
 STEPS: dict[RecoverName, tuple[Tier, ...]] = {
     "none": (),
@@ -23,7 +34,7 @@ STEPS: dict[RecoverName, tuple[Tier, ...]] = {
 # they refit layers to their parent's, one by one
 BY_LAYER: tuple[Tier, ...] = ("compensate", "reconstruct")
 # weights that are zero stay zero
-KEEPS_ZEROS: tuple[RecoverName, ...] = ("distill", "wanda-lora")
+KEEPS_ZEROS: tuple[RecoverName, ...] = ("distill", *PUBLISHED)
 
 
 def steps_of(name: RecoverName, *, zeros: bool = False, by_layer: bool = True) -> tuple[Tier, ...]:

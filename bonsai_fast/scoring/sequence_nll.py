@@ -43,6 +43,7 @@ class SequenceNLL:
     Attributes:
         head: the LM head.
         scale: factor that the model applies to its logits.
+        softcap: the model's logits are softcap * tanh(logits / softcap), scaled before; None: not.
         without_logits: whether one op computes losses from LM head and hidden states and never
             writes logits; otherwise they are computed from chunks of logits.
     Raises:
@@ -62,7 +63,7 @@ class SequenceNLL:
             )
         self.head = cast(nn.Linear, head)
         config = model.config
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -85,7 +86,7 @@ class SequenceNLL:
     @property
     def is_linear(self) -> bool:
         """Whether logits are linear in the hidden states, as a divergence needs."""
-        return self._softcap is None
+        return self.softcap is None
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -123,14 +124,14 @@ class SequenceNLL:
         logits: torch.Tensor = self.head(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
     def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """[N, D] and [N] -> float32 [N]."""
         if self.without_logits and type(self.head) is nn.Linear:
-            options = {"scale": self.scale, "softcap": self._softcap}
+            options = {"scale": self.scale, "softcap": self.softcap}
             found: torch.Tensor = ops.lm_head_nll(
                 hidden, self.head.weight, labels, self.head.bias, **options
             )

@@ -1,0 +1,71 @@
+"""Weights that pruning has set to zero, and that training must leave at zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bonsai_fast.checkpoints.streaming.access import bring_in_layer
+from bonsai_fast.models import find_decoder
+
+# share of the decoder's weights that are zero here and not in the parent, from which on a model
+# counts as sparse
+SPARSE_FROM = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroMasks:
+    """The zeros of a sparse model.
+
+    Attributes:
+        keep: by parameter name, bool of its shape: True where the weight may change. Only linear
+            layers of the decoder that have zeros are there.
+    """
+
+    keep: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of zeros."""
+        return sum(int((~keep).sum()) for keep in self.keep.values())
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Assert that all of them still are zero."""
+        for name, keep in self.keep.items():
+            weight = model.get_parameter(name)
+            assert not bool((weight != 0)[~keep.to(weight.device)].any()), f"{name} lost its zeros"
+
+
+def find_zeros(student: PreTrainedModel, teacher: PreTrainedModel) -> ZeroMasks | None:
+    """The zeros of a model whose single weights were pruned; None if it is not sparse.
+
+    Zeros that the parent has, too, do not make a model sparse; in a sparse one, they are kept.
+    """
+    path = find_decoder(student).path
+    layers = student.get_submodule(path)
+    keep, zeros, total = {}, 0, 0
+    for number, layer in enumerate(layers.children()):
+        bring_in_layer(teacher, number)
+        for name, module in layer.named_modules():
+            if not isinstance(module, nn.Linear) or not module.weight.numel():
+                continue
+            full = f"{path}.{number}.{name}.weight"
+            is_zero = module.weight.detach() == 0
+            total += is_zero.numel()
+            if not bool(is_zero.any()):
+                continue
+            keep[full] = ~is_zero
+            zeros += int((is_zero & ~_zeros_of(teacher, full, is_zero)).sum())
+    return ZeroMasks(keep) if total and zeros >= SPARSE_FROM * total else None
+
+
+def _zeros_of(teacher: PreTrainedModel, name: str, like: Tensor) -> Tensor:
+    """Where the parent's weight is zero, too; nowhere if it has another shape."""
+    try:
+        weight = teacher.get_parameter(name).detach()
+    except AttributeError:
+        return torch.zeros_like(like)
+    return (weight == 0).to(like.device) if weight.shape == like.shape else torch.zeros_like(like)
