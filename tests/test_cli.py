@@ -97,7 +97,7 @@ def test_defaults_of_presets_are_shown(page) -> None:
     "words, message",
     [
         ("prun", "unknown command prun: did you mean prune?"),
-        ("xyz", "unknown command xyz: expected one of prune, compare, surgery"),
+        ("xyz", "unknown command xyz: expected one of prune, compare, recover, surgery"),
         ("--hepl", "unknown command --hepl: did you mean --help?"),
         ("prune --num-sequence 3", "--num-sequence. Did you mean --num-sequences?"),
         ("latency x --round 3", "--round. Did you mean --rounds?"),

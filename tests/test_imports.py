@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bonsai_fast"
 LAYERS: dict[str, set[str]] = {
     "tests and benches": {"testing"},
     "public API": {"__init__"},
-    "comparison": {"compare"},
+    "comparison and recovery of saved models": {"compare", "recover"},
     "pruning": {"prune"},
     "other commands": {"export", "latency", "report", "surgery"},
     "methods": {"methods"},

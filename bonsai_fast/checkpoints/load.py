@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -88,6 +89,15 @@ def load_model(name: str | None, options: LoadingOptions) -> PreTrainedModel:
             _path(name), dtype=DTYPES.get(options.dtype, "auto"), trust_remote_code=trust
         )
     return _named(name, cast(Any, model).to(device).eval())
+
+
+def load_config(name: str | None, options: TrustOptions) -> PreTrainedConfig:
+    """Read the configuration of a model; errors as in `load_parent`."""
+    with _loading(name):
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            _path(name), trust_remote_code=options.trust_remote_code
+        )
+    return found
 
 
 def _path(name: str | None) -> str:

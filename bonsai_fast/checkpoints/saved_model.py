@@ -121,7 +121,8 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
     for directory in (given, given / "model"):
         if (directory / "config.json").is_file():
             return directory
-    what = "an unfinished run" if (given / "run.json").is_file() else "no saved model"
+    is_run = any((given / name).is_file() for name in ("run.json", "recover.json"))
+    what = "an unfinished run" if is_run else "no saved model"
     raise ValueError(f"expected a run or a model directory, got {given}, which holds {what}")
 
 

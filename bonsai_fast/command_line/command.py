@@ -129,3 +129,14 @@ def taken(kind: type[T], values: dict[str, Any]) -> T:
     """A dataclass from those of the values that are its fields, which are removed from them."""
     names = [item.name for item in fields(cast(Any, kind)) if item.name in values]
     return kind(**{name: values.pop(name) for name in names})
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """The last value that a command line gives to an option."""
+    found = None
+    for word, following in zip(words, [*words, None][1:], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found

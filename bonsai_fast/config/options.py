@@ -85,6 +85,16 @@ def unread_options(options: Any) -> dict[str, str]:
     return found
 
 
+def refuse_unread(options: Any, usual: Any) -> None:
+    """Raise ValueError if an option differs from its usual value and has no effect."""
+    unread = unread_options(options)
+    for item in fields(options):
+        name = item.name
+        if name in unread and getattr(options, name) != getattr(usual, name):
+            wanted = describe_values(item.metadata["read_with"])
+            raise ValueError(f"{name}: has no effect with {unread[name]}; it is read with {wanted}")
+
+
 def describe_values(values: Mapping[str, Any], joint: str = ", ") -> str:
     """{"rounds": 3} -> "rounds=3"; of several values in a tuple: "regression=ridge or paper"."""
     texts = {

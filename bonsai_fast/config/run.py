@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic
 
 from bonsai_fast.config.choices import MethodName, PresetName
+from bonsai_fast.config.input_options import InputOptions
 from bonsai_fast.config.options import (
-    DEVICE,
     REMOVED,
     SEARCH,
     TEXT,
@@ -21,7 +21,7 @@ from bonsai_fast.config.recover_options import RecoverOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonOptions:
+class CommonOptions(InputOptions):
     """Options of all methods that mean the same before and after presets are filled in."""
 
     sparsity: float | None = option(
@@ -44,32 +44,11 @@ class CommonOptions:
         "Values of options not given; paper: as published.",
         group=SEARCH,
     )
-    seed: int = option(0, "Seed of all random numbers.", group=SEARCH, minimum=0)
-    calibration: str = option(
-        "builtin",
-        "Text to read: wikitext2, c4, hf:NAME[:CONFIG] (on the hub), FILE.txt, FILE.jsonl, "
-        "self (the model's own) or builtin.",
-        group=TEXT,
-    )
-    evaluation: str | None = option(
-        None,
-        "Text to measure perplexity on, named likewise.",
-        group=TEXT,
-        shown="the last quarter of the calibration text, which methods then do not read",
-    )
-    evaluation_tokens: int = option(8192, "Tokens of it to measure on.", group=TEXT, minimum=1)
     tasks: str | None = option(
         None,
         "Zero-shot tasks for lm-evaluation-harness, separated by commas.",
         group=TEXT,
         value="NAMES",
-    )
-    memory_budget: str | None = option(
-        None,
-        "Besides the weights, such as 800MB.",
-        group=DEVICE,
-        shown="2GiB; half of a GPU's",
-        value="SIZE",
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from bonsai_fast.config import PruneConfig, ResolvedConfig
 from bonsai_fast.config.choices import MethodName, PresetName, RecoverName
-from bonsai_fast.config.options import MethodOptions, describe_values, read_value, unread_options
+from bonsai_fast.config.options import MethodOptions, describe_values, read_value, refuse_unread
 from bonsai_fast.config.presets import Preset
 from bonsai_fast.config.recover_options import RecoverOptions
 from bonsai_fast.config.run import CommonOptions
@@ -121,7 +121,8 @@ def resolve(config: PruneConfig) -> ResolvedConfig[Any]:
             f"options: method {config.method} takes {type(usual).__name__}, "
             f"got {type(options).__name__}"
         )
-    _refuse_unread(config, _changed(options, usual))
+    changed = [i.name for i in fields(usual) if getattr(options, i.name) != getattr(usual, i.name)]
+    _refuse_unread(config, changed)
     resolved: ResolvedConfig[Any] = ResolvedConfig(
         **{item.name: getattr(config, item.name) for item in fields(CommonOptions)},
         **asdict(_recovery(config)),
@@ -157,20 +158,8 @@ def _recovery(config: PruneConfig) -> RecoverOptions:
     name = config.recover or ("none" if zeros or config.preset == "paper" else RECOVER)
     found = replace(config.recovery, recover=name)
     steps_of(name, zeros=zeros)
-    unread = unread_options(found)
-    for option in _changed(found, RecoverOptions(recover=name)):
-        if option in unread:
-            wanted = all_options()[option].field.metadata["read_with"]
-            raise ValueError(
-                f"{option}: has no effect with {unread[option]}; "
-                f"it is read with {describe_values(wanted)}"
-            )
+    refuse_unread(found, RecoverOptions(recover=name))
     return found
-
-
-def _changed(options: Any, usual: Any) -> list[str]:
-    """Names of the fields in which two sets of options differ."""
-    return [i.name for i in fields(usual) if getattr(options, i.name) != getattr(usual, i.name)]
 
 
 def _options_of(owner: type[Any], without: tuple[str, ...] = ()) -> dict[str, Option]:

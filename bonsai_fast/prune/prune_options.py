@@ -8,7 +8,15 @@ from typing import get_args
 
 from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import LoadingOptions
-from bonsai_fast.command_line import FILES, Command, Entry, argument, entries_of, entry
+from bonsai_fast.command_line import (
+    FILES,
+    Command,
+    Entry,
+    argument,
+    entries_of,
+    entry,
+    value_of,
+)
 from bonsai_fast.config.choices import MethodName, PresetName, RecoverName
 from bonsai_fast.config.options import DEVICE, OUTPUT, option
 from bonsai_fast.config.recover_options import RecoverOptions
@@ -56,7 +64,7 @@ def command(summary: str, words: Sequence[str] = ()) -> Command:
         summary: of the command as a whole.
         words: of the command line.
     """
-    asked = _value_of("--method", words)
+    asked = value_of("--method", words)
     method = next((name for name in SUMMARIES if name == asked), None)
     if method is not None:
         summary = f"Method {method} {SUMMARIES[method]}\n\n{OTHERS}"
@@ -98,14 +106,3 @@ def preset_entry(
         listed=listed,
     )
     return replace(found, help=RECOVER) if name == "recover" else found
-
-
-def _value_of(flag: str, words: Sequence[str]) -> str | None:
-    """The last value that a command line gives to an option."""
-    found = None
-    for word, following in zip(words, [*words, None][1:], strict=True):
-        if word == flag:
-            found = following
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
-    return found

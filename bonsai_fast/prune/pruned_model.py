@@ -269,7 +269,7 @@ class ZeroedModel(PrunedModel):
 
     def recovered(self, student: PreTrainedModel, found: Recovered) -> PrunedModel:
         common = (self.parent, self.tokenizer, self.directory, self.reporter)
-        return SparseStudent(*common, student)
+        return Student(*common, student)
 
     def perplexity(self, model: PreTrainedModel, text: Sequences, name: str) -> Perplexity:
         layers = find_decoder(model).num_layers
@@ -285,8 +285,8 @@ class ZeroedModel(PrunedModel):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseStudent(SmallerModel):
-    """Weights are zeroed and the others were recovered; both models are in memory."""
+class Student(SmallerModel):
+    """A model that was recovered and is no faster than before; both models are in memory."""
 
     measures_speed: ClassVar[bool] = False
 

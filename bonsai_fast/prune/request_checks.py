@@ -31,11 +31,16 @@ def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
             NaN or Inf, or a task is unknown.
     """
     _check_streamed(model, config)
-    for name, parameter in named_weights(model):
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"the model's weights hold NaN or Inf, first in {name}")
+    check_finite(model, "the model")
     if config.tasks is not None:
         check_tasks(config.task_names)
+
+
+def check_finite(model: PreTrainedModel, what: str) -> None:
+    """Raise ValueError if a weight is NaN or Inf; `what` says which model it is."""
+    for name, parameter in named_weights(model):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{what}'s weights hold NaN or Inf, first in {name}")
 
 
 def calibration_text(

@@ -208,7 +208,7 @@ Result = TypeVar("Result", bound=RunResult)
 def recorded_result(run: Run, kind: type[Result], reporter: Reporter) -> Result:
     """The result of a run that is finished."""
     reporter.note(f"{run.path} is finished; nothing to do")
-    return kind(**json.loads((run.path / "run.json").read_text())["result"])
+    return kind(**json.loads((run.path / run.MANIFEST).read_text())["result"])
 
 
 def record_result(run: Run, result: RunResult, reporter: Reporter) -> None:

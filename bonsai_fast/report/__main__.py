@@ -24,7 +24,8 @@ from bonsai_fast.config.options import OUTPUT, option
 from bonsai_fast.console import INTERRUPTED, Reporter, fail, silence_transformers
 from bonsai_fast.evaluation.completions import PROMPTS, complete, save_completions
 from bonsai_fast.report import RunRecord, write_report
-from bonsai_fast.runs.identity import fingerprint
+from bonsai_fast.report.recovered_page import write_recovered_report
+from bonsai_fast.runs.identity import RECOVER_MANIFEST, fingerprint
 
 CONTENT = "What to show"
 
@@ -57,7 +58,7 @@ class ReportOptions(DeviceOptions):
 COMMAND = Command(
     "report",
     __doc__,
-    (argument("run", str, "Directory of a run, finished or not."),),
+    (argument("run", str, "Directory of a run, finished or not, or of a recovery."),),
     (*entries_of(ReportOptions), *FILES),
 )
 
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = ReportOptions(**given)
         save_config(save_to, run=str(directory), **asdict(options))
+        if (directory / RECOVER_MANIFEST).is_file():
+            return _recovered(directory, options, reporter)
         run = RunRecord.read(directory)
         if options.prompt and not run.finished:
             raise ValueError(f"{directory} is not finished: there is no pruned model to prompt yet")
@@ -88,6 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     reporter.note(f"written to {page}")
     print(json.dumps({"report": str(page), "run": str(directory), "finished": run.finished}))
+    return 0
+
+
+def _recovered(directory: Path, options: ReportOptions, reporter: Reporter) -> int:
+    """Write the page of what `bonsai-fast recover` made."""
+    if options.prompt or options.latency:
+        raise ValueError("prompt, latency: the page of a recovery shows neither")
+    page = write_recovered_report(directory, Path(options.output) if options.output else None)
+    reporter.note(f"written to {page}")
+    print(json.dumps({"report": str(page), "run": str(directory), "finished": True}))
     return 0
 
 

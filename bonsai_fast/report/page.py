@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from bonsai_fast.files import write_atomically
@@ -57,6 +57,11 @@ def render(run: RunRecord, latency: dict[str, Any] | None = None) -> str:
     Args:
         latency: as `speed.read_latency` returns it.
     """
+    return template("report.html").render(**content(run, latency))
+
+
+def template(name: str) -> Template:
+    """A page of the folder templates."""
     environment = Environment(
         loader=PackageLoader("bonsai_fast.report", "templates"),
         autoescape=True,
@@ -66,7 +71,12 @@ def render(run: RunRecord, latency: dict[str, Any] | None = None) -> str:
     )
     filters = ("count", "percent", "size", "decimal", "duration")
     environment.filters.update({name: getattr(words, name) for name in filters})
-    return environment.get_template("report.html").render(**content(run, latency))
+    environment.globals.update(
+        light=Markup(LIGHT.style()),
+        dark=Markup(DARK.style()),
+        themes={"light": LIGHT, "dark": DARK},
+    )
+    return environment.get_template(name)
 
 
 def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
@@ -88,9 +98,6 @@ def content(run: RunRecord, latency: dict[str, Any] | None) -> dict[str, Any]:
     if not run.completions:
         left_out.append(LeftOut("Completions", "no completions were recorded."))
     return {
-        "light": Markup(LIGHT.style()),
-        "dark": Markup(DARK.style()),
-        "themes": {"light": LIGHT, "dark": DARK},
         "title": headline.title(run),
         "lead": headline.lead(run),
         "finished": run.finished,

@@ -26,21 +26,25 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.config.recover_config import RecoverConfig
 from bonsai_fast.files import write_json
 from bonsai_fast.models.layout import Layout, describe_layout
 from bonsai_fast.runs.identity import (
     FORMAT,
     LAST_STEP,
+    MANIFEST,
     MEASURED,
     NOT_IDENTITY,
+    RECOVER_MANIFEST,
     RECOVERED,
     Start,
+    identity_of,
     run_identity,
     start_in,
     versions,
@@ -62,6 +66,8 @@ class Run:
             "retarget": another request was completed.
     """
 
+    MANIFEST: ClassVar[str] = MANIFEST
+
     path: Path
     identity: dict[str, Any]
     request: dict[str, Any]
@@ -80,14 +86,21 @@ class Run:
             self.record("running")
 
     def record(self, status: Literal["running", "finished"], **content: Any) -> None:
-        """Write run.json."""
+        """Write the record of the run: run.json."""
         state = {
             "format": FORMAT,
             "status": status,
             "request": self.request,
             "versions": versions(),
         }
-        write_json(self.path / "run.json", {**state, **self.identity, **content})
+        write_json(self.path / self.MANIFEST, {**state, **self.identity, **content})
+
+
+@dataclass(frozen=True)
+class RecoverRun(Run):
+    """A directory in which a saved model is recovered."""
+
+    MANIFEST: ClassVar[str] = RECOVER_MANIFEST
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,32 @@ def open_weight_run(
     identity = run_identity(config, without, model, calibration_sha256)
     request = _request(config)
     run = WeightRun(path, identity, request, start_in(path, identity, request))
+    run.begin()
+    return run
+
+
+def open_recover_run(
+    path: Path,
+    config: RecoverConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    calibration_sha256: str,
+) -> RecoverRun:
+    """Start or resume the recovery of a saved model.
+
+    Raises:
+        ValueError, OSError: as `open_run`; anything else that is asked for is another run.
+    """
+    values = config.values_read()
+    method = values.pop("recover")
+    identity = {
+        "config": {**values, "method": method},
+        "student": identity_of(student),
+        "parent": identity_of(teacher),
+        "calibration_sha256": calibration_sha256,
+    }
+    request = {"recover": method}
+    run = RecoverRun(path, identity, request, start_in(path, identity, request, RECOVER_MANIFEST))
     run.begin()
     return run
 

@@ -25,6 +25,7 @@ from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.config.recover_options import RecoverOptions
 
 FORMAT = 1
+MANIFEST, RECOVER_MANIFEST = "run.json", "recover.json"
 # options that a finished run can change without scoring anything
 LAST_STEP = ("head_layout", "round_to", "uniform")
 MEASURED = ("evaluation", "evaluation_tokens", "tasks")
@@ -63,13 +64,18 @@ def run_identity(
         "config": {
             name: value for name, value in config.values_read().items() if name not in without
         },
-        "parent": {
-            "name": model.config.name_or_path,
-            "fingerprint": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-        },
+        "parent": identity_of(model),
         "calibration_sha256": calibration_sha256,
+    }
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model is recognised by, and how it is computed."""
+    return {
+        "name": model.config.name_or_path,
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
     }
 
 
@@ -96,16 +102,22 @@ def versions() -> dict[str, str]:
     }
 
 
-def start_in(path: Path, identity: dict[str, Any], request: dict[str, Any]) -> Start:
+def start_in(
+    path: Path, identity: dict[str, Any], request: dict[str, Any], manifest: str = MANIFEST
+) -> Start:
     """What a start in a directory does; see `Run.start`.
 
+    Args:
+        path: the directory.
+        identity, request: of this start.
+        manifest: the file that records those of an earlier one.
     Raises:
         ValueError: the directory holds something else, another run, or an unfinished run with
             another target.
     """
-    manifest = path / "run.json"
-    if manifest.is_file():
-        return _second_start(path, json.loads(manifest.read_text()), identity, request)
+    record = path / manifest
+    if record.is_file():
+        return _second_start(path, json.loads(record.read_text()), identity, request)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"output {path}: expected a new or empty directory, or a run of bonsai_fast; "
@@ -119,7 +131,7 @@ def _second_start(
 ) -> Start:
     if found.get("format") != FORMAT:
         raise ValueError(
-            f"output {path}: its run.json has format {found.get('format')}, expected {FORMAT}"
+            f"output {path}: its record has format {found.get('format')}, expected {FORMAT}"
         )
     differences = [
         f"{name}: {before!r} there, {now!r} here"
@@ -149,6 +161,8 @@ def _compared(found: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str
     for name in sorted(now):  # earlier versions recorded options that the method does not read
         value = before.get(name)
         rows.append((name, FORMER_NULLS.get(name) if value is None else value, now[name]))
-    before, now = found.get("parent", {}), identity["parent"]
-    rows += [(name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())]
+    for model in ("parent", "student"):
+        before, now = found.get(model, {}), identity.get(model, {})
+        names = sorted(before.keys() | now.keys())
+        rows += [(f"{model} {name}", before.get(name), now.get(name)) for name in names]
     return rows

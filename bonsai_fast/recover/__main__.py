@@ -1,0 +1,147 @@
+"""Make a pruned model better, with its parent as the teacher.
+
+MODEL is a run, a model that bonsai_fast pruned, or another pruned model with its parent's
+tokenizer. What is known about a run is taken from it: parent, text, seed. The result is a new
+directory with the model and a report. --method NAME --help shows all options of a method. The last
+line of stdout is JSON. The same command resumes an interrupted start.
+
+    bonsai-fast recover runs/mine --method distill --output runs/better
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bonsai_fast.checkpoints.embedded import NAME
+from bonsai_fast.checkpoints.load import DTYPES, find_device, load_config, load_model, open_parent
+from bonsai_fast.checkpoints.memory import local_directory
+from bonsai_fast.checkpoints.streaming import open_streamed, stream_of
+from bonsai_fast.command_line import save_config, taken
+from bonsai_fast.config.recover_config import RecoverConfig
+from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
+from bonsai_fast.layerwise import UnusableInputsError
+from bonsai_fast.prune.tables import result_table
+from bonsai_fast.recover.pruned_source import PrunedSource, find_pruned
+from bonsai_fast.recover.recover_command import CommandOptions, command
+from bonsai_fast.recover.recover_job import RecoverJob, recover_job
+from bonsai_fast.recover.student_checks import check_quantised
+from bonsai_fast.recovery.tiers import BY_LAYER
+from bonsai_fast.runs.identity import fingerprint
+from bonsai_fast.runs.ledger import LedgerError
+from bonsai_fast.surgery import SavedModelError
+from bonsai_fast.surgery.loading_code import loading_code
+
+COMMAND = command(__doc__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    given, save_to = command(__doc__, words).parse(words)
+    name = given.pop("model")
+    reporter = Reporter()
+    silence_transformers()
+    try:
+        options = taken(CommandOptions, given)
+        source = find_pruned(name)
+        config = RecoverConfig(**{**source.options, **given, "recover": options.method})
+        values = {key: value for key, value in config.values_read().items() if key != "recover"}
+        save_config(save_to, model=name, **asdict(options), **values)
+        with reporter.busy(f"loading {name} and its parent"):
+            job = _job(source, options, config, reporter)
+        if options.plan:
+            print(json.dumps(job.plan(reporter)))
+            return 0
+        output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
+        execute = job.open(output, reporter)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    try:
+        result = execute()
+    except (ValueError, OSError, LedgerError, UnusableInputsError) as error:
+        return fail(error)
+    except SavedModelError as error:
+        return fail(error, WRONG_RESULT)
+    except KeyboardInterrupt:
+        print(f"interrupted; run the same command again to resume from {output}", file=sys.stderr)
+        return INTERRUPTED
+    reporter.table(result_table(result))
+    reporter.note(f"saved to {result.output}; load it with:")
+    reporter.note(loading_code(Path(result.output), result.output))
+    print(json.dumps(asdict(result)))
+    return 0
+
+
+def _job(
+    source: PrunedSource, options: CommandOptions, config: RecoverConfig, reporter: Reporter
+) -> RecoverJob:
+    """Load both models and check the request."""
+    if options.dtype == "auto" and source.dtype is not None:
+        options = replace(options, dtype=source.dtype)
+    parent = options.teacher or source.parent
+    if parent is None:
+        raise ValueError(
+            f"{source.name} does not say what it was pruned from: name its parent with --teacher"
+        )
+    name = None if parent == NAME else parent
+    # before loading, which dequantises some formats
+    for each in (source.name, name):
+        check_quantised(load_config(each, options), each or NAME)
+    teacher, tokenizer = open_parent(
+        name,
+        options,
+        reporter,
+        memory_budget=config.memory_budget,
+        stream=options.stream,
+    )
+    if options.teacher is None and source.fingerprint not in (None, fingerprint(teacher)):
+        raise ValueError(
+            f"{parent} is not the model that {source.name} was pruned from: its weights differ; "
+            "name the parent with --teacher"
+        )
+    by_layer = options.method in BY_LAYER and stream_of(teacher) is not None
+    return recover_job(
+        _student(source, options, stream=by_layer),
+        teacher,
+        tokenizer,
+        config,
+        student_tokenizer=_tokenizer(source, options),
+        report=source.report,
+        reporter=reporter,
+    )
+
+
+def _student(source: PrunedSource, options: CommandOptions, *, stream: bool) -> PreTrainedModel:
+    if not stream:
+        return load_model(source.name, options)
+    model = open_streamed(
+        local_directory(source.name, download=True),
+        device=find_device(options.device),
+        dtype=DTYPES.get(options.dtype),
+        trust_remote_code=options.trust_remote_code,
+    )
+    model.config.name_or_path = source.name
+    return model
+
+
+def _tokenizer(source: PrunedSource, options: CommandOptions) -> PreTrainedTokenizerBase | None:
+    """The pruned model's tokenizer; None if it was saved without one."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
