@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.methods import Search
-from bonsai_fast.prune import pruned_model
 from bonsai_fast.report import write_report
 
 # a name is whatever its author likes

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
-from bonsai_fast.prune.pruned_model import SmallerModel
+from bonsai_fast.delivery.pruned_model import SmallerModel
 
 PROTOCOL = {"dataset": "builtin", "tokens": 511, "window": 512, "stride": 512, "sha256": "ab"}
 COMMON: dict[str, Any] = {

@@ -21,6 +21,7 @@ from bonsai_fast.compare.cell_tables import as_csv, as_svg
 from bonsai_fast.compare.equal_tokens import KNOBS, within_tokens
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery.recover_step import FOLDER, recovery_of
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.evaluation.perplexity import Perplexity, perplexity
 from bonsai_fast.evaluation.tasks import evaluate_tasks
@@ -29,7 +30,6 @@ from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task, configure
 from bonsai_fast.methods.allocation import Target
 from bonsai_fast.methods.configure import all_options, common_options
 from bonsai_fast.methods.units.unit_options import UnitOptions
-from bonsai_fast.prune.recover_step import FOLDER, recovery_of
 from bonsai_fast.prune.units import prepare, pruned_model
 from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.identity import RECOVERED

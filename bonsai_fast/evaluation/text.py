@@ -14,8 +14,8 @@ from bonsai_fast.evaluation.text_sources import HUB_DATASETS, Purpose, read_text
 
 # one text may serve both purposes: calibration reads its first part, evaluation the rest
 HELD_OUT_FRACTION = 0.25
-# windows are no longer than this unless requested
-MAX_LENGTH = 4096
+# windows for calibration and for evaluation are no longer than these unless requested
+MAX_LENGTH, EVALUATION_LENGTH = 4096, 512
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,12 @@ from bonsai_fast.checkpoints.load import open_parent
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
+from bonsai_fast.delivery.result_table import result_table
 from bonsai_fast.layerwise import UnusableInputsError
 from bonsai_fast.methods import WEIGHT_METHODS, NotRecordedError, configure
 from bonsai_fast.methods.configure import resolve
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
-from bonsai_fast.prune.tables import result_table
 from bonsai_fast.recovery import TrainingError
 from bonsai_fast.runs.ledger import LedgerError
 from bonsai_fast.surgery import SavedModelError

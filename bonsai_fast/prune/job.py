@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery.recover_step import recovery_of
+from bonsai_fast.delivery.result_table import add_recovery
 from bonsai_fast.methods import WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
-from bonsai_fast.prune.recover_step import recovery_of
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
-from bonsai_fast.prune.tables import add_recovery, plan_table, weight_plan_table
+from bonsai_fast.prune.tables import plan_table, weight_plan_table
 from bonsai_fast.prune.units import execute, prepare
 from bonsai_fast.prune.weights import execute_weights, prepare_weight_recovery, prepare_weights
 from bonsai_fast.recovery.recover_model import Recovery

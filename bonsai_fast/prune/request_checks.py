@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bonsai_fast.checkpoints.streaming import named_weights, stream_of
+from bonsai_fast.checkpoints.finite import check_finite
+from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config import ResolvedConfig
 from bonsai_fast.evaluation.tasks import check_tasks
 from bonsai_fast.evaluation.text import (
+    EVALUATION_LENGTH,
     Sequences,
     calibration_sequences,
     evaluation_sequences,
@@ -18,7 +19,6 @@ from bonsai_fast.evaluation.text import (
 )
 from bonsai_fast.methods import WEIGHT_METHODS
 
-EVALUATION_LENGTH = 512
 # methods over units that differentiate, perturb or change the model itself
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
 
@@ -34,13 +34,6 @@ def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
     check_finite(model, "the model")
     if config.tasks is not None:
         check_tasks(config.task_names)
-
-
-def check_finite(model: PreTrainedModel, what: str) -> None:
-    """Raise ValueError if a weight is NaN or Inf; `what` says which model it is."""
-    for name, parameter in named_weights(model):
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{what}'s weights hold NaN or Inf, first in {name}")
 
 
 def calibration_text(

@@ -1,4 +1,4 @@
-"""Tables of the prune command: the plan before a run, the comparison after it."""
+"""Tables of the prune command: the plan before a run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import stream_of
-from bonsai_fast.config.choices import Tier
 from bonsai_fast.methods import Plan, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import WeightPlan
-from bonsai_fast.prune.run_result import Row, RunResult
-from bonsai_fast.recovery import RecoveryPlan
-
-
-def result_table(result: RunResult) -> Table:
-    """Dense and pruned model side by side."""
-    table = Table(title=result.title, caption=result.caption)
-    for column in Row("", "dense", "pruned", "change"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in result.rows:
-        table.add_row(*row)
-    return table
 
 
 def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
@@ -79,12 +66,6 @@ def weight_plan_table(task: WeightTask, plan: WeightPlan) -> Table:
     _add_stream(table, task.model)
     table.add_row("time", _minutes(plan.seconds, "one layer"))
     return table
-
-
-def add_recovery(table: Table, name: Tier, plan: RecoveryPlan) -> None:
-    """Work of a recovery tier."""
-    disk = f", {plan.disk_bytes / 1e9:.2f} GB on the disk" if plan.disk_bytes else ""
-    table.add_row(f"recovery, {name}", f"{plan.tokens:,} tokens{disk}")
 
 
 def _plan_table(title: str) -> Table:

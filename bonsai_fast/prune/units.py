@@ -10,20 +10,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config import PruneConfig
+from bonsai_fast.delivery.deliver import deliver, drop_recovery
+from bonsai_fast.delivery.model_result import recorded_result
+from bonsai_fast.delivery.pruned_model import PrunedModel, SlicedModel, SmallerModel
 from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.evaluation.text import longest_window
 from bonsai_fast.methods import METHODS, Compensates, Search, Task, resolve
 from bonsai_fast.methods.allocation import Achieved, Target
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.prune.deliver import deliver, drop_recovery
 from bonsai_fast.prune.precision import report_precision
-from bonsai_fast.prune.pruned_model import PrunedModel, SlicedModel, SmallerModel
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
     evaluation_text,
 )
-from bonsai_fast.prune.run_result import PruneResult, record_result, recorded_result
+from bonsai_fast.prune.run_result import PruneResult, record_result
 from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.mask_files import load_mask
 from bonsai_fast.scoring import MaskScorer

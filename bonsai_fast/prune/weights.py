@@ -11,19 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bonsai_fast.checkpoints.streaming import open_streamed, weight
 from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery.deliver import deliver, drop_recovery
+from bonsai_fast.delivery.model_result import recorded_result
+from bonsai_fast.delivery.pruned_model import ZeroedModel
+from bonsai_fast.delivery.recover_step import recovery_of
 from bonsai_fast.evaluation.text import longest_window
 from bonsai_fast.layerwise import check_memory
 from bonsai_fast.methods import WEIGHT_METHODS, Choice, resolve
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
-from bonsai_fast.prune.deliver import deliver, drop_recovery
-from bonsai_fast.prune.pruned_model import ZeroedModel
-from bonsai_fast.prune.recover_step import recovery_of
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
     evaluation_text,
 )
-from bonsai_fast.prune.run_result import SparseResult, record_result, recorded_result
+from bonsai_fast.prune.run_result import SparseResult, record_result
 from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import WeightRun
 from bonsai_fast.surgery import SavedModelError

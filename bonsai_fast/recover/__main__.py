@@ -24,12 +24,13 @@ from bonsai_fast.checkpoints.streaming import open_streamed, stream_of
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config.recover_config import RecoverConfig
 from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
+from bonsai_fast.delivery.result_table import result_table
 from bonsai_fast.layerwise import UnusableInputsError
-from bonsai_fast.prune.tables import result_table
 from bonsai_fast.recover.pruned_source import PrunedSource, find_pruned
 from bonsai_fast.recover.recover_command import CommandOptions, command
 from bonsai_fast.recover.recover_job import RecoverJob, recover_job
 from bonsai_fast.recover.student_checks import check_quantised
+from bonsai_fast.recovery import TrainingError
 from bonsai_fast.recovery.tiers import BY_LAYER
 from bonsai_fast.runs.identity import fingerprint
 from bonsai_fast.runs.ledger import LedgerError
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     try:
         result = execute()
-    except (ValueError, OSError, LedgerError, UnusableInputsError) as error:
+    except (ValueError, OSError, LedgerError, TrainingError, UnusableInputsError) as error:
         return fail(error)
     except SavedModelError as error:
         return fail(error, WRONG_RESULT)

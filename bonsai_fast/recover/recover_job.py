@@ -11,22 +11,23 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bonsai_fast.checkpoints.finite import check_finite
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config.choices import Tier
 from bonsai_fast.config.recover_config import RecoverConfig
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery.deliver import deliver, drop_recovery
+from bonsai_fast.delivery.model_result import recorded_result
+from bonsai_fast.delivery.pruned_model import PrunedModel, StreamedStudent, Student
+from bonsai_fast.delivery.result_table import add_recovery
 from bonsai_fast.evaluation.text import (
+    EVALUATION_LENGTH,
     Sequences,
     calibration_sequences,
     evaluation_sequences,
     longest_window,
 )
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.prune.deliver import deliver, drop_recovery
-from bonsai_fast.prune.pruned_model import PrunedModel, StreamedStudent, Student
-from bonsai_fast.prune.request_checks import EVALUATION_LENGTH, check_finite
-from bonsai_fast.prune.run_result import recorded_result
-from bonsai_fast.prune.tables import add_recovery
 from bonsai_fast.recover.recover_result import RecoverResult
 from bonsai_fast.recover.student_checks import (
     ZEROED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bonsai_fast.prune.run_result import Row, RunResult
+from bonsai_fast.delivery.model_result import Row, RunResult
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import Origin, open_streamed
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery.pruned_model import PrunedModel, SlicedModel, SmallerModel, ZeroedModel
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.prune.pruned_model import PrunedModel, SlicedModel, SmallerModel, ZeroedModel
 from bonsai_fast.surgery import SavedModelError, remove_units
 
 TOKENS = torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(0))

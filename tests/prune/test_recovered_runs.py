@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import bonsai_fast as bf
 from bonsai_fast.checkpoints.streaming import open_streamed
 from bonsai_fast.console import Reporter
-from bonsai_fast.prune import pruned_model
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.prune.job import job_of
 from bonsai_fast.recovery import TextWanted
 from bonsai_fast.report.reproduce import recorded_config

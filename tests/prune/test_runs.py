@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.methods import Search
 from bonsai_fast.methods.allocation import Target
-from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.units import prepare
 from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.ledger import Ledger

@@ -19,7 +19,7 @@ from bonsai_fast.checkpoints import load as loading
 from bonsai_fast.checkpoints.memory import weight_bytes
 from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.console import Reporter
-from bonsai_fast.prune import pruned_model
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.runs.directory import WeightRun
 

@@ -23,10 +23,10 @@ from bonsai_fast.checkpoints.streaming import exchanged_weights
 from bonsai_fast.compare.__main__ import main as compare
 from bonsai_fast.config.choices import CompareWithin
 from bonsai_fast.console import Reporter
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.layerwise import sweep
 from bonsai_fast.methods.weights import layer_by_layer
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer
-from bonsai_fast.prune import pruned_model
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.prune.forecast import weight_plan
 from bonsai_fast.runs.directory import WeightRun

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
-from bonsai_fast.prune import pruned_model
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.prune.__main__ import main as prune_main
 from bonsai_fast.recover.__main__ import main
 from bonsai_fast.recovery import TextWanted

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
-from bonsai_fast.prune import pruned_model
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.recovery import TextWanted
 from bonsai_fast.report.figures import Measured, training
 

@@ -6,13 +6,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bonsai_fast.delivery.pruned_model import CUT, PrunedModel
+from bonsai_fast.delivery.recover_step import FOLDER, RecoveryResult, recover_pruned
 from bonsai_fast.evaluation.completions import complete, save_completions
 from bonsai_fast.evaluation.perplexity import Perplexity
 from bonsai_fast.evaluation.tasks import evaluate_tasks
 from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.latency.timing import Workload, measure_latency
-from bonsai_fast.prune.pruned_model import CUT, PrunedModel
-from bonsai_fast.prune.recover_step import FOLDER, RecoveryResult, recover_pruned
 from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import Run
 from bonsai_fast.surgery.model_card import record_measurements

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import ResolvedConfig
+from bonsai_fast.delivery.pruned_model import PrunedModel
 from bonsai_fast.evaluation.perplexity import Perplexity
 from bonsai_fast.evaluation.text import Sequences
-from bonsai_fast.prune.pruned_model import PrunedModel
 from bonsai_fast.recovery.recover_model import Recovered, Recovery, prepare_recovery
 
 FOLDER = "recovery"
