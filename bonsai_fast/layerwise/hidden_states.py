@@ -49,7 +49,7 @@ class HiddenStates:
             os.close(handle)
             os.unlink(name)
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """[rows, T, D] on the device; may be the states themselves."""
         return self._states[rows].to(self.device)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.memory import default_budget, parse_bytes
+from bonsai_fast.checkpoints.streaming import bring_in_layer
 from bonsai_fast.layerwise.hidden_states import HiddenStates
 from bonsai_fast.layerwise.outside_layers import Call, OutsideLayers
 from bonsai_fast.scoring.sequence_nll import evaluation_mode
@@ -85,6 +87,38 @@ class Sweep:
         """Pass the next layer; `number` must be its number."""
         self._run(number, passes=True)
         self._num_passed += 1
+
+    def states(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states before the next layer.
+
+        Args:
+            rows: which sequences; int64 [b] on the CPU, or a slice.
+        Returns:
+            [b, T, D] on the model's device; may be the states themselves.
+        """
+        return self._states[rows]
+
+    def outputs(self, number: int, states: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the next layer gives with other weights; gradients flow into them.
+
+        Args:
+            number: of the next layer.
+            states: [b, T, D], as `states` gives them.
+            weights: by their names in the layer; it has its own where one is missing.
+        Returns:
+            [b, T, D].
+        """
+        assert number == self._num_passed, f"expected layer {self._num_passed}, got {number}"
+        if len(states) not in self._calls:
+            self._calls[len(states)] = self._outside.calls_of(self.input_ids[: len(states)])[1]
+        call = self._calls[len(states)][number]
+        bring_in_layer(self.model, number)
+        with evaluation_mode(self.model):
+            output = functional_call(
+                self.layers[number], dict(weights), (states, *call.arguments), call.keywords
+            )
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
 
     def losses(self) -> Tensor:
         """Next-token losses after the last layer, mean nats of every sequence: float32 [B]."""

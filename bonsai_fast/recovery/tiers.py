@@ -18,8 +18,17 @@ def _trained(name: Tier) -> RecoveryTier:
     return DistillTier(name)
 
 
+def _reconstruct() -> RecoveryTier:
+    from bonsai_fast.recovery.reconstruct import Reconstruct
+
+    return Reconstruct()
+
+
 # a function makes each, so that what a tier needs is imported only if it is used
-TIERS: dict[Tier, Callable[[], RecoveryTier]] = {name: partial(_trained, name) for name in TRAINED}
+TIERS: dict[Tier, Callable[[], RecoveryTier]] = {
+    "reconstruct": _reconstruct,
+    **{name: partial(_trained, name) for name in TRAINED},
+}
 
 STEPS: dict[RecoverName, tuple[Tier, ...]] = {
     "none": (),
@@ -34,7 +43,7 @@ STEPS: dict[RecoverName, tuple[Tier, ...]] = {
 # they refit layers to their parent's, one by one
 BY_LAYER: tuple[Tier, ...] = ("compensate", "reconstruct")
 # weights that are zero stay zero
-KEEPS_ZEROS: tuple[RecoverName, ...] = ("distill", *PUBLISHED)
+KEEPS_ZEROS: tuple[RecoverName, ...] = ("reconstruct", "distill", *PUBLISHED)
 
 
 def steps_of(name: RecoverName, *, zeros: bool = False, by_layer: bool = True) -> tuple[Tier, ...]:
@@ -53,7 +62,9 @@ def steps_of(name: RecoverName, *, zeros: bool = False, by_layer: bool = True) -
             f"expected none, {' or '.join(KEEPS_ZEROS)}"
         )
     steps = STEPS[name]
-    if zeros or not by_layer:
+    if zeros:
+        steps = tuple(tier for tier in steps if tier in KEEPS_ZEROS)
+    if not by_layer:
         steps = tuple(tier for tier in steps if tier not in BY_LAYER)
     if name != "none" and not steps:
         raise ValueError(

@@ -92,6 +92,34 @@ def test_inputs_are_what_the_layers_read(family: str, tmp_path: Path) -> None:
     assert shared == len(grams._sums) < len(linears) or family in ("bloom", "gpt_neox", "phi3")
 
 
+@pytest.mark.parametrize("family", ["llama3", "bloom", "opt"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_outputs_of_a_layer_with_other_weights(family: str, streamed: bool, tmp_path: Path) -> None:
+    """Any rows, and gradients into the weights that are given, not into the model's."""
+    model, text = FAMILIES[family](), random_text(97)
+    expected = model(text.input_ids, output_hidden_states=True, use_cache=False).hidden_states
+    rows = torch.tensor([4, 0, 1])
+    layer = Sweep(model, text.input_ids, folder=tmp_path).layers[1]
+    expected[2][rows].square().sum().backward()
+    gradients = {name: x.grad for name, x in layer.named_parameters()}
+    given = {name: x.detach().clone().requires_grad_() for name, x in layer.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    if streamed:
+        stream_layers(model, device="cpu")
+    passed = Sweep(model, text.input_ids, folder=tmp_path)
+    passed.advance(0)
+    torch.testing.assert_close(passed.states(rows), expected[1][rows].detach())
+    with torch.enable_grad():
+        found = passed.outputs(1, passed.states(rows), given)
+        found.square().sum().backward()
+    torch.testing.assert_close(found, expected[2][rows])
+    for name, x in given.items():
+        torch.testing.assert_close(x.grad, gradients[name], rtol=1e-4, atol=1e-4)
+    assert all(x.grad is None for x in model.parameters())
+    passed.advance(1)
+    torch.testing.assert_close(passed.states(slice(0, 5)), expected[2].detach())
+
+
 def test_a_layer_is_told_apart_from_its_pruned_self(tmp_path: Path) -> None:
     """What a layer hands on comes from the weights that it has while it is passed."""
     model, text = llama(), random_text(97)
