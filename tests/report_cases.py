@@ -19,7 +19,7 @@ from bonsai_fast.report import write_report
 
 # a name is whatever its author likes
 EVIL = 'm<script>alert("x")<'
-SMALL = {"num_sequences": 3, "sequence_length": 32, "evaluation_tokens": 256}
+SMALL = {"num_sequences": 3, "sequence_length": 32, "evaluation_tokens": 256, "recover": "none"}
 PAPER = {"preset": "paper", "rounds": 3, "submodels_per_round": 12, "sparsity": 0.3}
 CONFIGS = {
     "grouped": {"sparsity": 0.4, "sublayers": True},

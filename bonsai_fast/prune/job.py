@@ -20,7 +20,7 @@ from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
 from bonsai_fast.prune.tables import plan_table, weight_plan_table
 from bonsai_fast.prune.units import execute, prepare
-from bonsai_fast.prune.weights import execute_weights, prepare_weight_recovery, prepare_weights
+from bonsai_fast.prune.weights import execute_weights, prepare_weights, weight_recovery_of
 from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.directory import open_run, open_weight_run
 
@@ -29,10 +29,15 @@ Result = PruneResult | SparseResult
 
 @dataclass(frozen=True)
 class UnitJob:
-    """A checked request to remove units, and perhaps to recover what is left."""
+    """A checked request to remove units, and perhaps to recover what is left.
+
+    Attributes:
+        task: the request.
+        is_default: whether recovery was left to the preset; it is then left out where it cannot be.
+    """
 
     task: Task[Any]
-    recovery: Recovery | None
+    is_default: bool
 
     @property
     def name(self) -> str:
@@ -40,25 +45,46 @@ class UnitJob:
         return self.task.config.target_text.replace("=", "-")
 
     def plan(self, reporter: Reporter) -> dict[str, Any]:
-        """Show the work of the run, and return it as values for JSON."""
+        """Show the work of the run, and return it as values for JSON.
+
+        Raises:
+            ValueError: recovery cannot be done.
+        """
+        recovery, left_out = self._recovery(Path.cwd())
+        if left_out:
+            reporter.warn(left_out)
         plan = self.task.method.plan(self.task)
         with reporter.busy("timing one batch"):
             seconds = estimate_seconds(self.task, plan)
         table = plan_table(self.task, plan, seconds)
         values = {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
-        return values | _planned_recovery(self.recovery, self.task.model, table, reporter)
+        return values | _planned_recovery(recovery, self.task.model, table, reporter)
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         """Start or resume the run in a directory; the returned function does the work.
 
         Raises:
-            ValueError, OSError: the directory holds something else, or cannot be created.
+            ValueError, OSError: the directory holds something else, or cannot be created, or
+                recovery cannot be done.
         """
-        task, recovery = self.task, self.recovery
-        if recovery is not None:
-            recovery.check(task.model, output)
+        task = self.task
+        recovery, left_out = self._recovery(output)
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
-        return lambda: execute(Search(task, run, reporter), recovery)
+        return lambda: execute(Search(task, run, reporter), recovery, left_out)
+
+    def _recovery(self, folder: Path) -> tuple[Recovery | None, str]:
+        """The recovery, checked; or why it is left out."""
+        task = self.task
+        texts = (task.calibration, task.evaluation)
+        try:
+            recovery = recovery_of(task.config, task.model, task.tokenizer, *texts)
+            if recovery is not None:
+                recovery.check(task.model, folder)
+        except ValueError as error:
+            if not self.is_default:
+                raise
+            return None, f"the pruned model will not be recovered: {error}"
+        return recovery, ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,6 @@ class WeightJob:
     """A checked request to zero weights; used like `UnitJob`."""
 
     task: WeightTask
-    recovery: Recovery | None
 
     @property
     def name(self) -> str:
@@ -74,45 +99,43 @@ class WeightJob:
         return f"{self.task.config.method}-{pattern}"
 
     def plan(self, reporter: Reporter) -> dict[str, Any]:
+        recovery = self._recovery(Path.cwd())
         with reporter.busy("timing one layer"):
             plan = weight_plan(self.task)
         table = weight_plan_table(self.task, plan)
-        return asdict(plan) | _planned_recovery(self.recovery, self.task.model, table, reporter)
+        return asdict(plan) | _planned_recovery(recovery, self.task.model, table, reporter)
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
-        task, recovery = self.task, self.recovery
-        if recovery is not None:
-            recovery.check(task.model, output)
+        task, recovery = self.task, self._recovery(output)
         sha256 = task.calibration.sha256 if task.calibration is not None else None
         run = open_weight_run(output, task.config, task.model, sha256)
         return lambda: execute_weights(task, run, reporter, recovery)
+
+    def _recovery(self, folder: Path) -> Recovery | None:
+        recovery = weight_recovery_of(self.task)
+        if recovery is not None:
+            recovery.check(self.task.model, folder)
+        return recovery
 
 
 def job_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PruneConfig
 ) -> UnitJob | WeightJob:
-    """Check the whole request, before any work is done.
+    """Check the whole request but for recovery, which `plan` and `open` check.
 
     Raises:
         ValueError: the request cannot be met; one line.
     """
     if config.method in WEIGHT_METHODS:
-        weights = prepare_weights(model, tokenizer, config)
-        return WeightJob(weights, prepare_weight_recovery(weights))
-    task = prepare(model, tokenizer, config)
-    return UnitJob(
-        task, recovery_of(task.config, model, tokenizer, task.calibration, task.evaluation)
-    )
+        return WeightJob(prepare_weights(model, tokenizer, config))
+    return UnitJob(prepare(model, tokenizer, config), is_default=config.recover is None)
 
 
 def _planned_recovery(
     recovery: Recovery | None, parent: PreTrainedModel, table: Table, reporter: Reporter
 ) -> dict[str, Any]:
     """Add the work of recovery to the table of a plan and show it; the same as values for JSON."""
-    plans = {}
-    if recovery is not None:
-        recovery.check(parent, Path.cwd())
-        plans = recovery.plans(parent)
+    plans = recovery.plans(parent) if recovery is not None else {}
     for name, plan in plans.items():
         add_recovery(table, name, plan)
     reporter.table(table)

@@ -67,12 +67,13 @@ def prepare(
     )
 
 
-def execute(search: Search[Any], recovery: Recovery | None) -> PruneResult:
+def execute(search: Search[Any], recovery: Recovery | None, left_out: str = "") -> PruneResult:
     """Run a prepared task in its run directory.
 
     Args:
         search: a start of the run.
         recovery: what follows pruning; None: nothing.
+        left_out: why there is no recovery where the preset has one.
     Raises:
         NotRecordedError: a finished run is asked for something that needs scoring.
         OSError: a file cannot be written.
@@ -85,6 +86,8 @@ def execute(search: Search[Any], recovery: Recovery | None) -> PruneResult:
         return recorded_result(run, PruneResult, reporter)
     _announce(search)
     warnings_before = len(reporter.warnings)
+    if left_out:
+        reporter.warn(left_out)
     if task.options.precision != "full" and run.start == "new":
         report_precision(task, reporter)
     with PeakMemory(task.model.device) as peak:

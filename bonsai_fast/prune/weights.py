@@ -61,7 +61,7 @@ def prepare_weights(
     return WeightTask(model, tokenizer, config, method, choice, calibration, evaluation, layers)
 
 
-def prepare_weight_recovery(task: WeightTask) -> Recovery | None:
+def weight_recovery_of(task: WeightTask) -> Recovery | None:
     """The recovery that a request asks for; None if it asks for none.
 
     Raises:

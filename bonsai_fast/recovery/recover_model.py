@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +20,11 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.recovery_text import recovery_text, training_sequences
 from bonsai_fast.evaluation.text import Sequences, longest_window
 from bonsai_fast.evaluation.text_sources import HUB_DATASETS
+from bonsai_fast.layerwise import Sweep
 from bonsai_fast.recovery.recovery_progress import RecoveryProgress
 from bonsai_fast.recovery.recovery_task import RecoveryPlan, RecoveryTask, TierRecord
 from bonsai_fast.recovery.tier import RecoveryTier
-from bonsai_fast.recovery.tiers import steps_of, tier_of
+from bonsai_fast.recovery.tiers import BY_LAYER, steps_of, tier_of
 from bonsai_fast.recovery.weight_changes import restore_changes, save_changes, weight_marks
 from bonsai_fast.runs.identity import fingerprint
 from bonsai_fast.runs.layer_record import LayerRecord
@@ -86,7 +88,10 @@ class Recovery:
         """
         place = _existing(folder)
         for name, tier in self.tiers.items():
-            tier.check(self._task(name, student, place, Reporter(quiet=True)))
+            task = self._task(name, student, place, Reporter(quiet=True))
+            if name in BY_LAYER:
+                _check_layers(task)
+            tier.check(task)
         needed = sum(plan.disk_bytes for plan in self.plans(student).values())
         if needed > (free := shutil.disk_usage(place).free):
             raise ValueError(
@@ -239,6 +244,14 @@ def prepare_recovery(
         memory_budget=memory_budget,
         notes=tuple(notes),
     )
+
+
+def _check_layers(task: RecoveryTask) -> None:
+    """Raise ValueError if a model's layers cannot be run one by one."""
+    with TemporaryDirectory() as folder:
+        for model in (task.student, task.teacher):
+            budget = task.memory_budget
+            Sweep(model, task.text.input_ids[:1], memory_budget=budget, folder=Path(folder))
 
 
 def _report(done: TierRecord, reporter: Reporter) -> None:

@@ -24,6 +24,7 @@ from bonsai_fast.report.chart import Panel, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 FLAGS = ["--num-sequences", "2", "--sequence-length", "32", "--evaluation-tokens", "256"]
+FLAGS += ["--recover", "none"]
 NAMES = "flap,policy-gradient,mini-llm:paper"
 
 

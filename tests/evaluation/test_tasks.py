@@ -15,7 +15,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.evaluation.tasks import evaluate_tasks
 from bonsai_fast.prune.units import prepare
 
-SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 256}
+SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 256, "recover": "none"}
 
 # a task of our own, so that nothing need be downloaded
 TASK = """

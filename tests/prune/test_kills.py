@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 METHODS = "policy-gradient:paper,policy-gradient,mini-llm,layerwise-ppl,flap"
 FLAGS = ["--methods", METHODS, "--sparsity", "0.3", "--search-tokens", "6000"]
 FLAGS += ["--num-sequences", "4", "--sequence-length", "32", "--evaluation-tokens", "256"]
+FLAGS += ["--recover", "none"]
 FLAGS += ["--output"]
 # in the order in which they are met
 MOMENTS = [

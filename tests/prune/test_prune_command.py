@@ -26,6 +26,7 @@ from bonsai_fast.prune.__main__ import main, parse
 from bonsai_fast.surgery import SavedModelError
 
 SMALL = ["--num-sequences", "2", "--sequence-length", "32", "--evaluation-tokens", "256"]
+SMALL += ["--recover", "none"]
 
 
 @pytest.fixture(scope="module")

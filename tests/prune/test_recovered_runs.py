@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,21 @@ def test_the_plan_says_what_tiers_read(tiers: tuple[Scale, Scale]) -> None:
         "compensate": {"tokens": 128, "disk_bytes": 0},
         "distill": {"tokens": 640, "disk_bytes": 5000},
     }
+
+
+def test_the_default_is_left_out_where_it_cannot_be(
+    tiers: tuple[Scale, Scale], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was pruned before there was recovery is still pruned; a wish is refused."""
+    monkeypatch.setattr(import_module("bonsai_fast.methods.configure"), "RECOVER", "compensate")
+    tiers[0].refuses = "no such layer"
+    result = prune(tmp_path / "run")
+    assert result.recovery is None
+    assert "the pruned model will not be recovered: no such layer" in result.warnings
+    with pytest.raises(ValueError, match="no such layer"):
+        prune(tmp_path / "asked", recover="compensate")
+    tiers[0].refuses = ""
+    assert prune(tmp_path / "run-2").recovery["recover"] == "compensate"
 
 
 def test_runs_of_earlier_versions_are_what_they_were(

@@ -25,7 +25,7 @@ from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.ledger import Ledger
 
 QUIET = Reporter(quiet=True)
-SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 512}
+SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 512, "recover": "none"}
 PRESETS = {
     "default": {"preset": "default", **SMALL},
     "paper": {"preset": "paper", "rounds": 2, "submodels_per_round": 12, **SMALL},

@@ -20,7 +20,7 @@ from bonsai_fast.runs.mask_files import load_mask
 
 SMALL = (
     *("--calibration", "builtin", "--num-sequences", "8", "--sequence-length", "32"),
-    *("--evaluation-tokens", "256", "--sparsity", "0.2", "--device", "cpu"),
+    *("--evaluation-tokens", "256", "--sparsity", "0.2", "--device", "cpu", "--recover", "none"),
 )
 
 
