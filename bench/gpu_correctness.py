@@ -11,10 +11,12 @@ from gpu_models import random_model, round_masks
 from gpu_report import Report
 from gpu_scoring import ROUND_ROUTES, ROUTES
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bonsai_fast import ops
+from bonsai_fast.models import Block
 from bonsai_fast.models.layout import Layout
-from bonsai_fast.scoring import MaskScorer
+from bonsai_fast.scoring import MaskScorer, OutputProjection
 from bonsai_fast.testing import reference
 from bonsai_fast.testing.cases import (
     ModelShape,
@@ -137,7 +139,10 @@ def _checks(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], 
 
 
 def engines(report: Report, device: torch.device) -> None:
-    """Each route of the fused engine against the hooks engine, on a tiny model."""
+    """Each route of the fused engine against the hooks engine, on a tiny model.
+
+    With the parent's output projections, and with sub-models' own.
+    """
     report.begin("engines", "routes of the engine against hooks, a tiny model")
     shape = ModelShape(
         name="tiny", hidden_size=192, intermediate_size=320, num_attention_heads=6,
@@ -149,23 +154,44 @@ def engines(report: Report, device: torch.device) -> None:
     # some routes score the first half, those of later rounds the other
     keep = torch.cat([drawn, round_masks(layout, 12, 0.1)])
     tokens = torch.arange(3 * 150).view(3, 150) * 7 % 1000
-    exact = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
+    own = partial(_halved, model)
+    exact = {
+        weights: MaskScorer(model, layout=layout, engine="hooks").score(
+            keep, tokens, output_weights=weights
+        )
+        for weights in (None, own)
+    }
     for dtype in (torch.float32, torch.bfloat16):
         model = model.to(dtype)
-        hooks = MaskScorer(model, layout=layout, engine="hooks").score(keep, tokens)
-        for route in (*ROUTES, *ROUND_ROUTES[1:]):
-            report.need(5, f"{route} in {dtype}")
-            rows = slice(None, 12) if route in ROUTES else slice(12, None)
-            budget = FLOAT32_TOLERANCE
-            if dtype == torch.bfloat16:
-                budget += BFLOAT16_FACTOR * float((hooks[rows] - exact[rows]).abs().max())
-            with report.case("engines"):
-                scorer = MaskScorer(model, layout=layout, engine="fused", route=route)
-                error = float((scorer.score(keep[rows], tokens) - exact[rows]).abs().max())
-                if not error <= budget:
-                    raise AssertionError(f"{route}, {dtype}: errs by {error:.3g}, not {budget:.3g}")
-                report.add(
-                    "engines",
-                    f"{route:8} {dtype!s:15} errs by {error:.2g} of {budget:.2g} nats",
-                    route=route, dtype=str(dtype), error=error, budget=budget,
-                )  # fmt: skip
+        scorer = MaskScorer(model, layout=layout, engine="hooks")
+        for weights, truth in exact.items():
+            hooks = scorer.score(keep, tokens, output_weights=weights)
+            for route in (*ROUTES, *ROUND_ROUTES[1:]):
+                if weights is not None and route == "split":
+                    continue  # it is refused
+                name = route if weights is None else f"{route}, own outputs"
+                rows = slice(None, 12) if route in ROUTES else slice(12, None)
+                budget = FLOAT32_TOLERANCE
+                if dtype == torch.bfloat16:
+                    budget += BFLOAT16_FACTOR * float((hooks[rows] - truth[rows]).abs().max())
+                report.need(5, f"{name} in {dtype}")
+                with report.case("engines"):
+                    fused = MaskScorer(model, layout=layout, engine="fused", route=route)
+                    scored = fused.score(keep[rows], tokens, output_weights=weights)
+                    error = float((scored - truth[rows]).abs().max())
+                    if not error <= budget:
+                        raise AssertionError(
+                            f"{name}, {dtype}: errs by {error:.3g}, not {budget:.3g}"
+                        )
+                    report.add(
+                        "engines",
+                        f"{name:20} {dtype!s:15} errs by {error:.2g} of {budget:.2g} nats",
+                        route=name, dtype=str(dtype), error=error, budget=budget,
+                    )  # fmt: skip
+
+
+def _halved(model: PreTrainedModel, block: Block, keep_parts: Tensor) -> OutputProjection:
+    """Half of the parent's output projection, for every mask."""
+    weight = model.get_submodule(block.output).weight
+    columns = keep_parts.repeat_interleave(block.part_width).to(weight.device)
+    return OutputProjection(0.5 * weight[:, columns])

@@ -58,6 +58,9 @@ class HooksEngine:
         sequences, device = len(input_ids), self.nll.head.weight.device
         found = torch.empty(len(keep) * sequences, dtype=torch.float32)
         step = self.rows_per_batch(input_ids.shape[1], own_outputs=outputs is not None)
+        if outputs is not None and step > sequences:
+            # whole sub-models: each batch makes their output projections again
+            step -= step % sequences
         for start in range(0, len(found), step):
             pairs = torch.arange(start, min(start + step, len(found)))
             text, submodels = pairs % sequences, pairs // sequences

@@ -127,7 +127,8 @@ def rows_within(
     if needs.least_budget > budget:
         raise too_small(budget, needs.least_budget, length)
     rows = needs.rows_within(budget)
-    if stream_of(nll.model) is None:  # a streamed model reads all weights for every batch
+    # for every batch, a streamed model reads all weights, and own output projections are made again
+    if stream_of(nll.model) is None and not own_outputs:
         limit = MAX_TOKENS.get(nll.head.weight.device.type, MAX_TOKENS["cpu"])
         rows = min(rows, limit // length)
     return max(1, rows)

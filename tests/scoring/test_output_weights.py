@@ -207,6 +207,21 @@ def test_batches_of_hooks_have_room_for_a_projection() -> None:
         assert scorer.engine.rows_per_batch(24, own_outputs=True) == rows
         cut = scorer.score(masks, input_ids, output_weights=refit)
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
+    # batches of whole sub-models, if one fits: what equal neighbours have is made once for both
+    budget = needs.mask + needs.output + 14 * needs.layer
+    scorer, refit = (
+        MaskScorer(model, layout=layout, engine="hooks", memory_budget=budget),
+        Refit(model),
+    )
+    cut = scorer.score(masks[[0, 0, 1, 1]], input_ids, output_weights=refit)
+    torch.testing.assert_close(cut, whole[[0, 0, 1, 1]], rtol=0, atol=1e-5)
+    different = {
+        (block.output, row.numpy().tobytes())
+        for block, kept in layout.keep_by_block(masks[:2])
+        for row in kept
+        if not row.all()
+    }
+    assert set(refit.made) == different and max(refit.made.values()) == 2
 
 
 def test_bad_projections_are_refused_in_one_line() -> None:
