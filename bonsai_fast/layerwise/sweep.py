@@ -31,6 +31,10 @@ class Sweep:
         memory_budget: bytes for hidden states and one batch, besides weights, such as "2GiB"; a
             default that depends on the device if None. States that do not fit are kept in a file.
         folder: where that file is made.
+        most_rows: limit for the sequences of one batch.
+    Attributes:
+        layers: the decoder layers.
+        batches: the sequences that are run at once.
     Raises:
         ValueError: the budget does not hold one sequence, or a layer needs inputs besides its
             hidden states that depend on the text.
@@ -45,6 +49,7 @@ class Sweep:
         *,
         memory_budget: int | str | None = None,
         folder: Path,
+        most_rows: int | None = None,
     ) -> None:
         self.model, self.input_ids = model, input_ids
         self._outside = OutsideLayers(model)
@@ -58,7 +63,7 @@ class Sweep:
         size = first.numel() * sequences * first.element_size()
         rest = budget - size if budget - size >= _least(needs) else budget
         limit = MAX_TOKENS.get(model.device.type, MAX_TOKENS["cpu"]) // length
-        rows = max(1, min(needs.rows_within(rest), limit, sequences))
+        rows = max(1, min(needs.rows_within(rest), limit, sequences, most_rows or sequences))
         self.batches = [
             slice(start, min(start + rows, sequences)) for start in range(0, sequences, rows)
         ]
@@ -120,25 +125,47 @@ class Sweep:
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
-    def losses(self) -> Tensor:
-        """Next-token losses after the last layer, mean nats of every sequence: float32 [B]."""
+    def output(self, number: int, batch: slice) -> Tensor:
+        """What the next layer makes of a batch, [b, T, D]; the states stay as they are.
+
+        Args:
+            number: of that layer.
+            batch: one of `batches`.
+        """
+        assert number == self._num_passed, f"expected layer {self._num_passed}, got {number}"
+        states = self._states[batch]
+        call = self._calls[len(states)][number]
+        with torch.no_grad(), evaluation_mode(self.model):
+            output = self.layers[number](states, *call.arguments, **call.keywords)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def advance_batch(self, number: int, batch: slice, output: Tensor) -> None:
+        """Pass the next layer with a batch whose `output` is known; the last one passes it."""
+        assert number == self._num_passed, f"expected layer {self._num_passed}, got {number}"
+        self._states[batch] = output
+        if batch == self.batches[-1]:
+            self._num_passed += 1
+
+    def losses(self, rows: slice = slice(None)) -> Tensor:
+        """Next-token losses after the last layer, mean nats of every sequence: float32 [B].
+
+        Args:
+            rows: which sequences are wanted, if not all.
+        """
         assert self._num_passed == len(self.layers), "some layers have not been passed"
-        losses = []
-        for batch in self.batches:
+        losses, size = [], len(range(*self.batches[0].indices(len(self.input_ids))))
+        for part in torch.arange(len(self.input_ids))[rows].split(size):
+            batch = slice(int(part[0]), int(part[-1]) + 1)
             input_ids = self.input_ids[batch].to(self.model.device)
             losses.append(self._outside.losses(self._states[batch], input_ids).cpu())
         return torch.cat(losses)
 
     def _run(self, number: int, *, passes: bool) -> None:
-        assert number == self._num_passed, f"expected layer {self._num_passed}, got {number}"
-        layer = self.layers[number]
-        with torch.no_grad(), evaluation_mode(self.model):
-            for batch in self.batches:
-                states = self._states[batch]
-                call = self._calls[len(states)][number]
-                output = layer(states, *call.arguments, **call.keywords)
-                if passes:
-                    self._states[batch] = output[0] if isinstance(output, tuple) else output
+        for batch in self.batches:
+            output = self.output(number, batch)
+            if passes:
+                self._states[batch] = output
 
 
 def check_memory(

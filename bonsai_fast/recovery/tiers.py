@@ -24,8 +24,15 @@ def _reconstruct() -> RecoveryTier:
     return Reconstruct()
 
 
+def _compensate() -> RecoveryTier:
+    from bonsai_fast.recovery.closed_form import Compensate
+
+    return Compensate()
+
+
 # a function makes each, so that what a tier needs is imported only if it is used
 TIERS: dict[Tier, Callable[[], RecoveryTier]] = {
+    "compensate": _compensate,
     "reconstruct": _reconstruct,
     **{name: partial(_trained, name) for name in TRAINED},
 }

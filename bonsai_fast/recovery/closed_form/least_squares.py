@@ -1,0 +1,162 @@
+"""Weighted least squares for one linear layer, shrunk toward the weights that it has.
+
+A layer y = W x + b should give t. With r = t - W x - b over tokens with weights w, find
+
+    dW, db = argmin  sum w |dW x + db - r|^2 / sum w  +  ridge mean(diag A) |dW|^2
+
+    A = sum w x x^T / sum w,  B = sum w x r^T / sum w,  dW = B^T (A + ridge mean(diag A) I)^-1
+
+where x and r are centred if the layer has a bias. As the ridge grows, the layer keeps its weights.
+If columns R of W were removed and t is what the whole layer gave, this is OBS's update
+W_K += W_R A_RK (A_KK + ...)^-1 (Hassibi and Stork, 1993).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bonsai_fast.layerwise import UnusableInputsError
+
+# tokens whose products are summed in float32 before they are added to the totals
+BLOCK_TOKENS = 4096
+
+
+class WeightedSums:
+    """Sums over tokens that determine the correction.
+
+    Args:
+        num_inputs, num_outputs: of the layer.
+        device: where the sums are kept.
+        with_bias: whether the layer has a bias.
+    """
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, device: torch.device, *, with_bias: bool
+    ) -> None:
+        self.with_bias = with_bias
+        self.num_tokens = 0
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
+        self._gram = torch.zeros(num_inputs, num_inputs, device=device)
+        self._cross = torch.zeros(num_inputs, num_outputs, device=device)
+        self._inputs = torch.zeros(num_inputs, dtype=torch.float64, device=device)
+        self._residual = torch.zeros(num_outputs, dtype=torch.float64, device=device)
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, residual: Tensor, weights: Tensor) -> None:
+        """Add some tokens.
+
+        Args:
+            inputs: [N, in], what the layer reads.
+            residual: [N, out], what its output lacks.
+            weights: [N] or [N, 1], not negative.
+        """
+        for x, r, w in zip(
+            inputs.split(BLOCK_TOKENS),
+            residual.split(BLOCK_TOKENS),
+            weights.float().flatten().split(BLOCK_TOKENS),
+            strict=True,
+        ):
+            wide, missing = x.float(), r.float()
+            weighted = wide * w[:, None]
+            self._gram.addmm_(weighted.T, wide)
+            self._cross.addmm_(weighted.T, missing)
+            self._squares += (missing.square().sum(dim=1) * w).sum(dtype=torch.float64)
+            self._weight += w.sum(dtype=torch.float64)
+            if self.with_bias:
+                self._inputs += weighted.sum(dim=0, dtype=torch.float64)
+                self._residual += (missing * w[:, None]).sum(dim=0, dtype=torch.float64)
+        self.num_tokens += len(inputs)
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean weight of the tokens."""
+        return float(self._weight) / max(1, self.num_tokens)
+
+    def normal_equations(self) -> NormalEquations:
+        """Averages of the sums, centred if there is a bias.
+
+        Raises:
+            UnusableInputsError: NaN or Inf.
+        """
+        total = self._weight
+        gram, cross = self._gram.double().div_(total), self._cross.double().div_(total)
+        inputs, residual = self._inputs / total, self._residual / total
+        if self.with_bias:
+            gram.addr_(inputs, inputs, alpha=-1)
+            cross.addr_(inputs, residual, alpha=-1)
+        found = NormalEquations(gram, cross, inputs, residual, float(self._squares / total))
+        if not bool(cross.isfinite().all() and gram.diagonal().isfinite().all()):
+            raise UnusableInputsError("its inputs or outputs hold NaN or Inf")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """What determines a correction; all float64.
+
+    Attributes:
+        gram: A, [in, in].
+        cross: B, [in, out].
+        mean_inputs, mean_residual: [in] and [out]; 0 without a bias.
+        mean_square: weighted mean of |r|^2.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    mean_inputs: Tensor
+    mean_residual: Tensor
+    mean_square: float
+
+    def solve(self, ridge: float) -> Correction | None:
+        """The correction; None where A with this ridge is not positive definite."""
+        damped = self.gram.clone()
+        scale = float(damped.diagonal().mean()) or 1.0
+        damped.diagonal().add_(ridge * scale)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            return None
+        del damped
+        change = torch.cholesky_solve(self.cross, lower).T
+        return Correction(ridge, change, self.mean_residual - change @ self.mean_inputs)
+
+    def error(self, correction: Correction | None) -> float:
+        """Weighted mean of |dW x + db - r|^2; None: without a correction."""
+        if correction is None:
+            return self.mean_square
+        change = correction.weight
+        # what no bias of this text's own would leave
+        offset = correction.bias + change @ self.mean_inputs - self.mean_residual
+        centred = self.mean_square - float(self.mean_residual.square().sum())
+        quadratic = float(((change @ self.gram) * change).sum())
+        linear = float((change * self.cross.T).sum())
+        return max(0.0, centred + quadratic - 2 * linear + float(offset.square().sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What is added to a layer.
+
+    Attributes:
+        ridge: it was found with.
+        weight: float64 [out, in].
+        bias: float64 [out]; 0 for a layer without a bias.
+    """
+
+    ridge: float
+    weight: Tensor
+    bias: Tensor
+
+
+def best_correction(
+    equations: NormalEquations, others: NormalEquations, ridges: tuple[float, ...]
+) -> Correction | None:
+    """The correction that leaves the smallest error on other text; None if none helps there."""
+    best, smallest = None, others.error(None)
+    for ridge in ridges:
+        correction = equations.solve(ridge)
+        if correction is not None and (error := others.error(correction)) < smallest:
+            best, smallest = correction, error
+    return best
