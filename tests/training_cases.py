@@ -57,7 +57,7 @@ def tiny_task(folder: Path, **changes: Any) -> RecoveryTask:
         folder: of the tier.
         changes: fields of RecoveryTask; options as "options", a dict.
     """
-    options = {"recover_tokens": 20 * LENGTH, **changes.pop("options", {})}
+    options = {"recover_tokens": 6 * LENGTH, **changes.pop("options", {})}
     values: dict[str, Any] = {
         "text": tiny_text(24, seed=1),
         "held_out": tiny_text(64, seed=2),

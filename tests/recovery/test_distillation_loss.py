@@ -53,7 +53,7 @@ def case(terms: LossTerms, dtype: torch.dtype, *, softcap: float | None, scale: 
     def head() -> LogitHead:
         return LogitHead(random(V, D), random(V) if bias else None, scale, softcap, dtype)
 
-    loss = DistillationLoss(head(), head().frozen(), terms, chunk_bytes=1)
+    loss = DistillationLoss(head(), head().frozen(torch.device("cpu")), terms, chunk_bytes=1)
     labels = torch.randint(0, V, (N,), generator=generator)
     labels[::5] = -100
     return loss, random(N, D), random(N, D), labels

@@ -7,8 +7,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from bonsai_fast.checkpoints.streaming import stream_of
 from bonsai_fast.config.choices import Tier
 from bonsai_fast.config.recover_options import RecoverOptions
 from bonsai_fast.console import Reporter
@@ -95,6 +97,9 @@ class DistillTier:
         """
         plan = TrainingPlan(self.name, task)
         processes = Processes(task.student.device)
+        for model in (task.student, task.teacher):
+            if stream_of(model) is None and model.device != processes.device:
+                nn.Module.to(model, processes.device)
         clock = TrainingClock(plan.sequences, task.options.recover_minutes, processes)
         task.folder.mkdir(parents=True, exist_ok=True)
         files = TrainingFiles(task.folder, plan.identity)
@@ -165,7 +170,7 @@ class DistillTier:
                 nll=nll,
                 trained=trained,
                 recipe=plan.recipe,
-                loss=DistillationLoss(head, parent_head or head.frozen(), plan.recipe.terms),
+                loss=DistillationLoss(head, parent_head or head, plan.recipe.terms),
                 teacher=teacher,
                 # text that a model wrote is a tensor of inference mode, which autograd refuses
                 input_ids=task.text.input_ids.clone(),

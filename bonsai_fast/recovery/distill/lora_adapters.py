@@ -56,7 +56,7 @@ class LoraAdapters:
         layers: paths of the linear layers.
         rank, scale, dropout: of the adapters.
         zeros: of a sparse model: its layers are then run with the sum of weight and masked update,
-            so that the loss is that of the merged model.
+            so that the loss is that of the merged model; without dropout.
         autocast: whether the model is run in autocast, which chooses the dtype of products.
     """
 

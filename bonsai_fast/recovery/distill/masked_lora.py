@@ -8,14 +8,15 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-ADAPTER = "default"
+from bonsai_fast.recovery.distill.lora_adapters import ADAPTER
 
 
 class MaskedLoraLinear(Linear):
     """Computes x (W + scale * (W != 0) * B A)', which is what merging gives.
 
     An adapter beside the weights could use the products with all of B A; a merge that keeps the
-    zeros would then take away a part of what was trained.
+    zeros would then take away a part of what was trained. There is no dropout: it would act on the
+    weight, too.
     """
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, **keywords: Any) -> None:
@@ -30,7 +31,6 @@ class MaskedLoraLinear(Linear):
         """[..., in] -> [..., out]."""
         base = self.get_base_layer()
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        x = self.lora_dropout[ADAPTER](x)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

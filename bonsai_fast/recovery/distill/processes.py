@@ -19,9 +19,10 @@ class Processes:
     Each holds the whole model. Their gradients are summed before a step, so all make the same one.
 
     Args:
-        device: of the model in this process.
+        device: of the model, as it was loaded.
     Attributes:
         count: number of processes.
+        device: where this one trains: the given one, or one of several GPUs.
         index: number of this one.
     """
 
@@ -29,7 +30,7 @@ class Processes:
         self._state = PartialState(cpu=device.type == "cpu")
         self.count: int = self._state.num_processes
         self.index: int = self._state.process_index
-        self._device = device
+        self.device: torch.device = self._state.device if self.count > 1 else device
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +53,7 @@ class Processes:
         """What the main process says, in all of them."""
         if self.count == 1:
             return value
-        said = torch.tensor([value], dtype=torch.float64, device=self._device)
+        said = torch.tensor([value], dtype=torch.float64, device=self.device)
         return float(broadcast(said, from_process=0))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

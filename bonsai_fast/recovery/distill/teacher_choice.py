@@ -37,7 +37,7 @@ def open_teacher(
         return
     task = plan.task
     nll = SequenceNLL(task.teacher)
-    head = LogitHead.of(nll).frozen()
+    head = LogitHead.of(nll).frozen(task.student.device)
     input_ids = task.text.input_ids
     rows = _rows_at_once(nll, plan.length, task.memory_budget)
     live = LiveStates(nll, input_ids, rows=rows)

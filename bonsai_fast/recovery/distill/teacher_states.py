@@ -112,13 +112,21 @@ class CachedStates:
             live: computes states.
             rows: sequences per call.
             advance: called with a number of further sequences that are done.
+        Raises:
+            ValueError: the states are in another dtype, so that they would be rounded.
         """
         mine = torch.arange(self._processes.index, self._shape[0], self._processes.count)
         done = saved = self.filled
         advance(done)
         while done < len(mine):
             numbers = mine[done : done + rows]
-            self._states[numbers] = live(numbers).cpu()
+            states = live(numbers)
+            if states.dtype != self._states.dtype:
+                raise ValueError(
+                    f"the parent's hidden states are {states.dtype}, its weights "
+                    f"{self._states.dtype}; use --recover-teacher live"
+                )
+            self._states[numbers] = states.cpu()
             done += len(numbers)
             advance(len(numbers))
             if done - saved >= SAVED_EVERY or done == len(mine):

@@ -166,7 +166,9 @@ class TrainingLoop:
     def _loss(self, numbers: Tensor) -> Tensor:
         """Summed loss of some sequences."""
         input_ids = self.input_ids[numbers].to(self.student.device)
-        parent = None if self.teacher is None else predicting_states(self.teacher(numbers))
+        parent = None
+        if self.teacher is not None:
+            parent = predicting_states(self.teacher(numbers)).to(input_ids.device)
         with autocast(self.student):
             states = predicting_states(self.nll.states(input_ids))
         return self.loss(states, parent, input_ids[:, 1:].reshape(-1))

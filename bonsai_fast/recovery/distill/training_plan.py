@@ -14,6 +14,7 @@ from bonsai_fast.recovery.distill.recipe_choice import recipe_of
 from bonsai_fast.recovery.distill.teacher_states import states_bytes
 from bonsai_fast.recovery.distill.training_state import state_bytes
 from bonsai_fast.recovery.recovery_task import RecoveryTask
+from bonsai_fast.runs.identity import fingerprint
 
 # tokens that are run at once; further sequences of a batch are accumulated
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
@@ -99,14 +100,14 @@ class TrainingPlan:
 
     @property
     def identity(self) -> dict[str, float | int | str]:
-        """What a start must share with an earlier one to continue it."""
+        """What a start must share with an earlier one to continue it; to be taken before it."""
         task = self.task
         return {
             "tier": self.tier,
             "seed": task.seed,
             "text": task.text.sha256,
             "held_out": task.held_out.sha256,
-            "parameters": sum(parameter.numel() for parameter in task.student.parameters()),
+            "model": fingerprint(task.student),
             **self.recipe.settings(),
         }
 

@@ -45,21 +45,24 @@ def find_zeros(student: PreTrainedModel, teacher: PreTrainedModel) -> ZeroMasks 
     Zeros that the parent has, too, do not make a model sparse; in a sparse one, they are kept.
     """
     path = find_decoder(student).path
-    layers = student.get_submodule(path)
-    keep, zeros, total = {}, 0, 0
-    for number, layer in enumerate(layers.children()):
-        bring_in_layer(teacher, number)
-        for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear) or not module.weight.numel():
-                continue
-            full = f"{path}.{number}.{name}.weight"
-            is_zero = module.weight.detach() == 0
-            total += is_zero.numel()
-            if not bool(is_zero.any()):
-                continue
-            keep[full] = ~is_zero
-            zeros += int((is_zero & ~_zeros_of(teacher, full, is_zero)).sum())
-    return ZeroMasks(keep) if total and zeros >= SPARSE_FROM * total else None
+    layers = list(student.get_submodule(path).children())
+    linear = [
+        (number, f"{path}.{number}.{name}.weight", module.weight.detach())
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    needed = SPARSE_FROM * sum(weight.numel() for _, _, weight in linear)
+    keep = {name: weight != 0 for _, name, weight in linear}
+    if needed == 0 or sum(int((~mask).sum()) for mask in keep.values()) < needed:
+        return None
+    keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
+    zeros = 0
+    for number, name, _ in linear:
+        if name in keep:
+            bring_in_layer(teacher, number)
+            zeros += int((~keep[name] & ~_zeros_of(teacher, name, keep[name])).sum())
+    return ZeroMasks(keep) if zeros >= needed else None
 
 
 def _zeros_of(teacher: PreTrainedModel, name: str, like: Tensor) -> Tensor:
