@@ -103,11 +103,15 @@ class Sweep:
         """
         return self._states[rows]
 
-    def outputs(self, number: int, states: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """What the next layer gives with other weights; gradients flow into them.
+    def apply(
+        self, number: int, states: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the next layer makes of states, perhaps with other weights.
+
+        Gradients flow into the weights where they are enabled.
 
         Args:
-            number: of the next layer.
+            number: of that layer.
             states: [b, T, D], as `states` gives them.
             weights: by their names in the layer; it has its own where one is missing.
         Returns:
@@ -120,7 +124,7 @@ class Sweep:
         bring_in_layer(self.model, number)
         with evaluation_mode(self.model):
             output = functional_call(
-                self.layers[number], dict(weights), (states, *call.arguments), call.keywords
+                self.layers[number], dict(weights or {}), (states, *call.arguments), call.keywords
             )
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
@@ -132,13 +136,8 @@ class Sweep:
             number: of that layer.
             batch: one of `batches`.
         """
-        assert number == self._num_passed, f"expected layer {self._num_passed}, got {number}"
-        states = self._states[batch]
-        call = self._calls[len(states)][number]
-        with torch.no_grad(), evaluation_mode(self.model):
-            output = self.layers[number](states, *call.arguments, **call.keywords)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        with torch.no_grad():
+            return self.apply(number, self._states[batch])
 
     def advance_batch(self, number: int, batch: slice, output: Tensor) -> None:
         """Pass the next layer with a batch whose `output` is known; the last one passes it."""

@@ -110,7 +110,7 @@ def test_outputs_of_a_layer_with_other_weights(family: str, streamed: bool, tmp_
     passed.advance(0)
     torch.testing.assert_close(passed.states(rows), expected[1][rows].detach())
     with torch.enable_grad():
-        found = passed.outputs(1, passed.states(rows), given)
+        found = passed.apply(1, passed.states(rows), given)
         found.square().sum().backward()
     torch.testing.assert_close(found, expected[2][rows])
     for name, x in given.items():

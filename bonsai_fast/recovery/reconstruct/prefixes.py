@@ -70,7 +70,7 @@ class Prefixes:
             weights: of the student's layer, by their names in the layer; gradients flow into them.
             rows: which sequences, as in `Sweep.states`.
         """
-        found = self.student.outputs(number, self.student.states(rows), weights).float()
+        found = self.student.apply(number, self.student.states(rows), weights).float()
         wanted = self.teacher.states(rows).to(found.device).float()
         weight = wanted.square().mean(-1).clamp_min(LEAST_SQUARE).reciprocal()
         return ((found - wanted).square().mean(-1) * weight).mean()
