@@ -22,7 +22,7 @@ class RecoverOptions:
         "against the parent's predictions. bonsai, wanda-lora, mini-llm, policy-gradient: the "
         "training that these papers publish.",
         group=RECOVERY,
-        shown="none",
+        shown="compensate; none with preset paper or zeroed weights",
     )
     recover_weights: RecoverWeights = option(
         "lora",

@@ -25,7 +25,7 @@ from bonsai_fast.methods.weights.weight_options import WeightOptions
 from bonsai_fast.recovery.tiers import steps_of
 
 # what follows pruning, unless something else is asked for
-RECOVER: RecoverName = "none"
+RECOVER: RecoverName = "compensate"
 
 
 @dataclass(frozen=True)

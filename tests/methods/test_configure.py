@@ -19,6 +19,7 @@ from bonsai_fast.methods.configure import (
 )
 from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
 from bonsai_fast.methods.units.unit_options import SparingOptions
+from bonsai_fast.prune.prune_options import ELSEWHERE
 
 
 def test_every_method_has_a_name_and_every_name_a_method() -> None:
@@ -35,7 +36,8 @@ def test_presets_decide_about_everything_that_is_left_out(
     assert values["num_sequences"] >= 32
     left = {name for name, value in values.items() if value is None}
     common = {"sparsity", "target", "evaluation", "tasks", "memory_budget", "sequence_length"}
-    assert left <= common | {"rounds", "perturbation_scale"}
+    assert left <= common | {"rounds", "perturbation_scale", *ELSEWHERE}
+    assert values["recover"] in ("none", "compensate")
     # asking for exactly what a preset takes changes nothing
     config = resolve(configure(method=method, preset=preset, num_sequences=3))
     again = {name: value for name, value in config.values_read().items() if value is not None}

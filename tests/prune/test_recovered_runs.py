@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -251,7 +250,6 @@ def test_the_default_is_left_out_where_it_cannot_be(
     tiers: tuple[Scale, Scale], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that was pruned before there was recovery is still pruned; a wish is refused."""
-    monkeypatch.setattr(import_module("bonsai_fast.methods.configure"), "RECOVER", "compensate")
     tiers[0].refuses = "no such layer"
     result = prune(tmp_path / "run")
     assert result.recovery is None
