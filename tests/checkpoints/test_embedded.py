@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bonsai_fast.checkpoints.embedded import embedded_model
+from bonsai_fast.delivery import deliver
 from bonsai_fast.latency.timing import measure_latency
-from bonsai_fast.prune import deliver
 from bonsai_fast.prune.__main__ import main
 
 # `make setup` installs the package; without it these tests fail and say how to get it.

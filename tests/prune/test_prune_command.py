@@ -19,9 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bonsai_fast.checkpoints.load import load_parent
 from bonsai_fast.config import PruneConfig
+from bonsai_fast.delivery import pruned_model
 from bonsai_fast.methods import configure
 from bonsai_fast.prune import __main__ as command
-from bonsai_fast.prune import job, pruned_model
+from bonsai_fast.prune import job
 from bonsai_fast.prune.__main__ import main, parse
 from bonsai_fast.surgery import SavedModelError
 
