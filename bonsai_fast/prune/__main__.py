@@ -30,6 +30,7 @@ from bonsai_fast.methods.configure import resolve
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
 from bonsai_fast.recovery import TrainingError
+from bonsai_fast.recovery.helper_processes import num_processes
 from bonsai_fast.runs.ledger import LedgerError
 from bonsai_fast.surgery import SavedModelError
 from bonsai_fast.surgery.loading_code import loading_code
@@ -65,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter()
     silence_transformers()
     try:
+        if num_processes() > 1:
+            raise ValueError(
+                "prune runs in one process; prune first with --recover none, then train in several "
+                "with: accelerate launch -m bonsai_fast.recover RUN --method distill"
+            )
         with reporter.busy(f"loading {name or NAME} and its text"):
             model, tokenizer = open_parent(
                 name,

@@ -6,6 +6,8 @@ directory with the model and a report. --method NAME --help shows all options of
 line of stdout is JSON. The same command resumes an interrupted start.
 
     bonsai-fast recover runs/mine --method distill --output runs/better
+
+On several GPUs: accelerate launch -m bonsai_fast.recover runs/mine --method distill
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from bonsai_fast.checkpoints.memory import local_directory
 from bonsai_fast.checkpoints.streaming import open_streamed, stream_of
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config.recover_config import RecoverConfig
-from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
+from bonsai_fast.console import (
+    INTERRUPTED,
+    USAGE_ERROR,
+    WRONG_RESULT,
+    Reporter,
+    fail,
+    silence_transformers,
+)
 from bonsai_fast.delivery.result_table import result_table
 from bonsai_fast.layerwise import UnusableInputsError
 from bonsai_fast.recover.pruned_source import PrunedSource, find_pruned
@@ -31,6 +40,7 @@ from bonsai_fast.recover.recover_command import CommandOptions, command
 from bonsai_fast.recover.recover_job import RecoverJob, recover_job
 from bonsai_fast.recover.student_checks import check_quantised
 from bonsai_fast.recovery import TrainingError
+from bonsai_fast.recovery.helper_processes import choose_gpu, helpers_until_the_end, is_helper
 from bonsai_fast.recovery.tiers import BY_LAYER
 from bonsai_fast.runs.identity import fingerprint
 from bonsai_fast.runs.ledger import LedgerError
@@ -45,26 +55,48 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     given, save_to = command(__doc__, words).parse(words)
     name = given.pop("model")
-    reporter = Reporter()
+    reporter = Reporter(quiet=is_helper())
     silence_transformers()
+    choose_gpu()
     try:
         options = taken(CommandOptions, given)
         source = find_pruned(name)
         config = RecoverConfig(**{**source.options, **given, "recover": options.method})
         values = {key: value for key, value in config.values_read().items() if key != "recover"}
-        save_config(save_to, model=name, **asdict(options), **values)
+        if not is_helper():
+            save_config(save_to, model=name, **asdict(options), **values)
         with reporter.busy(f"loading {name} and its parent"):
             job = _job(source, options, config, reporter)
         if options.plan:
-            print(json.dumps(job.plan(reporter)))
+            shown = job.plan(reporter)
+            if not is_helper():
+                print(json.dumps(shown))
             return 0
-        output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
+    except (ValueError, OSError) as error:
+        return USAGE_ERROR if is_helper() else fail(error)
+    except KeyboardInterrupt:
+        return _nothing_written()
+    output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
+    if is_helper():
+        job.help_out(output)
+        return 0
+    with helpers_until_the_end(job.student.device):
+        return _execute(job, output, reporter)
+
+
+def _nothing_written() -> int:
+    print("interrupted; nothing was written", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _execute(job: RecoverJob, output: Path, reporter: Reporter) -> int:
+    """Do the work and show its result; returns the exit code."""
+    try:
         execute = job.open(output, reporter)
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return _nothing_written()
     try:
         result = execute()
     except (ValueError, OSError, LedgerError, TrainingError, UnusableInputsError) as error:

@@ -19,6 +19,7 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.delivery.deliver import deliver, drop_recovery
 from bonsai_fast.delivery.model_result import recorded_result
 from bonsai_fast.delivery.pruned_model import PrunedModel, StreamedStudent, Student
+from bonsai_fast.delivery.recover_step import FOLDER
 from bonsai_fast.delivery.result_table import add_recovery
 from bonsai_fast.evaluation.text import (
     EVALUATION_LENGTH,
@@ -92,6 +93,10 @@ class RecoverJob:
         teacher, sha256 = self.recovery.teacher, self.calibration.sha256
         run = open_recover_run(output, self.config, self.student, teacher, sha256)
         return lambda: self._execute(run, reporter)
+
+    def help_out(self, output: Path) -> None:
+        """Help another process that executes the same request in this directory."""
+        self.recovery.help_out(self.student, output / FOLDER)
 
     def _execute(self, run: RecoverRun, reporter: Reporter) -> RecoverResult:
         started, warnings_before = time.perf_counter(), len(reporter.warnings)

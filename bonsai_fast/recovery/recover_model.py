@@ -21,10 +21,11 @@ from bonsai_fast.evaluation.recovery_text import recovery_text, training_sequenc
 from bonsai_fast.evaluation.text import Sequences, longest_window
 from bonsai_fast.evaluation.text_sources import HUB_DATASETS
 from bonsai_fast.layerwise import Sweep
+from bonsai_fast.recovery.helper_processes import call_helpers, help_out
 from bonsai_fast.recovery.recovery_progress import RecoveryProgress
 from bonsai_fast.recovery.recovery_task import RecoveryPlan, RecoveryTask, TierRecord
 from bonsai_fast.recovery.tier import RecoveryTier
-from bonsai_fast.recovery.tiers import BY_LAYER, steps_of, tier_of
+from bonsai_fast.recovery.tiers import BY_LAYER, TRAINED, steps_of, tier_of
 from bonsai_fast.recovery.weight_changes import restore_changes, save_changes, weight_marks
 from bonsai_fast.runs.identity import fingerprint
 from bonsai_fast.runs.layer_record import LayerRecord
@@ -126,7 +127,7 @@ class Recovery:
         layers: list[LayerRecord] = []
         with ExitStack() as stack:
             for place, (name, tier) in enumerate(self.tiers.items()):
-                own = folder / f"{place + 1}-{name}"
+                own = _folder_of(folder, place, name)
                 record = LayerRecord(own / "layers" if streamed else folder / f"{own.name}-weights")
                 if place < len(progress.records):
                     reporter.note(f"recovery by {name} is finished: its weights are on record")
@@ -139,6 +140,8 @@ class Recovery:
                         f"{self.texts[name].source} ({self.texts[name].description})"
                     )
                     marks = {} if streamed else weight_marks(student)
+                    if name in TRAINED:
+                        call_helpers(place, student)
                     done = tier.run(self._task(name, student, own, reporter))
                     if not streamed:
                         save_changes(student, marks, record)
@@ -150,6 +153,22 @@ class Recovery:
                     layers.append(record)
                     stack.enter_context(exchanged_weights(student, record.find))
         return Recovered(tuple(progress.records), tuple(layers))
+
+    def help_out(self, student: PreTrainedModel, folder: Path) -> None:
+        """Help another process to run the tiers; see `helper_processes`.
+
+        Args:
+            student: the pruned model, in memory; it is changed.
+            folder: that of `run`.
+        """
+        names = list(self.tiers)
+
+        def run(place: int) -> None:
+            name = names[place]
+            own = _folder_of(folder, place, name)
+            self.tiers[name].run(self._task(name, student, own, Reporter(quiet=True)))
+
+        help_out(student, run)
 
     def _task(
         self, name: Tier, student: PreTrainedModel, folder: Path, reporter: Reporter
@@ -263,6 +282,11 @@ def _report(done: TierRecord, reporter: Reporter) -> None:
         reporter.warn(f"{words}: it did not help")
     for note in done.notes:
         reporter.note(f"{done.name}: {note}")
+
+
+def _folder_of(folder: Path, place: int, name: Tier) -> Path:
+    """Where a tier writes."""
+    return folder / f"{place + 1}-{name}"
 
 
 def _existing(folder: Path) -> Path:

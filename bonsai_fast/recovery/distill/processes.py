@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -27,7 +29,9 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._state = PartialState(cpu=device.type == "cpu")
+        # a tier before may keep the others waiting
+        wait = {"timeout": timedelta(days=7)} if "WORLD_SIZE" in os.environ else {}
+        self._state = PartialState(cpu=device.type == "cpu", **wait)
         self.count: int = self._state.num_processes
         self.index: int = self._state.process_index
         self.device: torch.device = self._state.device if self.count > 1 else device
