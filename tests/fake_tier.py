@@ -32,6 +32,7 @@ class Scale:
     wanted: TextWanted | None = None
     disk_bytes: int = 0
     refuses: str = ""
+    refuses_cut: str = ""
     dies: bool = False
     tasks: list[RecoveryTask] = field(default_factory=list)
 
@@ -42,6 +43,8 @@ class Scale:
     def check(self, task: RecoveryTask) -> None:
         if self.refuses:
             raise ValueError(self.refuses)
+        if self.refuses_cut and task.student is not task.teacher:
+            raise ValueError(self.refuses_cut)
 
     def plan(self, task: RecoveryTask) -> RecoveryPlan:
         return RecoveryPlan(task.text.input_ids.numel(), self.disk_bytes)

@@ -83,6 +83,7 @@ def deliver(
     recovered = None
     if recovery is not None:
         model, recovered = recover_pruned(model, recovery, evaluation)
+    if recovered is not None:
         report = {**report, "recovery": recovered.for_card()}
     model.save({"parent": run.identity["parent"], **report})
     note(f"saved to {model.directory}; loading it again to compare its logits")

@@ -86,7 +86,7 @@ def recovery_of(
 
 def recover_pruned(
     model: PrunedModel, recovery: Recovery, evaluation: Sequences
-) -> tuple[PrunedModel, RecoveryResult]:
+) -> tuple[PrunedModel, RecoveryResult | None]:
     """Recover a model that is not saved yet.
 
     Args:
@@ -94,14 +94,21 @@ def recover_pruned(
         recovery: the tiers.
         evaluation: text for perplexity.
     Returns:
-        the recovered model and what was done.
+        the recovered model and what was done; None if nothing had to be and nothing could be.
     Raises:
+        ValueError: a tier refuses the pruned model.
         OSError: a file cannot be written.
     """
-    student = model.student()
+    student, folder = model.student(), model.directory.parent / FOLDER
+    try:
+        recovery.check(student, folder)
+    except ValueError as error:
+        if not recovery.is_optional:
+            raise
+        model.reporter.warn(f"the pruned model is not recovered: {error}")
+        return model, None
     model.reporter.note("measuring perplexity before recovery")
     before: Perplexity = model.perplexity(student, evaluation, "pruned")
-    folder = model.directory.parent / FOLDER
     found = recovery.run(student, folder, model.reporter)
     return model.recovered(student, found), result_of(recovery, before, found)
 

@@ -25,7 +25,7 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
 from bonsai_fast.delivery.result_table import result_table
 from bonsai_fast.layerwise import UnusableInputsError
-from bonsai_fast.methods import WEIGHT_METHODS, NotRecordedError, configure
+from bonsai_fast.methods import WEIGHT_METHODS, configure
 from bonsai_fast.methods.configure import resolve
 from bonsai_fast.prune.job import Result, job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     try:
         result = execute()
-    except (OSError, LedgerError, NotRecordedError, TrainingError, UnusableInputsError) as error:
+    except (ValueError, OSError, LedgerError, TrainingError, UnusableInputsError) as error:
         return fail(error)
     except SavedModelError as error:
         return fail(error, WRONG_RESULT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class UnitJob:
         try:
             recovery = recovery_of(task.config, task.model, task.tokenizer, *texts)
             if recovery is not None:
+                recovery = replace(recovery, is_optional=self.is_default)
                 recovery.check(task.model, folder)
         except ValueError as error:
             if not self.is_default:

@@ -66,6 +66,7 @@ class Recovery:
         held_out: what says whether they helped.
         teacher, tokenizer, options, seed, memory_budget: see `RecoveryTask`.
         notes: what the user should know about the text.
+        is_optional: whether a model that a tier refuses is left as it is.
     """
 
     tiers: dict[Tier, RecoveryTier]
@@ -77,6 +78,7 @@ class Recovery:
     seed: int
     memory_budget: int | str | None
     notes: tuple[str, ...] = ()
+    is_optional: bool = False
 
     def check(self, student: PreTrainedModel, folder: Path) -> None:
         """Refuse what a tier cannot do; before a model is pruned, its parent is the student.

@@ -258,6 +258,13 @@ def test_the_default_is_left_out_where_it_cannot_be(
         prune(tmp_path / "asked", recover="compensate")
     tiers[0].refuses = ""
     assert prune(tmp_path / "run-2").recovery["recover"] == "compensate"
+    # or after the search, when it sees what was cut
+    tiers[0].refuses_cut = "no such cut"
+    result = prune(tmp_path / "run-3")
+    assert result.recovery is None
+    assert "the pruned model is not recovered: no such cut" in result.warnings
+    with pytest.raises(ValueError, match="no such cut"):
+        prune(tmp_path / "asked", recover="compensate")
 
 
 def test_runs_of_earlier_versions_are_what_they_were(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from commands import run_command
 from fake_tier import Scale, install, scaled
+from forked import start
 from report_pages import Page
 from tiny import byte_tokenizer, save_tiny_parent, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -164,6 +167,34 @@ def test_a_killed_start_is_continued(tiers: tuple[Scale, Scale], capsys) -> None
     assert is_scaled("better/model", "run/model", 0.5)
     code, _, err = recover(capsys, *arguments, "--recover-tokens", 128)
     assert code == 2 and "holds another run (recover_tokens: None there, 128 here)" in err
+
+
+def die_after_compensation() -> None:
+    """The process kills itself when the first finished tier has been recorded."""
+    patch = pytest.MonkeyPatch()
+    install(patch, Scale("compensate"), Scale("distill", 0.25, TextWanted(256, 64)))
+    rename = os.replace
+
+    def rename_or_die(source: str, target: str) -> None:
+        rename(source, target)
+        is_record = str(target).endswith("finished.json")
+        if is_record and json.loads(Path(target).read_text())["records"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = rename_or_die
+
+
+def test_kill_9_between_two_tiers(tiers: tuple[Scale, Scale], capsys, tmp_path: Path) -> None:
+    arguments = ("run", "--method", "distill", "--output", "better")
+    killed = start(
+        "bonsai_fast.recover", *arguments, folder=tmp_path, before=die_after_compensation
+    )
+    code, _, err = killed.wait()
+    assert code == -signal.SIGKILL, err
+    code, _, err = recover(capsys, *arguments)
+    assert code == 0 and "compensate is finished: its weights are on record" in err
+    assert [len(tier.tasks) for tier in tiers] == [0, 1]
+    assert is_scaled("better/model", "run/model", 0.5)
 
 
 def test_streamed_as_in_memory(tiers: tuple[Scale, Scale], capsys) -> None:
