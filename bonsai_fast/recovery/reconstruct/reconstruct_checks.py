@@ -15,8 +15,8 @@ from bonsai_fast.models import find_decoder
 from bonsai_fast.recovery.recovery_task import RecoveryTask
 
 DTYPES = (torch.float32, torch.bfloat16)
-# two models and two texts are swept at the same time
-SWEEPS = 4
+# two texts in two models, and the targets of each
+STATES = 6
 
 
 def check_models(task: RecoveryTask) -> None:
@@ -70,18 +70,18 @@ def check_texts(task: RecoveryTask) -> None:
             )
         for model in (task.student, task.teacher):
             try:
-                check_memory(model, length, memory_budget=budget_of_sweep(task, model))
+                check_memory(model, length, memory_budget=budget_of_states(task, model))
             except ValueError as error:
                 raise ValueError(
-                    f"{error}, a quarter of the whole: two models read two texts"
+                    f"{error}, a sixth of the whole: two texts, in two models and as targets"
                 ) from error
 
 
-def budget_of_sweep(task: RecoveryTask, model: PreTrainedModel) -> int:
-    """Bytes for each sweep through a model."""
+def budget_of_states(task: RecoveryTask, model: PreTrainedModel) -> int:
+    """Bytes for each text in a model."""
     budget = task.memory_budget
     whole = default_budget(model.device) if budget is None else parse_bytes(budget)
-    return whole // SWEEPS
+    return whole // STATES
 
 
 def layer_bytes(model: PreTrainedModel) -> int:

@@ -17,9 +17,9 @@ from bonsai_fast.recovery.reconstruct.layer_training import (
     LayerTraining,
     train_layer,
 )
-from bonsai_fast.recovery.reconstruct.prefixes import Prefixes
+from bonsai_fast.recovery.reconstruct.prefixes import OWN_STATES, Prefixes
 from bonsai_fast.recovery.reconstruct.reconstruct_checks import (
-    budget_of_sweep,
+    budget_of_states,
     check_models,
     check_texts,
     layer_bytes,
@@ -44,9 +44,11 @@ NAME = "reconstruct"
 class Reconstruct:
     """Trains each decoder layer of the student to give the teacher's residual after that layer.
 
-    One layer after another, each on the outputs of the layers trained before it, so that it also
-    corrects their errors. Gradients stay inside the layer: beside the models, memory holds the
-    hidden states of the text and one layer in float32, with its gradients and optimiser state.
+    One layer after another, each on the outputs of the layers trained before it. The target is the
+    mean of what the teacher's layer gives on these and on the teacher's own states, so that a layer
+    also corrects a part of the errors before it. Gradients stay inside the layer: beside the
+    models, memory holds the hidden states of the text and one layer in float32, with its gradients
+    and optimiser state.
 
     A layer whose output does not get closer on held-out text keeps its weights. All layers do if
     the whole model's held-out loss is worse in the end.
@@ -100,7 +102,8 @@ class Reconstruct:
             settings={
                 "tokens_per_layer": how.steps * how.batch * task.text.input_ids.shape[1],
                 "tokens_per_batch": how.batch * task.text.input_ids.shape[1],
-                "learning_rate": how.learning_rate,
+                "learning_rate, relative to weights": how.learning_rate,
+                "target, share on the parent's own states": OWN_STATES,
             },
             notes=_notes(how, done),
         )
@@ -111,7 +114,7 @@ def _held_out_losses(
 ) -> tuple[float, float]:
     """Next-token losses on held-out text, before and after; trains what is not on record."""
     student, teacher = task.student, task.teacher
-    budget = budget_of_sweep(task, student)
+    budget = budget_of_states(task, student)
     reserve = 0.0
     if done.held_out_before is None:
         started = clock.seconds
@@ -130,9 +133,9 @@ def _held_out_losses(
     num_layers = len(text.student.layers)
     with task.reporter.bar("reconstructing layers", total=num_layers) as advance:
         for number in range(num_layers):
-            for prefixes in (text, held_out):
-                prefixes.teacher.advance(number)
             weights = done.weights_of(number)
+            for prefixes in (text, held_out):
+                prefixes.advance_teacher(number, aims=weights is None)
             if weights is None:
                 outcome, weights = _train(
                     text, held_out, number, how, clock.deadline(num_layers - number, reserve)

@@ -26,6 +26,7 @@ from bonsai_fast.recovery import RecoveryTask
 from bonsai_fast.recovery.reconstruct import Reconstruct, reconstruct_tier, training_budget
 from bonsai_fast.recovery.reconstruct.layer_outcomes import LayerOutcomes
 from bonsai_fast.recovery.reconstruct.layer_training import LayerOutcome, train_layer
+from bonsai_fast.recovery.reconstruct.prefixes import Prefixes
 from bonsai_fast.runs.layer_record import LayerRecord
 from bonsai_fast.scoring import SequenceNLL
 from bonsai_fast.surgery import remove_units
@@ -96,20 +97,58 @@ def test_what_can_be_restored_is_restored(tmp_path: Path, monkeypatch: pytest.Mo
     layout = Layout.of(teacher)
     keep = torch.tensor([unit.kind != "channel" or unit.index < 20 for unit in layout])
     student = remove_units(teacher, layout, keep)
-    task = task_of(student, teacher, tmp_path, steps=8 * 300)
+    task = task_of(student, teacher, tmp_path, steps=8 * 150)
     before = logits_of(student, task.held_out.input_ids)
     record = Reconstruct().run(task)
     wanted = logits_of(teacher, task.held_out.input_ids)
     found = logits_of(student, task.held_out.input_ids)
-    assert outcomes(tmp_path)[0].after < 3e-2 * outcomes(tmp_path)[0].before
-    assert (found - wanted).square().mean() < 3e-2 * (before - wanted).square().mean()
+    assert outcomes(tmp_path)[0].after < 5e-2 * outcomes(tmp_path)[0].before
+    assert (found - wanted).square().mean() < 5e-2 * (before - wanted).square().mean()
     assert record.held_out_after < record.held_out_before and record.notes == []
     nll = SequenceNLL(student)(task.held_out.input_ids)
     assert record.held_out_after == pytest.approx(float(nll.mean()), rel=1e-4)
     # each layer was trained on the same number of tokens, and the whole saw as many
-    assert record.tokens == record.settings["tokens_per_layer"] == 8 * 300 * BATCH_TOKENS
-    assert [point.tokens for point in record.curve] == [25600, 51200, 76800]
+    assert record.tokens == record.settings["tokens_per_layer"] == 8 * 150 * BATCH_TOKENS
+    assert [point.tokens for point in record.curve] == [12800, 25600, 38400]
     assert record.curve[0].loss > 0 and record.seconds > 0
+
+
+@pytest.mark.parametrize("family", ["llama3", "bloom"])
+def test_targets_and_errors_are_what_they_say(family: str, tmp_path: Path) -> None:
+    """Against Hugging Face's own hidden states, and a layer that is given the student's."""
+    teacher, student = FAMILIES[family](), pruned(family, "most")
+    ids = text_of(teacher, 5, 0).input_ids
+    both = Prefixes.of(student, teacher, ids, memory_budget=2**26, folder=tmp_path)
+    both.advance_teacher(0, aims=False)
+    both.advance_student(0, {})
+    both.advance_teacher(1, aims=True)
+    with torch.no_grad():
+        passed = [
+            model(ids, output_hidden_states=True, use_cache=False).hidden_states
+            for model in (student, teacher)
+        ]
+        layer = teacher.get_submodule(Layout.of(teacher).decoder.path)[1]
+        layer.register_forward_pre_hook(lambda _, inputs: (passed[0][1], *inputs[1:]))
+        layer.register_forward_hook(lambda _, __, output: seen.append(output))
+        seen: list[Any] = []
+        teacher(ids, use_cache=False)
+    there = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    targets = 0.5 * there + 0.5 * passed[1][2]
+    torch.testing.assert_close(both.targets[slice(None)], targets, rtol=1e-4, atol=1e-4)
+    rows = torch.tensor([3, 0])
+    weights = dict(both.student.layers[1].named_parameters())
+    naive = [
+        float((passed[0][2][row, token] - targets[row, token]).square().mean())
+        / float(targets[row, token].square().mean())
+        for row in rows.tolist()
+        for token in range(LENGTH)
+    ]
+    with torch.no_grad():
+        found = float(both.error(1, weights, rows))
+        parts = [float(both.error(1, weights, slice(row, row + 1))) for row in range(5)]
+    assert found == pytest.approx(sum(naive) / len(naive), rel=1e-4)
+    whole = both.mean_error(1, weights, 5, 2)
+    assert whole == pytest.approx(sum(parts) / 5, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,7 +322,7 @@ def with_layers(count: int) -> PreTrainedModel:
         ({"text": torch.zeros(0, 16, dtype=torch.int64)}, "the text is too short, .* got 0 x 16"),
         ({"held_out": torch.zeros(3, 1, dtype=torch.int64)}, "held-out text is too short"),
         ({"held_out": torch.full((3, 16), 97)}, "holds token 97, but the models know 97"),
-        ({"memory_budget": 1000}, "one sequence of 16 tokens needs .* a quarter of the whole"),
+        ({"memory_budget": 1000}, "one sequence of 16 tokens needs .* a sixth of the whole"),
     ],
 )
 def test_refused_before_any_work(
