@@ -11,7 +11,12 @@ from training_cases import LENGTH, parent, pruned, text_of, tiny_task, tiny_text
 
 import bonsai_fast as bf
 from bonsai_fast.recovery import TrainingError
-from bonsai_fast.recovery.distill import DistillTier, distill_tier, training_clock, training_loop
+from bonsai_fast.recovery.distill import (
+    DistillTier,
+    layer_checkpointing,
+    training_clock,
+    training_loop,
+)
 from bonsai_fast.recovery.distill.processes import Processes
 from bonsai_fast.recovery.distill.teacher_states import CachedStates, LiveStates
 from bonsai_fast.scoring import SequenceNLL
@@ -153,7 +158,8 @@ def test_minutes_end_the_training_with_the_rate_brought_down(tmp_path, monkeypat
 def test_checkpointed_layers_give_the_same_model(tmp_path, monkeypatch):
     results = []
     for on in (False, True):
-        monkeypatch.setattr(distill_tier, "must_checkpoint", lambda *_, on=on: on)
+        free = 1000 if on else 10**12
+        monkeypatch.setattr(layer_checkpointing, "free_bytes", lambda _, free=free: free)
         task = tiny_task(tmp_path / str(on), options={"recover_tokens": 4 * LENGTH})
         calls = []
         layer = task.student.get_submodule("model.layers.1.mlp")
@@ -195,3 +201,23 @@ def test_seeds_differ(tmp_path):
     task = tiny_task(tmp_path / "a")
     other = replace(tiny_task(tmp_path / "b"), seed=6)
     assert train(task).curve != train(other).curve
+
+
+def test_a_gpu_runs_fewer_sequences_before_it_checkpoints(monkeypatch):
+    model = parent()
+    needed = layer_checkpointing.activation_bytes(model, LENGTH) / layer_checkpointing.SHARE
+
+    def fit(sequences: float) -> tuple[int, bool]:
+        free = int(sequences * needed) + 1000
+        monkeypatch.setattr(layer_checkpointing, "free_bytes", lambda _: free)
+        found = layer_checkpointing.fit_batch(model, 8, LENGTH, reserved=1000)
+        return found.rows, found.checkpoints
+
+    assert (fit(8.1), fit(7.9)) == ((8, False), (8, True))  # a CPU
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    assert (fit(8.1), fit(7.9), fit(2.1), fit(0.9)) == (
+        (8, False),
+        (4, False),
+        (2, False),
+        (1, True),
+    )

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from bonsai_fast.recovery.distill import distillation_loss
 from bonsai_fast.recovery.distill.distillation_loss import DistillationLoss, LogitHead, LossTerms
+from bonsai_fast.scoring import SequenceNLL
 
 N, D, V = 37, 11, 53
 TERMS = {
@@ -113,3 +115,22 @@ def test_bfloat16_heads_give_the_loss_of_their_rounded_logits():
     log_p = (parent @ loss.parent.weight.T).float().log_softmax(dim=-1)[counted]
     expected = (log_p.exp() * (log_p - log_q)).sum()
     torch.testing.assert_close(loss(hidden, parent, labels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_real_models_give_their_logits():
+    """Gemma 2 caps its logits, Cohere scales them."""
+    common = {
+        "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    gemma2 = Gemma2ForCausalLM(
+        Gemma2Config(**common, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
+    )
+    cohere = CohereForCausalLM(CohereConfig(**common, logit_scale=0.5))
+    input_ids = torch.arange(12).view(2, 6)
+    for model in (gemma2.eval(), cohere.eval()):
+        nll = SequenceNLL(model)
+        head = LogitHead.of(nll)
+        with torch.no_grad():
+            found = head.logits(nll.states(input_ids), head.weight)
+            torch.testing.assert_close(found, model(input_ids=input_ids).logits)

@@ -18,7 +18,7 @@ from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.recovery.distill.choose_trained import choose_trained
 from bonsai_fast.recovery.distill.distillation_loss import DistillationLoss, LogitHead
 from bonsai_fast.recovery.distill.held_out_loss import HeldOutLoss
-from bonsai_fast.recovery.distill.layer_checkpointing import decoder_layers, must_checkpoint
+from bonsai_fast.recovery.distill.layer_checkpointing import decoder_layers, fit_batch
 from bonsai_fast.recovery.distill.lora_adapters import adapted_layers, check_installed
 from bonsai_fast.recovery.distill.merge_check import some_logits
 from bonsai_fast.recovery.distill.processes import Processes
@@ -152,9 +152,10 @@ class DistillTier:
         """Train and merge; returns notes and what was chosen."""
         task, student = plan.task, plan.task.student
         reporter = task.reporter if processes.is_main else Reporter(quiet=True)
-        rows = plan.rows(processes.count)
-        checkpointing = must_checkpoint(student, rows * plan.length)
-        layers = decoder_layers(student) if checkpointing else []
+        batching = fit_batch(
+            student, plan.rows(processes.count), plan.length, reserved=plan.training_bytes
+        )
+        layers = decoder_layers(student) if batching.checkpoints else []
         zeros = find_zeros(student, task.teacher)
         head, held_out_ids = LogitHead.of(nll), task.held_out.input_ids
         with open_teacher(plan, processes, reporter) as (teacher, parent_head):
@@ -177,7 +178,7 @@ class DistillTier:
                 held_out=held_out,
                 order=TextOrder(len(task.text.input_ids), task.seed),
                 clock=clock,
-                rows=rows,
+                rows=batching.rows,
                 measurements=plan.measurements,
                 checkpointed=layers,
                 seed=task.seed,
@@ -200,10 +201,10 @@ class DistillTier:
         return notes, {
             "optimiser_steps": progress.steps,
             "sequence_length": plan.length,
-            "sequences_at_once": rows,
+            "sequences_at_once": batching.rows,
             "processes": processes.count,
             "teacher": "not used" if teacher is None else how,
-            "gradient_checkpointing": "on" if checkpointing else "off",
+            "gradient_checkpointing": "on" if batching.checkpoints else "off",
             "trained_parameters": sum(x.numel() for x in trained.parameters.values()),
             "largest_logit_change_by_merge": float(change.abs().max()),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _MEMORY = Path("/proc/meminfo")
 # what a linear layer's inputs and outputs stand for: activations, norms and attention beside them
 ACTIVATIONS = 2.0
 # share of the free memory that activations may take
-SHARE = 0.5
+SHARE = 0.6
 
 
 @contextmanager
@@ -64,7 +65,36 @@ def free_bytes(device: torch.device) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def must_checkpoint(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a batch of `tokens` may not fit into the free memory without checkpointing."""
+@dataclass(frozen=True)
+class Batching:
+    """How a batch is run.
+
+    Attributes:
+        rows: sequences that are run at once.
+        checkpoints: whether layers are computed again in the backward pass.
+    """
+
+    rows: int
+    checkpoints: bool
+
+
+def fit_batch(model: PreTrainedModel, rows: int, length: int, *, reserved: int) -> Batching:
+    """What fits into the free memory.
+
+    On a GPU, fewer sequences at once come before checkpointing, which costs a third of the time. On
+    a CPU they stay, so that results do not depend on the memory that is free.
+
+    Args:
+        model: without adapters.
+        rows: sequences that shall be run at once.
+        length: tokens of each.
+        reserved: bytes that training will take besides.
+    """
     free = free_bytes(model.device)
-    return free is not None and activation_bytes(model, tokens) > SHARE * free
+    if free is None:
+        return Batching(rows, False)
+    room, needed = SHARE * (free - reserved), activation_bytes(model, length)
+    if model.device.type == "cuda":
+        while rows > 1 and rows * needed > room:
+            rows = -(-rows // 2)
+    return Batching(rows, rows * needed > room)

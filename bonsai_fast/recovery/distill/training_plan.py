@@ -85,6 +85,11 @@ class TrainingPlan:
             needed += states_bytes(sequences, self.length, hidden_size, teacher.dtype)
         return needed
 
+    @property
+    def training_bytes(self) -> int:
+        """Memory for trained parameters, their gradients and the optimiser's two moments."""
+        return 4 * 4 * num_trained(self.task.student, self.recipe)
+
     def rows(self, processes: int) -> int:
         """Sequences that each of several processes runs at once."""
         limit = TOKENS_AT_ONCE.get(self.task.student.device.type, TOKENS_AT_ONCE["cpu"])

@@ -21,8 +21,8 @@ class ZeroMasks:
     """The zeros of a sparse model.
 
     Attributes:
-        keep: by parameter name, bool of its shape: True where the weight may change. Only linear
-            layers of the decoder that have zeros are there.
+        keep: by parameter name, bool of its shape on the CPU: True where the weight may change.
+            Only linear layers of the decoder that have zeros are there.
     """
 
     keep: dict[str, Tensor]
@@ -53,15 +53,16 @@ def find_zeros(student: PreTrainedModel, teacher: PreTrainedModel) -> ZeroMasks 
         if isinstance(module, nn.Linear)
     ]
     needed = SPARSE_FROM * sum(weight.numel() for _, _, weight in linear)
-    keep = {name: weight != 0 for _, name, weight in linear}
-    if needed == 0 or sum(int((~mask).sum()) for mask in keep.values()) < needed:
+    counts = {name: weight.numel() - int(weight.count_nonzero()) for _, name, weight in linear}
+    if sum(counts.values()) < max(1, needed):
         return None
-    keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
-    zeros = 0
-    for number, name, _ in linear:
-        if name in keep:
+    keep, zeros = {}, 0
+    for number, name, weight in linear:
+        if counts[name]:
+            is_kept = weight != 0
             bring_in_layer(teacher, number)
-            zeros += int((~keep[name] & ~_zeros_of(teacher, name, keep[name])).sum())
+            zeros += int((~is_kept & ~_zeros_of(teacher, name, is_kept)).sum())
+            keep[name] = is_kept.cpu()
     return ZeroMasks(keep) if zeros >= needed else None
 
 
