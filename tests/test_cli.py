@@ -135,6 +135,8 @@ def test_mistakes_take_one_line(
         "--method wanda --pattern 2:4 --preset paper --trust-remote-code",
         "--method sparsegpt --no-weight-update --calibration file:a.txt --memory-budget 1GB",
         "--target params=90K --round-to 64 --sublayers --tasks a,b --plan",
+        "--recover distill --recover-tokens 5000 --recover-weights all",
+        "--method flap --recover none",
     ],
 )
 def test_what_is_saved_gives_the_same_run(flags: str, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bonsai_fast.config import PruneConfig
@@ -58,7 +57,9 @@ class UnitJob:
             seconds = estimate_seconds(self.task, plan)
         table = plan_table(self.task, plan, seconds)
         values = {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
-        return values | _planned_recovery(recovery, self.task.model, table, reporter)
+        values |= add_recovery(table, recovery, self.task.model)
+        reporter.table(table)
+        return values
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         """Start or resume the run in a directory; the returned function does the work.
@@ -104,7 +105,9 @@ class WeightJob:
         with reporter.busy("timing one layer"):
             plan = weight_plan(self.task)
         table = weight_plan_table(self.task, plan)
-        return asdict(plan) | _planned_recovery(recovery, self.task.model, table, reporter)
+        values = asdict(plan) | add_recovery(table, recovery, self.task.model)
+        reporter.table(table)
+        return values
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         task, recovery = self.task, self._recovery(output)
@@ -130,17 +133,6 @@ def job_of(
     if config.method in WEIGHT_METHODS:
         return WeightJob(prepare_weights(model, tokenizer, config))
     return UnitJob(prepare(model, tokenizer, config), is_default=config.recover is None)
-
-
-def _planned_recovery(
-    recovery: Recovery | None, parent: PreTrainedModel, table: Table, reporter: Reporter
-) -> dict[str, Any]:
-    """Add the work of recovery to the table of a plan and show it; the same as values for JSON."""
-    plans = recovery.plans(parent) if recovery is not None else {}
-    for name, plan in plans.items():
-        add_recovery(table, name, plan)
-    reporter.table(table)
-    return {"recovery": {name: asdict(plan) for name, plan in plans.items()}}
 
 
 def prune(

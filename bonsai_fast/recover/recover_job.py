@@ -76,11 +76,9 @@ class RecoverJob:
         table.add_row("calibration", f"{self.calibration.source}: {self.calibration.description}")
         held_out = self.recovery.held_out
         table.add_row("held out", f"{held_out.source}: {held_out.description}")
-        plans = self.recovery.plans(self.student)
-        for name, plan in plans.items():
-            add_recovery(table, name, plan)
+        values = add_recovery(table, self.recovery, self.student)
         reporter.table(table)
-        return {"recovery": {name: asdict(plan) for name, plan in plans.items()}}
+        return values
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], RecoverResult]:
         """Start or resume in a directory; the returned function does the work.

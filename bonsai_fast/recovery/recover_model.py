@@ -96,11 +96,19 @@ class Recovery:
                 _check_layers(task)
             tier.check(task)
         needed = sum(plan.disk_bytes for plan in self.plans(student).values())
+        needed += self.recorded_bytes(student)
         if needed > (free := shutil.disk_usage(place).free):
             raise ValueError(
                 f"recover: {self.options.recover} needs {needed / 1e9:.1f} GB on the disk of "
                 f"{folder}, {free / 1e9:.1f} GB are free"
             )
+
+    def recorded_bytes(self, student: PreTrainedModel) -> int:
+        """Size of the weights on record between tiers, at most, until the model is saved."""
+        stream = stream_of(student)
+        if stream is not None:  # the model before recovery, and new weights
+            return 2 * stream.num_bytes
+        return sum(parameter.nbytes for parameter in student.parameters())
 
     def plans(self, student: PreTrainedModel) -> dict[Tier, RecoveryPlan]:
         """Work of every tier."""
