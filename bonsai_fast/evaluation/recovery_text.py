@@ -19,6 +19,8 @@ from bonsai_fast.evaluation.text import (
 HELD_OUT_TOKENS = 8192
 # of the calibration sequences, where the text holds no other
 HELD_OUT_SHARE = 8
+# as many equal tokens are the same place of a text
+SAME_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +31,11 @@ class RecoveryText:
         text: calibration sequences.
         held_out: others of the same length, from the part of the text that evaluation does not
             read.
-        places: numbers of the held-out windows, int64; empty if they are no windows of the text.
         is_apart: whether the search read none of the held-out sequences.
     """
 
     text: Sequences
     held_out: Sequences
-    places: torch.Tensor
     is_apart: bool = True
 
 
@@ -43,6 +43,7 @@ def recovery_text(
     calibration: Sequences,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    evaluation: Sequences,
     seed: int,
     model: PreTrainedModel | None = None,
 ) -> RecoveryText:
@@ -53,6 +54,7 @@ def recovery_text(
     Args:
         calibration: what `calibration_sequences` drew with the same tokenizer and seed.
         tokenizer, seed: those arguments.
+        evaluation: text that results are measured on.
         model: as there, for source "self".
     Raises:
         ValueError: the text is missing, or there is a single sequence of it.
@@ -64,16 +66,17 @@ def recovery_text(
         assert model is not None
         sampled = sample_text(model, num_sequences=wanted, length=length, seed=seed + 1)
         words = f"{wanted} x {length} tokens sampled from the parent, seed {seed + 1}"
-        return RecoveryText(calibration, Sequences(sampled, source, words), torch.tensor([]))
-    windows = in_windows(calibration_tokens(source, tokenizer, count * length), length)
-    is_free = torch.ones(len(windows), dtype=torch.bool)
+        return RecoveryText(calibration, Sequences(sampled, source, words))
+    stream = calibration_tokens(source, tokenizer, count * length)
+    windows = in_windows(stream, length)
+    is_free = ~in_windows(places_of(evaluation, stream), length).any(dim=1)
     is_free[draw(len(windows), count, seed)] = False
     free = is_free.nonzero().flatten()
     if len(free):
         # training gets the other half of a short text
         places = free[draw(len(free), min(wanted, -(-len(free) // 2)), seed + 1)]
         words = f"{len(places)} other windows of {length} tokens, seed {seed + 1}"
-        return RecoveryText(calibration, Sequences(windows[places], source, words), places)
+        return RecoveryText(calibration, Sequences(windows[places], source, words))
     if count < 2:
         raise ValueError(
             f"calibration text {source!r} is too short for recovery: expected 2 sequences of "
@@ -84,7 +87,6 @@ def recovery_text(
     return RecoveryText(
         Sequences(ids[held_out:], source, f"{count - held_out} of {words}"),
         Sequences(ids[:held_out], source, f"{held_out} of {words}"),
-        torch.arange(held_out),
         is_apart=False,
     )
 
@@ -96,9 +98,10 @@ def training_sequences(
     tokens: int,
     length: int,
     seed: int,
+    evaluation: Sequences,
     apart_from: RecoveryText,
 ) -> Sequences:
-    """Random windows of the first three quarters of a text, without those that are held out.
+    """Random windows of the first three quarters of a text, without what else is measured on.
 
     Args:
         source: one of SOURCES but "self".
@@ -106,7 +109,8 @@ def training_sequences(
         tokens: how many to draw; a shorter text gives all that it has.
         length: tokens in each window.
         seed: which are drawn.
-        apart_from: holds the text that is held out.
+        evaluation: text that results are measured on; where it occurs, nothing is drawn.
+        apart_from: holds the text that is held out; likewise.
     Raises:
         ValueError: the text is missing or does not hold one window.
     """
@@ -116,12 +120,8 @@ def training_sequences(
         )
     stream = calibration_tokens(source, tokenizer, tokens)
     windows = in_windows(stream, length)
-    is_free = torch.ones(len(windows), dtype=torch.bool)
-    held_out = apart_from.held_out
-    if held_out.source == source:
-        width = held_out.input_ids.shape[1]
-        for place in apart_from.places.tolist():
-            is_free[place * width // length : -(-(place + 1) * width // length)] = False
+    taken = places_of(evaluation, stream) | places_of(apart_from.held_out, stream)
+    is_free = ~in_windows(taken, length).any(dim=1)
     free = is_free.nonzero().flatten()
     if not len(free):
         raise ValueError(
@@ -131,3 +131,24 @@ def training_sequences(
     count = min(len(free), -(-tokens // length))
     words = f"{count} random windows of {length} tokens, seed {seed}"
     return Sequences(windows[free[draw(len(free), count, seed)]], source, words)
+
+
+def places_of(sequences: Sequences, stream: torch.Tensor) -> torch.Tensor:
+    """Where sequences occur in a text.
+
+    Args:
+        sequences: int64 [B, T].
+        stream: tokens of the text, int64 [N].
+    Returns:
+        bool [N], True inside an occurrence.
+    """
+    found = torch.zeros(len(stream), dtype=torch.bool)
+    for row in sequences.input_ids:
+        length = min(len(row), SAME_TOKENS)
+        places = (stream == row[0]).nonzero().flatten()
+        places = places[places <= len(stream) - length]
+        for offset in range(1, length):
+            places = places[stream[places + offset] == row[offset]]
+        for place in places.tolist():
+            found[place : place + len(row)] = True
+    return found

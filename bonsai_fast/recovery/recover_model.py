@@ -243,7 +243,7 @@ def prepare_recovery(
         raise ValueError(
             f"recover_text: {source!r} is the text for evaluation; train on another one"
         )
-    common = recovery_text(calibration, tokenizer, seed=seed, model=teacher)
+    common = recovery_text(calibration, tokenizer, evaluation=evaluation, seed=seed, model=teacher)
     notes = []
     if not common.is_apart:
         notes.append(
@@ -257,8 +257,9 @@ def prepare_recovery(
         if wanted is not None:
             length = min(wanted.length, longest_window(teacher))
             texts[name] = training_sequences(
-                source, tokenizer, tokens=wanted.tokens, length=length, seed=seed, apart_from=common
-            )
+                source, tokenizer, tokens=wanted.tokens, length=length, seed=seed,
+                evaluation=evaluation, apart_from=common,
+            )  # fmt: skip
             found = texts[name].input_ids.numel()
             if found < wanted.tokens - length:
                 notes.append(f"{source} has {found:,} tokens for {name}, not {wanted.tokens:,}")
