@@ -73,6 +73,11 @@ def tiny_task(folder: Path, **changes: Any) -> RecoveryTask:
     return RecoveryTask(tokenizer=byte_tokenizer(), options=RecoverOptions(**options), **values)
 
 
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by name."""
+    return {name: x.detach().clone() for name, x in model.named_parameters()}
+
+
 def train(task: RecoveryTask, tier: Tier = "distill", **changes: Any) -> TierRecord:
     """Check the task, then run the tier."""
     chosen = DistillTier(tier, **changes)
@@ -87,5 +92,4 @@ def train_and_save(folder: Path, options: dict[str, Any], environment: dict[str,
     task = tiny_task(folder, options=options)
     DistillTier("distill", checkpoint_seconds=0.0).run(task)
     rank = environment.get("RANK", "0")
-    weights = {name: x.detach().clone() for name, x in task.student.named_parameters()}
-    save_file(weights, folder / f"weights-{rank}.safetensors")
+    save_file(weights_of(task.student), folder / f"weights-{rank}.safetensors")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES
-from training_cases import LENGTH, parent, pruned, text_of, tiny_task, tiny_text, train
+from training_cases import LENGTH, parent, pruned, text_of, tiny_task, tiny_text, train, weights_of
 
 import bonsai_fast as bf
 from bonsai_fast.recovery import TrainingError
@@ -20,10 +20,6 @@ from bonsai_fast.recovery.distill import (
 from bonsai_fast.recovery.distill.processes import Processes
 from bonsai_fast.recovery.distill.teacher_states import CachedStates, LiveStates
 from bonsai_fast.scoring import SequenceNLL
-
-
-def weights_of(model):
-    return {name: x.detach().clone() for name, x in model.named_parameters()}
 
 
 @pytest.mark.parametrize("weights", ["lora", "all", "norms"])

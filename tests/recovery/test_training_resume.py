@@ -10,7 +10,15 @@ import torch
 from forked import call
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_cases import LENGTH, parent, tiny_task, tiny_text, train, train_and_save
+from training_cases import (
+    LENGTH,
+    parent,
+    tiny_task,
+    tiny_text,
+    train,
+    train_and_save,
+    weights_of,
+)
 
 from bonsai_fast.recovery.distill import DistillTier
 from bonsai_fast.recovery.distill.training_state import STATE
@@ -102,8 +110,8 @@ def test_two_processes_train_what_one_does(tmp_path):
         process.join(timeout=120)
         assert process.exitcode == 0
     first, second = (load_file(folder / f"weights-{rank}.safetensors") for rank in range(2))
-    start = dict(tiny_task(tmp_path / "start").student.named_parameters())
-    for name, parameter in one.student.named_parameters():
+    start = weights_of(tiny_task(tmp_path / "start").student)
+    for name, parameter in weights_of(one.student).items():
         assert torch.equal(first[name], second[name]), name
         moved = float((parameter - start[name]).abs().max())
         assert float((parameter - first[name]).abs().max()) <= 0.01 * moved + 1e-7, name

@@ -134,11 +134,6 @@ class TrainingFiles:
         """The parameters of a step."""
         return load_file(self._best(steps))
 
-    def drop(self) -> None:
-        """Delete the files."""
-        for path in (self._folder / STATE, *self._folder.glob("best-*.safetensors")):
-            path.unlink(missing_ok=True)
-
     def _best(self, steps: int) -> Path:
         return self._folder / f"best-{steps:08d}.safetensors"
 
