@@ -169,10 +169,14 @@ def _unfinished(run: RunRecord) -> list[str]:
     cell = run.path / "cell.json"
     if cell.is_file():
         found = read_json(cell)
+        recovered = found.get("recovered")
+        how = found.get("recovery", {}).get("recover")
+        after = [] if recovered is None else [f"After {how} it is {decimal(recovered)}."]
         return [
             "This is a cell of a comparison: it was searched and measured; no model was saved.",
             f"Its perplexity is {decimal(found['perplexity'])} at a sparsity of "
             f"{percent(found['sparsity'])}.",
+            *after,
         ]
     evaluations = sum(len(stage.keep) for stage in run.stages.values())
     return [

@@ -14,6 +14,7 @@ from fake_tier import Scale, install
 from tiny import save_tiny_parent
 
 from bonsai_fast.compare.__main__ import main
+from bonsai_fast.report import write_report
 
 compare = partial(run_command, main)
 
@@ -50,6 +51,8 @@ def test_columns_before_and_after(
     ElementTree.fromstring(chart)
     assert "after recovery" in chart
     assert not list(output.rglob("recovery"))
+    page = write_report(output / "flap-0.3").read_text()
+    assert f"After compensate it is {cells[1]['recovered']:,.2f}." in page
 
 
 def test_refused_before_work(
