@@ -34,6 +34,7 @@ def test_correction(
     bias: bool, ridge: float, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(least_squares, "BLOCK_ROWS", 5)
     tokens, num_inputs, num_outputs = size
     generator = torch.Generator().manual_seed(tokens)
     x = 0.5 + torch.randn(tokens, num_inputs, generator=generator)
