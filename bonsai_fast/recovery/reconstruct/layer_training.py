@@ -17,6 +17,8 @@ WARM_UP = 0.05
 BETAS = (0.9, 0.95)
 # a tensor of zeros, such as a new bias, is trained as one of this root mean square
 LEAST_SCALE = 1e-2
+# inputs of the layers on which the learning rate was chosen
+MEASURED_WIDTH = 576
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class LayerTraining:
     Attributes:
         steps: number of updates.
         batch: sequences in a step.
-        learning_rate: at its highest, as a share of a tensor's root mean square.
+        learning_rate: at its highest, as a share of a tensor's root mean square; less where
+            layers are wide.
         checks: how often the held-out text is looked at.
         held_out: number of held-out sequences that are looked at.
         seed: of the order of sequences; with the number of the layer.
@@ -87,6 +90,10 @@ def train_layer(
         the weights that were best on held-out text, in their own dtype; none if none were better
         than before. And how it went.
     """
+    if not weights:
+        error = held_out.mean_error(number, {}, how.held_out, how.batch)
+        return {}, LayerOutcome(number, error, error, None, 0, is_trainable=False)
+
     # leaves of their own: what the model holds gets no gradient
     masters = {
         name: x.detach().to(torch.float32, copy=True).requires_grad_()
@@ -94,20 +101,13 @@ def train_layer(
     }
     masks = {name: x != 0 for name, x in masters.items() if x.dim() > 1 and bool((x == 0).any())}
 
-    if not weights:
-        error = held_out.mean_error(number, {}, how.held_out, how.batch)
-        return {}, LayerOutcome(number, error, error, None, 0, is_trainable=False)
-
     def deployed() -> dict[str, Tensor]:
         return {name: master.to(weights[name].dtype) for name, master in masters.items()}
 
     def check() -> float:
         return held_out.mean_error(number, deployed(), how.held_out, how.batch)
 
-    groups = [
-        {"params": [x], "share": max(float(x.detach().square().mean().sqrt()), LEAST_SCALE)}
-        for x in masters.values()
-    ]
+    groups = [{"params": [x], "scale": _scale(x.detach())} for x in masters.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
     before = best = check()
     kept: dict[str, Tensor] = {}
@@ -124,7 +124,7 @@ def train_layer(
     while done < 1:
         rate = how.learning_rate * _schedule(done, how.steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate * group["scale"]
         with torch.enable_grad():
             loss = text.error(number, deployed(), next(draws))
             loss.backward()
@@ -143,6 +143,16 @@ def train_layer(
                 best, kept = found, {name: x.detach().clone() for name, x in deployed().items()}
     mean = sum(losses) / len(losses) if losses else None
     return kept, LayerOutcome(number, before, best, mean, len(losses))
+
+
+def _scale(weights: Tensor) -> float:
+    """Root mean square, and less for wider layers (muP, Yang et al. 2022, arXiv:2203.03466).
+
+    A step of Adam is of one size for all weights, and those of a row add up.
+    """
+    size = max(float(weights.square().mean().sqrt()), LEAST_SCALE)
+    width = weights.shape[-1] if weights.dim() > 1 else MEASURED_WIDTH
+    return size * min(1.0, math.sqrt(MEASURED_WIDTH / width))
 
 
 def _schedule(done: float, steps: int) -> float:

@@ -23,9 +23,18 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.text import Sequences, sample_text
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.recovery import RecoveryTask
-from bonsai_fast.recovery.reconstruct import Reconstruct, reconstruct_tier, training_budget
+from bonsai_fast.recovery.reconstruct import (
+    Reconstruct,
+    layer_training,
+    reconstruct_tier,
+    training_budget,
+)
 from bonsai_fast.recovery.reconstruct.layer_outcomes import LayerOutcomes
-from bonsai_fast.recovery.reconstruct.layer_training import LayerOutcome, train_layer
+from bonsai_fast.recovery.reconstruct.layer_training import (
+    LayerOutcome,
+    LayerTraining,
+    train_layer,
+)
 from bonsai_fast.recovery.reconstruct.prefixes import Prefixes
 from bonsai_fast.runs.layer_record import LayerRecord
 from bonsai_fast.scoring import SequenceNLL
@@ -304,6 +313,25 @@ def test_zeroed_weights_stay_zero(tmp_path: Path) -> None:
     assert record.held_out_after < record.held_out_before
     assert sum(int(zero.sum()) for zero in zeros.values()) > 10_000
     assert all(torch.equal(student.get_parameter(name) == 0, zero) for name, zero in zeros.items())
+
+
+def test_steps_fit_the_weights(tmp_path: Path) -> None:
+    """The first step of Adam moves each weight by the learning rate times its tensor's scale."""
+    teacher, student = llama(), pruned("llama", "most")
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(0.01)
+    text = text_of(teacher, 4, 0).input_ids
+    both = Prefixes.of(student, teacher, text, memory_budget=2**26, folder=tmp_path)
+    both.advance_teacher(0, aims=True)
+    weights = dict(both.student.layers[0].named_parameters())
+    how = LayerTraining(steps=1, batch=4, learning_rate=0.02, checks=1, held_out=4, seed=0)
+    new, outcome = train_layer(both, both, 0, weights, how)
+    assert outcome.is_better and new.keys() == weights.keys()
+    for name, x in weights.items():
+        wanted = 0.02 * max(float(x.detach().square().mean().sqrt()), 0.01)
+        assert float((new[name] - x.detach()).abs().median()) == pytest.approx(wanted, rel=0.05)
+    assert layer_training._scale(torch.ones(7, 4 * 576)) == 0.5
+    assert layer_training._scale(torch.ones(4 * 576)) == 1.0
 
 
 def with_layers(count: int) -> PreTrainedModel:
