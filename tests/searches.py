@@ -24,6 +24,7 @@ def new_search(
     *,
     input_ids: torch.Tensor | None = None,
     quiet: bool = True,
+    compensates: bool = False,
     **options: object,
 ) -> Search:
     """A start of a run in `output` on random tokens."""
@@ -34,6 +35,6 @@ def new_search(
     scorer = MaskScorer(model, layout=layout, route=own.route, memory_budget=config.memory_budget)
     budget = Target.parse(config.target_text).removal_budget(layout)
     method = METHODS[config.method]
-    task = Task(model, byte_tokenizer(), scorer, text, text, config, method, budget)
+    task = Task(model, byte_tokenizer(), scorer, text, text, config, method, budget, compensates)
     run = open_run(output, config, layout, model, text.sha256)
     return Search(task, run, Reporter(quiet=quiet))

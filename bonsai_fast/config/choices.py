@@ -27,7 +27,8 @@ CompareWithin = Literal["layer", "input", "input-128", "output", "output-128"]
 
 # how it is found
 RegressionName = Literal["groups", "ridge", "paper"]
-PriorName = Literal["wanda", "activation", "fluctuation", "uniform"]
+PriorName = Literal["wanda", "activation", "fluctuation", "uniform", "obs"]
+PriorOrAuto = Literal["auto", PriorName]
 Granularity = Literal["units", "blocks", "layers"]
 GranularityOrShares = Literal[Granularity, "shares"]
 Baseline = Literal["moving-average", "leave-one-out", "antithetic"]

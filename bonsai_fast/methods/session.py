@@ -17,6 +17,7 @@ from bonsai_fast.files import write_atomically
 from bonsai_fast.methods.allocation import finish
 from bonsai_fast.methods.importance.prior import unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.importance.surgeon_prior import surgeon_prior
 from bonsai_fast.methods.regression import Regression, save_regression
 from bonsai_fast.methods.task import O_co, Task
 from bonsai_fast.methods.units.unit_options import UnitOptions
@@ -54,6 +55,7 @@ class Search(Generic[O_co]):
     submodels_scored: int = field(default=0, init=False)
     tokens_scored: int = field(default=0, init=False)
     _damage_session: ScoringSession | None = field(default=None, init=False)
+    _damage_outputs: OutputWeights | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """A resumed run chooses routes by the speeds that were measured when it began."""
@@ -94,18 +96,29 @@ class Search(Generic[O_co]):
         measure = "" if output_weights is None else f"{compensation} "
         return self.evaluations(measure, Chunk.losses, stage, keep, session, silent=silent)
 
-    def damage(self, stage: str, keep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def damage(
+        self,
+        stage: str,
+        keep: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        output_weights: OutputWeights | None = None,
+    ) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
 
         For a model whose divergence cannot be measured, its loss, which ranks sub-models too.
+        Arguments as for `losses`.
         """
         session = self._damage_session
-        if session is None or session.input_ids is not input_ids:
+        is_same = self._damage_outputs is output_weights
+        if session is None or session.input_ids is not input_ids or not is_same:
             # kept: it holds what the parent predicts for this text
-            session = self._damage_session = self.task.scorer.session(input_ids)
+            session = self.task.scorer.session(input_ids, output_weights=output_weights)
+            self._damage_session, self._damage_outputs = session, output_weights
         if not session.has_divergence:
-            return self.losses(stage, keep, input_ids)
-        return self.evaluations("divergence ", Chunk.divergence, stage, keep, session)
+            return self.losses(stage, keep, input_ids, output_weights=output_weights)
+        measure = "divergence " if output_weights is None else "compensated divergence "
+        return self.evaluations(measure, Chunk.divergence, stage, keep, session)
 
     def evaluations(
         self,
@@ -154,7 +167,7 @@ class Search(Generic[O_co]):
         """Prior of every unit from one pass over the text under `keep`: float64 [P]; recorded too.
 
         Args:
-            name: which one.
+            name: which one; auto: wanda.
             stage, keep, input_ids: as `losses`.
         Raises:
             NotRecordedError: the run is only re-targeted and this is not recorded.
@@ -162,6 +175,15 @@ class Search(Generic[O_co]):
 
         def prior() -> torch.Tensor:
             task = self.task
+            if name == "obs":
+                return surgeon_prior(
+                    task.model,
+                    task.layout,
+                    keep,
+                    input_ids,
+                    self.run.path / "grams",
+                    memory_budget=task.config.memory_budget,
+                )
             statistics = collect_statistics(task.scorer, keep, input_ids)
             return unit_prior(name, task.model, task.layout, statistics)
 

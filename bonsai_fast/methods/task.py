@@ -30,6 +30,7 @@ class Task(Generic[O_co]):
         config: the request, with the preset filled in.
         method: the method named there.
         budget: number of the decoder's parameters to remove.
+        compensates: whether output projections are refitted after the cut.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Task(Generic[O_co]):
     config: ResolvedConfig[O_co]
     method: Method[Any]
     budget: int
+    compensates: bool = False
 
     @property
     def options(self) -> O_co:

@@ -52,10 +52,11 @@ class UnitJob:
         recovery, left_out = self._recovery(Path.cwd())
         if left_out:
             reporter.warn(left_out)
-        plan = self.task.method.plan(self.task)
+        task = _with_compensation(self.task, recovery)
+        plan = task.method.plan(task)
         with reporter.busy("timing one batch"):
-            seconds = estimate_seconds(self.task, plan)
-        table = plan_table(self.task, plan, seconds)
+            seconds = estimate_seconds(task, plan)
+        table = plan_table(task, plan, seconds)
         values = {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
         values |= add_recovery(table, recovery, self.task.model)
         reporter.table(table)
@@ -68,8 +69,8 @@ class UnitJob:
             ValueError, OSError: the directory holds something else, or cannot be created, or
                 recovery cannot be done.
         """
-        task = self.task
         recovery, left_out = self._recovery(output)
+        task = _with_compensation(self.task, recovery)
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
         return lambda: execute(Search(task, run, reporter), recovery, left_out)
 
@@ -87,6 +88,11 @@ class UnitJob:
                 raise
             return None, f"the pruned model will not be recovered: {error}"
         return recovery, ""
+
+
+def _with_compensation(task: Task[Any], recovery: Recovery | None) -> Task[Any]:
+    """The task, which knows whether output projections are refitted after the cut."""
+    return replace(task, compensates=recovery is not None and "compensate" in recovery.tiers)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def search_section(run: RunRecord) -> Section | str:
         section.tables.append(table)
         return section
     method = run.manifest["config"].get("method")
-    return f"method {method} does not predict losses of sub-models."
+    return f"this search by method {method} does not predict losses of sub-models."
 
 
 def relevance_section(run: RunRecord) -> Section | str:

@@ -40,6 +40,8 @@ FORMER_NULLS = {
     "spare_last": 0,
     "submodels_per_round": 200,
 }
+# defaults of earlier versions, and what they are now
+FORMER_DEFAULTS = {"prior": ("wanda", "auto")}
 # a fingerprint reads about this many values of each parameter
 FINGERPRINT_VALUES = 4096
 
@@ -160,7 +162,9 @@ def _compared(found: dict[str, Any], identity: dict[str, Any]) -> list[tuple[str
     before, now = found.get("config", {}), identity["config"]
     for name in sorted(now):  # earlier versions recorded options that the method does not read
         value = before.get(name)
-        rows.append((name, FORMER_NULLS.get(name) if value is None else value, now[name]))
+        value = FORMER_NULLS.get(name) if value is None else value
+        is_renamed = FORMER_DEFAULTS.get(name) == (value, now[name])
+        rows.append((name, now[name] if is_renamed else value, now[name]))
     for model in ("parent", "student"):
         before, now = found.get(model, {}), identity.get(model, {})
         names = sorted(before.keys() | now.keys())

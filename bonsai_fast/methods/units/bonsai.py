@@ -6,13 +6,14 @@ import torch
 
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
+from bonsai_fast.methods.units.bonsai_compensated import CompensatedBonsai
 from bonsai_fast.methods.units.bonsai_default import GroupedBonsai
 from bonsai_fast.methods.units.bonsai_options import BONSAI_PRESETS, BonsaiOptions
 from bonsai_fast.methods.units.bonsai_paper import PaperBonsai
 
 
 class Bonsai:
-    """Chooses the variant by what the regression estimates: groups of units, or every unit."""
+    """Chooses the variant by what is estimated, and whether compensation follows."""
 
     presets = BONSAI_PRESETS
 
@@ -24,5 +25,11 @@ class Bonsai:
         """The units to keep, bool [P]."""
         return self._variant(search.task).find(search)
 
-    def _variant(self, task: Task[BonsaiOptions]) -> GroupedBonsai | PaperBonsai:
-        return GroupedBonsai() if task.options.regression == "groups" else PaperBonsai()
+    def _variant(
+        self, task: Task[BonsaiOptions]
+    ) -> CompensatedBonsai | GroupedBonsai | PaperBonsai:
+        options = task.options
+        if options.regression != "groups":
+            return PaperBonsai()
+        own_order = options.prior in ("auto", "obs") and options.rounds is None
+        return CompensatedBonsai() if task.compensates and own_order else GroupedBonsai()

@@ -23,10 +23,18 @@ from itertools import product
 import numpy as np
 import torch
 
-from bonsai_fast.methods.allocation import plan_mask, select_units
-from bonsai_fast.methods.session import Search, finished
+from bonsai_fast.methods.allocation import plan_mask
+from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
+from bonsai_fast.methods.units.proposals import (
+    SPARED,
+    Proposal,
+    best_of,
+    is_spared,
+    propose,
+    texts_of,
+)
 from bonsai_fast.models.layout import ATTENTION, Group, Kind, Layout
 
 # a stage removes at most this fraction of the decoder
@@ -39,8 +47,6 @@ REACH: dict[Kind, float] = {
     "attention": 1.0,
     "mlp": 1.0,
 }
-# units beyond reach, and all units of a spared layer, cost this many times as much
-SPARED = 1000.0
 # fractions of the layers that a plan may spare at either end
 EDGES = (0.0, 0.05, 0.1, 0.15)
 # curves: costs rise as fraction ** exponent; attention costs this many times the measured value;
@@ -52,20 +58,6 @@ TEMPERATURES = (0.25, 0.5)
 SMALLEST_COST = 0.25
 # plans that are compared on other text at the end
 FINALISTS = 4
-# calibration sequences for probes and plans, and others for the finalists; the prior reads all of
-# them: statistics need much more text than a comparison of plans
-SEARCH_SEQUENCES = 6
-FINALIST_SEQUENCES = 6
-
-
-@dataclass(frozen=True, eq=False)
-class _Proposal:
-    """A complete plan: units kept, bool [P], and the relevance that selected them, float64 [P]."""
-
-    keep: torch.Tensor
-    relevance: torch.Tensor
-    name: str
-    edges: tuple[float, float]
 
 
 class GroupedBonsai:
@@ -75,7 +67,7 @@ class GroupedBonsai:
         """Probes, plans and one pass for the prior in every stage."""
         stages = len(_goals(task))
         curves = 2 * len(EXPONENTS) * len(ATTENTION_FACTORS) * len(TEMPERATURES)
-        first, second = _texts(task)
+        first, second = texts_of(task)
         early = 1 + len(task.layout.groups) + len(EDGES) ** 2 + curves
         tokens = early * first.numel() + FINALISTS * second.numel()
         tokens += task.calibration.input_ids.numel()
@@ -87,7 +79,7 @@ class GroupedBonsai:
         keep = torch.ones(len(layout), dtype=torch.bool)
         if search.recorded_only:
             relevance = search.recorded_relevance()
-            return _select(search, keep, relevance, task.budget, "recorded").keep
+            return propose(search, keep, relevance, task.budget, "recorded").keep
         relevance = torch.zeros(len(layout), dtype=torch.float64)
         for number, goal in enumerate(_goals(task), start=1):
             stage = f"round-{number:02d}"
@@ -104,39 +96,30 @@ class GroupedBonsai:
         keep: torch.Tensor,
         before: torch.Tensor,
         goal: int,
-    ) -> _Proposal:
+    ) -> Proposal:
         task, layout = search.task, search.task.layout
-        first, second = _texts(task)
-        prior = search.prior(task.options.prior, stage, keep, task.calibration.input_ids)
+        first, second = texts_of(task)
+        prior = search.prior(task.options.usual_prior, stage, keep, task.calibration.input_ids)
         costs = _probe(search, f"{stage}/probes", keep, prior, first)
 
         def proposal(
             edges: tuple[float, float], exponent: float, attention: float, temperature: float
-        ) -> _Proposal:
+        ) -> Proposal:
             whole = _whole_costs(layout, costs, edges, exponent, attention, temperature)
             relevance = _relevance(layout, whole, exponent, keep, prior, before)
             name = f"edges {edges[0]:g} and {edges[1]:g}, exponent {exponent:g}"
             name += f", attention x{attention:g}, temperature {temperature:g}"
-            return _select(search, keep, relevance, goal, name, edges)
+            return propose(search, keep, relevance, goal, name, edges)
 
         plain = [proposal((a, z), 2.0, SPARED, 0.0) for a, z in product(EDGES, EDGES)]
-        best = _best(search, f"{stage}/edges", plain, first, FINALISTS)
+        best = best_of(search, f"{stage}/edges", plain, first, FINALISTS)
         curves = [
             proposal(near.edges, *values)
             for near in best[:2]
             for values in product(EXPONENTS, ATTENTION_FACTORS, TEMPERATURES)
         ]
-        best = _best(search, f"{stage}/curves", best + curves, first, FINALISTS)
-        return _best(search, f"{stage}/finalists", best, second, 1)[0]
-
-
-def _texts(task: Task[BonsaiOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences for the search and, from other parts of the text, for the finalists."""
-    input_ids = task.calibration.input_ids
-    stride = max(1, len(input_ids) // max(SEARCH_SEQUENCES, FINALIST_SEQUENCES))
-    first = input_ids[::stride][:SEARCH_SEQUENCES]
-    second = input_ids[stride // 2 :: stride][:FINALIST_SEQUENCES]
-    return first.contiguous(), second.contiguous()
+        best = best_of(search, f"{stage}/curves", best + curves, first, FINALISTS)
+        return best_of(search, f"{stage}/finalists", best, second, 1)[0]
 
 
 def _goals(task: Task[BonsaiOptions]) -> list[int]:
@@ -194,7 +177,6 @@ def _whole_costs(
     kinds = [group.kind for group in layout.groups]
     whole = [cost.nats / cost.fraction**exponent if cost else math.nan for cost in costs]
     layers = layout.decoder.num_layers
-    first, last = (round(share * layers) for share in edges)
     found = []
     for group, cost in zip(layout.groups, whole, strict=True):
         median = float(
@@ -203,7 +185,7 @@ def _whole_costs(
         value = median * max(cost / median, SMALLEST_COST) ** temperature
         if group.kind in ATTENTION:
             value *= attention_factor
-        if not first <= group.layer < layers - last:
+        if is_spared(group.layer, layers, edges):
             value *= SPARED
         found.append(value if math.isfinite(cost) else math.nan)
     return found
@@ -232,41 +214,6 @@ def _relevance(
         increments[max(1, round(REACH[group.kind] * count)) :] *= SPARED
         relevance[places] = torch.from_numpy(increments)
     return relevance
-
-
-def _select(
-    search: Search[BonsaiOptions],
-    keep: torch.Tensor,
-    relevance: torch.Tensor,
-    budget: int,
-    name: str,
-    edges: tuple[float, float] = (0.0, 0.0),
-) -> _Proposal:
-    layout = search.task.layout
-    chosen = select_units(layout, relevance, keep, budget=budget, order="relevance_per_parameter")
-    return _Proposal(finished(search, chosen, relevance, budget), relevance, name, edges)
-
-
-def _best(
-    search: Search[BonsaiOptions],
-    stage: str,
-    proposals: list[_Proposal],
-    input_ids: torch.Tensor,
-    count: int,
-) -> list[_Proposal]:
-    """Score complete plans, each once, and return the best ones."""
-    distinct: dict[bytes, _Proposal] = {}
-    for proposal in proposals:
-        distinct.setdefault(proposal.keep.numpy().tobytes(), proposal)
-    plans = list(distinct.values())
-    losses = search.losses(stage, torch.stack([plan.keep for plan in plans]), input_ids)
-    mean = losses.mean(dim=1, dtype=torch.float64).nan_to_num(nan=math.inf)
-    ranking = mean.argsort(stable=True)[:count].tolist()
-    search.reporter.note(
-        f"{stage}: {float(mean[ranking[0]]):.3f} nats per token at best "
-        f"({plans[ranking[0]].name}), {float(mean.max()):.3f} at worst"
-    )
-    return [plans[position] for position in ranking]
 
 
 def _left(group: Group, keep: torch.Tensor) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bonsai_fast.config.choices import PresetName, PriorName, RegressionName
+from bonsai_fast.config.choices import PresetName, PriorName, PriorOrAuto, RegressionName
 from bonsai_fast.config.options import SEARCH, option
 from bonsai_fast.config.presets import Preset
-from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, UnitOptions, prior_option
+from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, UnitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,14 @@ class BonsaiOptions(UnitOptions):
         "MLP (groups), or by the units that are kept (ridge; paper: the published regression).",
         group=SEARCH,
     )
-    prior: PriorName = prior_option()
+    prior: PriorOrAuto = option(
+        "auto",
+        "First guess of what each part is worth: obs, wanda, activation, fluctuation or uniform, "
+        "as for other methods. auto: obs if output projections are refitted afterwards, and plans "
+        "are then scored with theirs refitted; else wanda.",
+        group=SEARCH,
+        value="PRIOR",
+    )
     rounds: int | None = option(
         None,
         "Rounds of scoring and removal.",
@@ -37,9 +44,14 @@ class BonsaiOptions(UnitOptions):
         read_with={"regression": ("ridge", "paper")},
     )
 
+    @property
+    def usual_prior(self) -> PriorName:
+        """The prior where sub-models are not scored as compensated."""
+        return "wanda" if self.prior == "auto" else self.prior
+
 
 BONSAI_PRESETS: Mapping[PresetName, Preset[BonsaiOptions]] = {
     "default": Preset(BonsaiOptions()),
     # tables 8 and 9; one round removes p_iter = 0.05, so `rounds` follows from the target
-    "paper": Preset(BonsaiOptions(**PUBLISHED_SHAPE, regression="paper"), 32, None),
+    "paper": Preset(BonsaiOptions(**PUBLISHED_SHAPE, regression="paper", prior="wanda"), 32, None),
 }

@@ -90,6 +90,7 @@ def prior_option(read_with: Mapping[str, Iterable[Any]] | None = None) -> Any:
     """The field `prior`."""
     help_text = (
         "First guess of what each part is worth: weights times inputs (wanda), inputs alone "
-        "(activation), how much they vary (fluctuation), or the same for all (uniform)."
+        "(activation), how much they vary (fluctuation), what it costs if the others make up for "
+        "it (obs), or the same for all (uniform)."
     )
     return option("wanda", help_text, group=SEARCH, read_with=read_with)

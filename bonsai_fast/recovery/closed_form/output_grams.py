@@ -1,0 +1,139 @@
+"""Gram matrices of what the parent's output projections read, one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bonsai_fast.files import write_atomically
+from bonsai_fast.layerwise import Sweep, UnusableInputsError
+from bonsai_fast.models import Block, find_decoder
+from bonsai_fast.recovery.closed_form.layer_calls import as_rows, token_weights, watched
+from bonsai_fast.recovery.closed_form.least_squares import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, eq=False)
+class InputGram:
+    """Weighted second moments of a projection's inputs; see `token_weights`.
+
+    Attributes:
+        gram: float32 [in, in], sum w (x - mean) (x - mean)^T / number of tokens; not centred where
+            the projection has no bias, which alone could replace a mean.
+        mean: float32 [in]; 0 without a bias.
+    """
+
+    gram: Tensor
+    mean: Tensor
+
+
+class OutputGrams:
+    """Gram matrices of all output projections, in a directory.
+
+    A matrix is as large as in_features squared, 4 bytes each: 0.3 GB in all for a model of 135M
+    parameters, 15 GB for one of 7B, of which one is in memory at a time.
+
+    Args:
+        path: the directory; made when the first layer is saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, block: Block) -> bool:
+        """Whether the matrix of a sub-layer is on disk."""
+        return self._file(block).is_file()
+
+    def of(self, block: Block) -> InputGram:
+        """The matrix of a sub-layer, on the CPU."""
+        return InputGram(**load_file(self._file(block)))
+
+    def collect(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        memory_budget: int | str | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Run text through the model's layers and save what is not on disk yet.
+
+        Args:
+            model: the parent, in memory or streamed.
+            input_ids: int64 [B, T].
+            memory_budget: as in `Sweep`.
+            advance: called with 1 after every layer, for a progress bar.
+        Raises:
+            UnusableInputsError: inputs hold NaN or Inf.
+            OSError: the disk is full.
+        """
+        decoder = find_decoder(model)
+        layers = [
+            [b for b in (decoder.attention.get(n), decoder.mlp.get(n)) if b is not None]
+            for n in range(decoder.num_layers)
+        ]
+        if all(self.has(block) for blocks in layers for block in blocks):
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        sweep = Sweep(model, input_ids, memory_budget=memory_budget, folder=self.path)
+        for number, blocks in enumerate(layers):
+            modules = {block.output: model.get_submodule(block.output) for block in blocks}
+            sums = {block.output: _Sums() for block in blocks}
+            for batch in sweep.batches:
+                with watched(modules) as calls:
+                    output = sweep.output(number, batch)
+                weights = token_weights(output)
+                for name, seen in calls.inputs.items():
+                    sums[name].add(as_rows(seen), weights)
+                sweep.advance_batch(number, batch, output)
+            for block in blocks:
+                if self.has(block):
+                    continue
+                has_bias = getattr(modules[block.output], "bias", None) is not None
+                found = sums[block.output].moments(block.output, centred=has_bias)
+                write_atomically(
+                    self._file(block), save({"gram": found.gram.cpu(), "mean": found.mean.cpu()})
+                )
+            advance(1)
+
+    def _file(self, block: Block) -> Path:
+        return self.path / f"{block.output}.safetensors"
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self._gram: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._weight = self._tokens = 0.0
+
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Inputs [N, in], weights float32 [N]."""
+        width = inputs.shape[1]
+        if self._gram is None or self._mean is None:
+            self._gram = torch.zeros(width, width, device=inputs.device)
+            self._mean = torch.zeros(width, device=inputs.device, dtype=torch.float64)
+        for x, w in zip(inputs.split(BLOCK_TOKENS), weights.split(BLOCK_TOKENS), strict=True):
+            wide = x.float()
+            weighted = wide * w[:, None]
+            self._gram.addmm_(weighted.T, wide)
+            self._mean += weighted.sum(dim=0, dtype=torch.float64)
+        self._weight += float(weights.sum(dtype=torch.float64))
+        self._tokens += len(inputs)
+
+    def moments(self, name: str, *, centred: bool) -> InputGram:
+        assert self._gram is not None and self._mean is not None, f"{name} was not called"
+        gram, mean = self._gram, (self._mean / self._weight).float()
+        if not bool(gram.diagonal().isfinite().all()):
+            raise UnusableInputsError(
+                f"{name}: its inputs hold NaN or Inf; the model is broken or overflows in its dtype"
+            )
+        if centred:
+            gram = gram.addr_(mean, mean, alpha=-self._weight)
+        else:
+            mean = torch.zeros_like(mean)
+        return InputGram(gram.div_(self._tokens), mean)
