@@ -15,6 +15,7 @@ from bonsai_fast.recovery.closed_form.least_squares import (
     WeightedSums,
     best_correction,
 )
+from bonsai_fast.recovery.closed_form.symmetric_product import mirror
 from bonsai_fast.testing.cases import random_tensor
 
 TOKENS = 1024
@@ -42,7 +43,7 @@ def by_blocks(inputs, residual, weights):
     """As recovery does: float32 sums, added block by block."""
     sums = WeightedSums(inputs.shape[1], residual.shape[1], inputs.device, with_bias=False)
     sums.add(inputs, residual, weights)
-    return sums._gram, sums._cross
+    return mirror(sums._gram), sums._cross
 
 
 def by_products(inputs, residual, weights):

@@ -22,6 +22,7 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.delivery import pruned_model
 from bonsai_fast.prune.__main__ import main
 from bonsai_fast.runs.directory import WeightRun
+from bonsai_fast.runs.layer_record import LayerRecord
 
 FLAGS = (
     *("--calibration", "builtin", "--num-sequences", "4", "--sequence-length", "32"),
@@ -119,13 +120,21 @@ def whole(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> bf.SparseRe
 
 
 @pytest.mark.parametrize(
-    ("name", "calls", "on_record"), [("save_layer", 2, 2), ("record", 1, 4)], ids=["layers", "end"]
+    ("owner", "name", "calls", "on_record"),
+    [(LayerRecord, "save", 2, 2), (WeightRun, "record", 1, 4)],
+    ids=["layers", "end"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    name: str, calls: int, on_record: int, parent: Path, whole: bf.SparseResult, tmp_path: Path
+    owner: type,
+    name: str,
+    calls: int,
+    on_record: int,
+    parent: Path,
+    whole: bf.SparseResult,
+    tmp_path: Path,
 ) -> None:
     """Streamed or loaded, whatever it was before."""
-    real, count = getattr(WeightRun, name), []
+    real, count = getattr(owner, name), []
 
     def once(*arguments: Any, **keywords: Any) -> Any:
         count.append(name)
@@ -136,13 +145,13 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     for resumed in ("streamed", "loaded"):
         count.clear()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(WeightRun, name, once)
+            patch.setattr(owner, name, once)
             prune(bf.open_streamed(parent, device="cpu"), tmp_path / resumed, **SPARSEGPT)
         assert len(list((tmp_path / resumed / "layers").iterdir())) == on_record
         model = loaded(parent) if resumed == "loaded" else bf.open_streamed(parent, device="cpu")
         result = prune(model, tmp_path / resumed, **SPARSEGPT)
         assert files(result.output) == files(whole.output)
-        assert (result.tokens > 0) == (name == "save_layer")
+        assert (result.tokens > 0) == (name == "save")
 
 
 def test_measured_again_without_pruning(parent: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from bonsai_fast.layerwise import UnusableInputsError
 from bonsai_fast.recovery.closed_form import least_squares
 from bonsai_fast.recovery.closed_form.least_squares import WeightedSums, best_correction
+from bonsai_fast.recovery.closed_form.symmetric_product import add_symmetric_product, mirror
 
 
 def naive(
@@ -101,6 +102,19 @@ def test_the_ridge_is_chosen_on_other_text() -> None:
     assert few.ridge > many.ridge
     noise = sums_of(4000, 0.0).normal_equations()
     assert best_correction(sums_of(25, 0.0).normal_equations(), noise, (0.0, 0.1)) is None
+
+
+@pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 1000])
+def test_symmetric_product(size: int) -> None:
+    """Added in two parts, with a look at the whole in between."""
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(40, size, generator=generator)
+    weights = torch.rand(40, 1, generator=generator)
+    total = torch.zeros(size, size)
+    for part in torch.arange(40).split(25):
+        add_symmetric_product(total, x[part] * weights[part], x[part])
+        mirror(total)
+    torch.testing.assert_close(total, (x * weights).T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_singular_matrix_and_broken_inputs() -> None:

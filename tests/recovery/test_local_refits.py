@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,13 @@ def test_grams_and_refits(family: str, tmp_path: Path) -> None:
     streamed = OutputGrams(tmp_path / "streamed")
     streamed.collect(stream_layers(model, device="cpu"), IDS)
     assert torch.equal(streamed.of(block).gram, found.gram)
+
+
+def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"statistics need .* GiB"):
+        OutputGrams(tmp_path / "grams").collect(FAMILIES["llama"](), IDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

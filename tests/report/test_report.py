@@ -207,7 +207,7 @@ def test_methods_without_a_search_leave_sections_out_with_a_word(runs: dict[str,
     page = page_of(runs["one-shot"])
     assert not {"search", "relevance", "rounds"} & set(page.words)
     for words in (
-        "Predicted and measured: method flap",
+        "Predicted and measured: this search by method flap",
         "Relevance: it was not",
         "no intermediate round",
     ):

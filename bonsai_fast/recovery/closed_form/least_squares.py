@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.layerwise import UnusableInputsError
+from bonsai_fast.recovery.closed_form.symmetric_product import add_symmetric_product, mirror
 
 # tokens whose products are summed in float32 before they are added to the totals
 BLOCK_TOKENS = 4096
@@ -63,7 +64,7 @@ class WeightedSums:
         ):
             wide, missing = x.float(), r.float()
             weighted = wide * w[:, None]
-            self._gram.addmm_(weighted.T, wide)
+            add_symmetric_product(self._gram, weighted, wide)
             self._cross.addmm_(weighted.T, missing)
             self._squares += (missing.square().sum(dim=1) * w).sum(dtype=torch.float64)
             self._weight += w.sum(dtype=torch.float64)
@@ -87,7 +88,7 @@ class WeightedSums:
             raise UnusableInputsError("its inputs or outputs hold NaN or Inf")
         total = float(self._weight)
         return NormalEquations(
-            self._gram,
+            mirror(self._gram),
             self._cross,
             total,
             self._inputs / total,

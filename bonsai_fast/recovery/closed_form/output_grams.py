@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.files import write_atomically
@@ -16,6 +19,7 @@ from bonsai_fast.layerwise import Sweep, UnusableInputsError
 from bonsai_fast.models import Block, find_decoder
 from bonsai_fast.recovery.closed_form.layer_calls import as_rows, token_weights, watched
 from bonsai_fast.recovery.closed_form.least_squares import BLOCK_TOKENS
+from bonsai_fast.recovery.closed_form.symmetric_product import add_symmetric_product, mirror
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +81,11 @@ class OutputGrams:
             [b for b in (decoder.attention.get(n), decoder.mlp.get(n)) if b is not None]
             for n in range(decoder.num_layers)
         ]
-        if all(self.has(block) for blocks in layers for block in blocks):
+        missing = [block for blocks in layers for block in blocks if not self.has(block)]
+        if not missing:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._check_room(model, missing)
         sweep = Sweep(model, input_ids, memory_budget=memory_budget, folder=self.path)
         for number, blocks in enumerate(layers):
             modules = {block.output: model.get_submodule(block.output) for block in blocks}
@@ -101,6 +107,17 @@ class OutputGrams:
                 )
             advance(1)
 
+    def _check_room(self, model: PreTrainedModel, missing: list[Block]) -> None:
+        """Raise OSError unless the disk has room for these matrices."""
+        widths = [cast(nn.Linear, model.get_submodule(b.output)).in_features for b in missing]
+        needed, free = 4 * sum(width**2 for width in widths), shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"statistics need {needed / 2**30:.1f} GiB in {self.path}, {free / 2**30:.1f} GiB "
+                "are free; choose an output on another disk, or --prior wanda, which needs none",
+            )
+
     def _file(self, block: Block) -> Path:
         return self.path / f"{block.output}.safetensors"
 
@@ -120,14 +137,14 @@ class _Sums:
         for x, w in zip(inputs.split(BLOCK_TOKENS), weights.split(BLOCK_TOKENS), strict=True):
             wide = x.float()
             weighted = wide * w[:, None]
-            self._gram.addmm_(weighted.T, wide)
+            add_symmetric_product(self._gram, weighted, wide)
             self._mean += weighted.sum(dim=0, dtype=torch.float64)
         self._weight += float(weights.sum(dtype=torch.float64))
         self._tokens += len(inputs)
 
     def moments(self, name: str, *, centred: bool) -> InputGram:
         assert self._gram is not None and self._mean is not None, f"{name} was not called"
-        gram, mean = self._gram, (self._mean / self._weight).float()
+        gram, mean = mirror(self._gram), (self._mean / self._weight).float()
         if not bool(gram.diagonal().isfinite().all()):
             raise UnusableInputsError(
                 f"{name}: its inputs hold NaN or Inf; the model is broken or overflows in its dtype"

@@ -111,7 +111,8 @@ class DistillTier:
         peak = PeakMemory(task.student.device)
         with evaluation_mode(task.student):
             if found is None:
-                progress.held_out_before = progress.best = _held_out(task, nll, processes)
+                before = _held_out(task, nll, processes)
+                progress.held_out_before = progress.lowest = progress.best = before
             with _in_float32(task.student), peak:
                 notes, settings = self._train(
                     plan, nll, processes, clock, files, progress, resumes=found is not None

@@ -33,6 +33,8 @@ POINTS = 40
 # measurements without a better one, after which training stops; much of the gain comes at the end,
 # where the learning rate is low
 PATIENCE = 4
+# nats per token that a later state may be worse: that little is noise, and later ones are steadier
+TIE = 0.002
 CHECKPOINT_SECONDS = 60.0
 # checkpoints take at most one part in this many of the time
 CHECKPOINT_SHARE = 20
@@ -180,10 +182,12 @@ class TrainingLoop:
             progress.milestones = int(share * self.measurements)
             measured = self.held_out()
             self._check(measured, progress)
-            if measured < progress.best:
-                progress.best, progress.best_step, progress.worse = measured, progress.steps, 0
+            if measured < progress.lowest + TIE:
+                progress.best, progress.best_step = measured, progress.steps
                 if self.processes.is_main:
                     self.files.save_best(progress.steps, self.trained.parameters)
+            if measured < progress.lowest:
+                progress.lowest, progress.worse = measured, 0
             else:
                 progress.worse += 1
                 if progress.worse >= PATIENCE:

@@ -29,9 +29,11 @@ class Progress:
         sequences: read, counted over all epochs.
         seconds: of all starts, until the state was saved.
         held_out_before: loss before the first step, nats per token.
-        best: the lowest loss on held-out text.
-        best_step: after how many steps it was measured.
+        lowest: the lowest loss on held-out text.
         worse: number of measurements since then.
+        best: that loss of the parameters that are kept, the latest of those that are as good as
+            the lowest but for noise.
+        best_step: after how many steps it was measured.
         milestones: number of measurements.
         loss_sum, loss_steps: training loss since the last point of the curve.
         is_finished: whether there is nothing left to train.
@@ -43,6 +45,7 @@ class Progress:
     sequences: int = 0
     seconds: float = 0.0
     held_out_before: float = 0.0
+    lowest: float = 0.0
     best: float = 0.0
     best_step: int = 0
     worse: int = 0
