@@ -15,7 +15,6 @@ from bonsai_fast.recovery.closed_form.least_squares import (
     WeightedSums,
     best_correction,
 )
-from bonsai_fast.recovery.closed_form.symmetric_product import mirror
 from bonsai_fast.testing.cases import random_tensor
 
 TOKENS = 1024
@@ -43,7 +42,8 @@ def by_blocks(inputs, residual, weights):
     """As recovery does: float32 sums, added block by block."""
     sums = WeightedSums(inputs.shape[1], residual.shape[1], inputs.device, with_bias=False)
     sums.add(inputs, residual, weights)
-    return mirror(sums._gram), sums._cross
+    found = sums.normal_equations()
+    return found.gram_sums, found.cross_sums
 
 
 def by_products(inputs, residual, weights):

@@ -22,18 +22,13 @@ from bonsai_fast.checkpoints.embedded import NAME
 from bonsai_fast.checkpoints.load import open_parent
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config import PruneConfig
-from bonsai_fast.console import INTERRUPTED, WRONG_RESULT, Reporter, fail, silence_transformers
-from bonsai_fast.delivery.result_table import result_table
-from bonsai_fast.layerwise import UnusableInputsError
+from bonsai_fast.console import Reporter, fail, silence_transformers
+from bonsai_fast.delivery.run_job import nothing_written, run_job
 from bonsai_fast.methods import WEIGHT_METHODS, configure
 from bonsai_fast.methods.configure import resolve
-from bonsai_fast.prune.job import Result, job_of
+from bonsai_fast.prune.job import job_of
 from bonsai_fast.prune.prune_options import CommandOptions, command
-from bonsai_fast.recovery import TrainingError
 from bonsai_fast.recovery.helper_processes import num_processes
-from bonsai_fast.runs.ledger import LedgerError
-from bonsai_fast.surgery import SavedModelError
-from bonsai_fast.surgery.loading_code import loading_code
 
 COMMAND = command(__doc__)
 
@@ -84,31 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plan:
             print(json.dumps(job.plan(reporter)))
             return 0
-        output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
-        execute = job.open(output, reporter)
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    try:
-        result = execute()
-    except (ValueError, OSError, LedgerError, TrainingError, UnusableInputsError) as error:
-        return fail(error)
-    except SavedModelError as error:
-        return fail(error, WRONG_RESULT)
-    except KeyboardInterrupt:
-        print(f"interrupted; run the same command again to resume from {output}", file=sys.stderr)
-        return INTERRUPTED
-    _print_result(result, reporter)
-    return 0
-
-
-def _print_result(result: Result, reporter: Reporter) -> None:
-    reporter.table(result_table(result))
-    reporter.note(f"saved to {result.output}; load it with:")
-    reporter.note(loading_code(Path(result.output), result.output))
-    print(json.dumps(asdict(result)))
+        return nothing_written()
+    output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
+    return run_job(job, output, reporter)
 
 
 if __name__ == "__main__":

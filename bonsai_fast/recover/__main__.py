@@ -26,26 +26,19 @@ from bonsai_fast.checkpoints.streaming import open_streamed, stream_of
 from bonsai_fast.command_line import save_config, taken
 from bonsai_fast.config.recover_config import RecoverConfig
 from bonsai_fast.console import (
-    INTERRUPTED,
     USAGE_ERROR,
-    WRONG_RESULT,
     Reporter,
     fail,
     silence_transformers,
 )
-from bonsai_fast.delivery.result_table import result_table
-from bonsai_fast.layerwise import UnusableInputsError
+from bonsai_fast.delivery.run_job import nothing_written, run_job
 from bonsai_fast.recover.pruned_source import PrunedSource, find_pruned
 from bonsai_fast.recover.recover_command import CommandOptions, command
 from bonsai_fast.recover.recover_job import RecoverJob, recover_job
 from bonsai_fast.recover.student_checks import check_quantised
-from bonsai_fast.recovery import TrainingError
 from bonsai_fast.recovery.helper_processes import choose_gpu, helpers_until_the_end, is_helper
 from bonsai_fast.recovery.tiers import BY_LAYER
 from bonsai_fast.runs.identity import fingerprint
-from bonsai_fast.runs.ledger import LedgerError
-from bonsai_fast.surgery import SavedModelError
-from bonsai_fast.surgery.loading_code import loading_code
 
 COMMAND = command(__doc__)
 
@@ -75,42 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return USAGE_ERROR if is_helper() else fail(error)
     except KeyboardInterrupt:
-        return _nothing_written()
+        return nothing_written()
     output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
     if is_helper():
         job.help_out(output)
         return 0
     with helpers_until_the_end(job.student.device):
-        return _execute(job, output, reporter)
-
-
-def _nothing_written() -> int:
-    print("interrupted; nothing was written", file=sys.stderr)
-    return INTERRUPTED
-
-
-def _execute(job: RecoverJob, output: Path, reporter: Reporter) -> int:
-    """Do the work and show its result; returns the exit code."""
-    try:
-        execute = job.open(output, reporter)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return _nothing_written()
-    try:
-        result = execute()
-    except (ValueError, OSError, LedgerError, TrainingError, UnusableInputsError) as error:
-        return fail(error)
-    except SavedModelError as error:
-        return fail(error, WRONG_RESULT)
-    except KeyboardInterrupt:
-        print(f"interrupted; run the same command again to resume from {output}", file=sys.stderr)
-        return INTERRUPTED
-    reporter.table(result_table(result))
-    reporter.note(f"saved to {result.output}; load it with:")
-    reporter.note(loading_code(Path(result.output), result.output))
-    print(json.dumps(asdict(result)))
-    return 0
+        return run_job(job, output, reporter)
 
 
 def _job(

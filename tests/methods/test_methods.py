@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from searches import new_search
+from searches import assert_same_record, found_in_spite_of_stops, new_search
 from tiny import byte_tokenizer, tiny_llama
 
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
-from bonsai_fast.files import write_atomically
 from bonsai_fast.methods import METHODS, NotRecordedError, Search
 from bonsai_fast.methods.configure import all_options
 from bonsai_fast.prune.units import pruned_model
@@ -100,47 +99,20 @@ def test_seeds(method: str, tmp_path: Path) -> None:
     assert torch.equal(one, other) == (method not in SEEDED)
 
 
-class Stop(Exception):
-    """The power goes."""
-
-
 @pytest.mark.parametrize("method", OPTIONS)
-def test_interrupted_anywhere_gives_the_same_bits(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_anywhere_gives_the_same_bits(method: str, tmp_path: Path) -> None:
     """The disk takes two more files at every start, until the run gets through."""
     whole = search_in(tmp_path / "whole", method)
     keep = find(whole)
     weights = pruned_model(whole, keep).state_dict()
-    written = [0]
-
-    def write(path: Path, content: bytes) -> None:
-        if written[0] >= 2:
-            raise Stop
-        written[0] += 1
-        write_atomically(path, content)
-
-    places = ("bonsai_fast.runs.ledger", "bonsai_fast.methods.session")
-    starts = 0
-    while True:
-        search = search_in(tmp_path / "broken", method)
-        starts += 1
-        written[0] = 0
-        with monkeypatch.context() as patch:
-            for place in places:
-                patch.setattr(f"{place}.write_atomically", write)
-            try:
-                again = find(search)
-                break
-            except Stop:
-                assert starts < 60
+    search, again, _ = found_in_spite_of_stops(
+        lambda: search_in(tmp_path / "broken", method), files=2
+    )
     assert torch.equal(again, keep)
     resumed = pruned_model(search, again).state_dict()
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
-    entries = zip(whole.run.ledger.entries, search.run.ledger.entries, strict=True)
-    for one, two in entries:
-        assert torch.equal(one.keep, two.keep) and torch.equal(one.losses, two.losses)
+    assert_same_record(whole, search)
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import weight
-from bonsai_fast.models.layout import Layout
+from bonsai_fast.models.layout import Group, Layout
 from bonsai_fast.recovery.closed_form.output_grams import OutputGrams
 from bonsai_fast.recovery.closed_form.surgeon_order import surgeon_order
 from bonsai_fast.scoring import masked
@@ -32,6 +32,14 @@ class SurgeonCosts:
 
     rank: Tensor
     added: Tensor
+
+    def places(self, group: Group) -> Tensor:
+        """The units of a group in the order of removal: int64 [units], positions in the layout."""
+        return self.rank[group.start : group.stop].argsort() + group.start
+
+    def rising(self, group: Group) -> Tensor:
+        """What they add in that order, never less than one before: float64 [units]."""
+        return self.added[self.places(group)].cummax(dim=0).values
 
 
 def surgeon_costs(
@@ -81,8 +89,14 @@ def surgeon_prior(
         shutil.rmtree(folder, ignore_errors=True)
     prior = torch.empty(len(layout), dtype=torch.float64)
     for group in layout.groups:
-        places = costs.rank[group.start : group.stop].argsort() + group.start
-        rising = costs.added[places].cummax(dim=0).values
-        # equal ones keep their order
-        prior[places] = rising * (1 + 1e-9 * torch.arange(len(group))) + 1e-30
+        prior[costs.places(group)] = in_strict_order(costs.rising(group)) + 1e-30
     return prior
+
+
+def in_strict_order(rising: Tensor) -> Tensor:
+    """Values that never fall -> nearly the same ones, none of them equal to the one before.
+
+    Args:
+        rising: float64 [units].
+    """
+    return rising * (1 + 1e-9 * torch.arange(len(rising)))

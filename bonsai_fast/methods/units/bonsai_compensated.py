@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.methods.allocation import plan_mask
-from bonsai_fast.methods.importance.surgeon_prior import RIDGE, SurgeonCosts, surgeon_costs
+from bonsai_fast.methods.importance.surgeon_prior import (
+    RIDGE,
+    SurgeonCosts,
+    in_strict_order,
+    surgeon_costs,
+)
 from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.bonsai_options import BonsaiOptions
@@ -206,7 +211,7 @@ def _relevance(
         error_per_nat: makes probes comparable with channels; None: heads are left alone.
     """
     channels = [n for n, group in enumerate(layout.groups) if group.kind == "channel"]
-    curves = {n: _in_order(layout, costs, n) for n in channels}
+    curves = {n: _above_zero(costs.rising(layout.groups[n]).numpy()) for n in channels}
     steps = np.linspace(0, 1, 101)
     common = np.median(
         [np.interp(steps, np.linspace(0, 1, len(curve)), curve) for curve in curves.values()],
@@ -224,17 +229,12 @@ def _relevance(
             added *= SPARED**2 if error_per_nat is None else 1.0
         if is_spared(group.layer, layout.decoder.num_layers, edges):
             added = added * SPARED
-        places = costs.rank[group.start : group.stop].argsort() + group.start
         # no unit is removed before one that comes earlier in the order
-        rising = np.maximum.accumulate(added) * (1 + 1e-9 * np.arange(size))
-        relevance[places] = torch.from_numpy(rising)
+        rising = torch.from_numpy(np.maximum.accumulate(added))
+        relevance[costs.places(group)] = in_strict_order(rising)
     return relevance
 
 
-def _in_order(layout: Layout, costs: _Costs, number: int) -> np.ndarray:
-    """What units of a group add in the order of removal, rising and above 0: float64 [units]."""
-    group = layout.groups[number]
-    rank, added = (x[group.start : group.stop] for x in (costs.rank, costs.added))
-    curve = np.maximum.accumulate(added[rank.argsort()].numpy())
-    floor = max(float(curve[-1]) * 1e-9, 1e-30)
-    return np.maximum(curve, floor)
+def _above_zero(curve: np.ndarray) -> np.ndarray:
+    """A rising curve, so that a power of it can be taken: float64 [units]."""
+    return curve.clip(min=max(float(curve[-1]) * 1e-9, 1e-30))

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from bonsai_fast.layerwise import UnusableInputsError
-from bonsai_fast.recovery.closed_form.symmetric_product import add_symmetric_product, mirror
+from bonsai_fast.recovery.closed_form.weighted_gram import BLOCK_TOKENS, WeightedGram
 
-# tokens whose products are summed in float32 before they are added to the totals
-BLOCK_TOKENS = 4096
 # rows of A that are float64 at a time where the whole of it is not needed so
 BLOCK_ROWS = 1024
 
@@ -40,11 +38,8 @@ class WeightedSums:
         self, num_inputs: int, num_outputs: int, device: torch.device, *, with_bias: bool
     ) -> None:
         self.with_bias = with_bias
-        self.num_tokens = 0
-        self._weight = torch.zeros((), dtype=torch.float64, device=device)
-        self._gram = torch.zeros(num_inputs, num_inputs, device=device)
+        self._inputs = WeightedGram(num_inputs, device, with_means=with_bias)
         self._cross = torch.zeros(num_inputs, num_outputs, device=device)
-        self._inputs = torch.zeros(num_inputs, dtype=torch.float64, device=device)
         self._residual = torch.zeros(num_outputs, dtype=torch.float64, device=device)
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -62,21 +57,16 @@ class WeightedSums:
             weights.float().flatten().split(BLOCK_TOKENS),
             strict=True,
         ):
-            wide, missing = x.float(), r.float()
-            weighted = wide * w[:, None]
-            add_symmetric_product(self._gram, weighted, wide)
-            self._cross.addmm_(weighted.T, missing)
+            missing = r.float()
+            self._cross.addmm_(self._inputs.add(x, w).T, missing)
             self._squares += (missing.square().sum(dim=1) * w).sum(dtype=torch.float64)
-            self._weight += w.sum(dtype=torch.float64)
             if self.with_bias:
-                self._inputs += weighted.sum(dim=0, dtype=torch.float64)
                 self._residual += (missing * w[:, None]).sum(dim=0, dtype=torch.float64)
-        self.num_tokens += len(inputs)
 
     @property
     def mean_weight(self) -> float:
         """Mean weight of the tokens."""
-        return float(self._weight) / max(1, self.num_tokens)
+        return float(self._inputs.weight) / max(1, self._inputs.num_tokens)
 
     def normal_equations(self) -> NormalEquations:
         """Averages of the sums, centred if there is a bias; valid until tokens are added.
@@ -84,14 +74,14 @@ class WeightedSums:
         Raises:
             UnusableInputsError: NaN or Inf.
         """
-        if not bool(self._cross.isfinite().all() and self._gram.diagonal().isfinite().all()):
+        if not (self._inputs.is_finite and bool(self._cross.isfinite().all())):
             raise UnusableInputsError("its inputs or outputs hold NaN or Inf")
-        total = float(self._weight)
+        total = float(self._inputs.weight)
         return NormalEquations(
-            mirror(self._gram),
+            self._inputs.gram(),
             self._cross,
             total,
-            self._inputs / total,
+            self._inputs.inputs / total,
             self._residual / total,
             float(self._squares) / total,
         )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,8 +17,7 @@ from bonsai_fast.files import write_atomically
 from bonsai_fast.layerwise import Sweep, UnusableInputsError
 from bonsai_fast.models import Block, find_decoder
 from bonsai_fast.recovery.closed_form.layer_calls import as_rows, token_weights, watched
-from bonsai_fast.recovery.closed_form.least_squares import BLOCK_TOKENS
-from bonsai_fast.recovery.closed_form.symmetric_product import add_symmetric_product, mirror
+from bonsai_fast.recovery.closed_form.weighted_gram import BLOCK_TOKENS, WeightedGram
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,20 +86,29 @@ class OutputGrams:
         self._check_room(model, missing)
         sweep = Sweep(model, input_ids, memory_budget=memory_budget, folder=self.path)
         for number, blocks in enumerate(layers):
-            modules = {block.output: model.get_submodule(block.output) for block in blocks}
-            sums = {block.output: _Sums() for block in blocks}
+            modules = {
+                block.output: cast(nn.Linear, model.get_submodule(block.output)) for block in blocks
+            }
+            sums = {
+                name: WeightedGram(
+                    linear.in_features, model.device, with_means=linear.bias is not None
+                )
+                for name, linear in modules.items()
+            }
             for batch in sweep.batches:
                 with watched(modules) as calls:
                     output = sweep.output(number, batch)
                 weights = token_weights(output)
                 for name, seen in calls.inputs.items():
-                    sums[name].add(as_rows(seen), weights)
+                    rows = as_rows(seen).split(BLOCK_TOKENS)
+                    for x, w in zip(rows, weights.split(BLOCK_TOKENS), strict=True):
+                        sums[name].add(x, w)
                 sweep.advance_batch(number, batch, output)
             for block in blocks:
                 if self.has(block):
                     continue
-                has_bias = getattr(modules[block.output], "bias", None) is not None
-                found = sums[block.output].moments(block.output, centred=has_bias)
+                centred = modules[block.output].bias is not None
+                found = _moments(sums[block.output], block.output, centred=centred)
                 write_atomically(
                     self._file(block), save({"gram": found.gram.cpu(), "mean": found.mean.cpu()})
                 )
@@ -122,35 +129,12 @@ class OutputGrams:
         return self.path / f"{block.output}.safetensors"
 
 
-class _Sums:
-    def __init__(self) -> None:
-        self._gram: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._weight = self._tokens = 0.0
-
-    def add(self, inputs: Tensor, weights: Tensor) -> None:
-        """Inputs [N, in], weights float32 [N]."""
-        width = inputs.shape[1]
-        if self._gram is None or self._mean is None:
-            self._gram = torch.zeros(width, width, device=inputs.device)
-            self._mean = torch.zeros(width, device=inputs.device, dtype=torch.float64)
-        for x, w in zip(inputs.split(BLOCK_TOKENS), weights.split(BLOCK_TOKENS), strict=True):
-            wide = x.float()
-            weighted = wide * w[:, None]
-            add_symmetric_product(self._gram, weighted, wide)
-            self._mean += weighted.sum(dim=0, dtype=torch.float64)
-        self._weight += float(weights.sum(dtype=torch.float64))
-        self._tokens += len(inputs)
-
-    def moments(self, name: str, *, centred: bool) -> InputGram:
-        assert self._gram is not None and self._mean is not None, f"{name} was not called"
-        gram, mean = mirror(self._gram), (self._mean / self._weight).float()
-        if not bool(gram.diagonal().isfinite().all()):
-            raise UnusableInputsError(
-                f"{name}: its inputs hold NaN or Inf; the model is broken or overflows in its dtype"
-            )
-        if centred:
-            gram = gram.addr_(mean, mean, alpha=-self._weight)
-        else:
-            mean = torch.zeros_like(mean)
-        return InputGram(gram.div_(self._tokens), mean)
+def _moments(sums: WeightedGram, name: str, *, centred: bool) -> InputGram:
+    if not sums.is_finite:
+        raise UnusableInputsError(
+            f"{name}: its inputs hold NaN or Inf; the model is broken or overflows in its dtype"
+        )
+    gram, mean = sums.gram(), (sums.inputs / sums.weight).float()
+    if centred:
+        gram.addr_(mean, mean, alpha=-float(sums.weight))
+    return InputGram(gram.div_(sums.num_tokens), mean)

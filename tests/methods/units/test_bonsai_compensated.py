@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from searches import new_search
+from searches import assert_same_record, found_in_spite_of_stops, new_search
 from tiny import tiny_llama
 from transformers import PreTrainedModel
 
-from bonsai_fast.files import write_atomically
 from bonsai_fast.methods import Search
 from bonsai_fast.methods.importance import surgeon_prior
 from bonsai_fast.methods.units import bonsai_compensated
@@ -95,45 +94,17 @@ def test_without_compensation_nothing_changes(tmp_path: Path) -> None:
     assert not any("compensated" in entry.text for entry in explicit.run.ledger.entries)
 
 
-class Stop(Exception):
-    """The power goes."""
-
-
-def test_interrupted_anywhere_gives_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_anywhere_gives_the_same_bits(tmp_path: Path) -> None:
     whole = search_in(tmp_path / "whole")
     keep = find(whole)
-    written = [0]
-
-    def write(path: Path, content: bytes) -> None:
-        if written[0] >= 3:
-            raise Stop
-        written[0] += 1
-        write_atomically(path, content)
-
-    places = (
-        "bonsai_fast.runs.ledger",
-        "bonsai_fast.methods.session",
-        "bonsai_fast.recovery.closed_form.output_grams",
+    search, again, starts = found_in_spite_of_stops(
+        lambda: search_in(tmp_path / "broken"),
+        files=3,
+        also=("bonsai_fast.recovery.closed_form.output_grams",),
     )
-    starts = 0
-    while True:
-        search = search_in(tmp_path / "broken")
-        starts += 1
-        written[0] = 0
-        with monkeypatch.context() as patch:
-            for place in places:
-                patch.setattr(f"{place}.write_atomically", write)
-            try:
-                again = find(search)
-                break
-            except Stop:
-                assert starts < 60
     assert starts > 3
     assert torch.equal(again, keep)
-    for one, two in zip(whole.run.ledger.entries, search.run.ledger.entries, strict=True):
-        assert torch.equal(one.keep, two.keep) and torch.equal(one.losses, two.losses)
+    assert_same_record(whole, search)
 
 
 def test_another_target_costs_nothing(tmp_path: Path) -> None:
