@@ -8,7 +8,8 @@ table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,8 +23,8 @@ class Cut:
 
     Attributes:
         parameter: name in `model.named_parameters()`.
-        dim: 0 for the rows of an input projection (and its bias), 1 for the columns of an output
-            projection.
+        dim: 0 for the rows of an nn.Linear into the sub-layer (and its bias), 1 for the columns of
+            the one out of it; other modules may store their weights otherwise.
         owner: int64 [size of that dimension], the part that owns each index.
     """
 
@@ -43,7 +44,10 @@ class AttentionBlock:
         head_dim: width of one head at that input.
         kv_of_head: KV head that each query head reads, [H].
         cuts: the weights of each part.
-        norm: path of the norm that only this sub-layer reads and that is removed with it, or None.
+        norms: paths of the norms that only this sub-layer uses; they are removed with it.
+        whole: why its heads cannot be removed one by one, in a few words; None where they can. Such
+            a sub-layer (an attention that normalises all heads together, a state-space mixer) has
+            one head as wide as its output projection and no cuts.
     """
 
     layer: int
@@ -52,7 +56,8 @@ class AttentionBlock:
     head_dim: int
     kv_of_head: tuple[int, ...]
     cuts: tuple[Cut, ...]
-    norm: str | None
+    norms: tuple[str, ...]
+    whole: str | None = None
 
     @property
     def part_width(self) -> int:
@@ -89,7 +94,9 @@ class MLPBlock:
         output: path of the output projection; channel masks act on its input.
         num_channels: intermediate size I.
         cuts: the weights of each channel.
-        norm: path of the norm that only this sub-layer reads and that is removed with it, or None.
+        norms: paths of the norms that only this sub-layer uses; they are removed with it.
+        whole: why its channels cannot be removed one by one, in a few words; None where they can.
+            Such a sub-layer has no cuts.
     """
 
     layer: int
@@ -97,7 +104,8 @@ class MLPBlock:
     output: str
     num_channels: int
     cuts: tuple[Cut, ...]
-    norm: str | None
+    norms: tuple[str, ...]
+    whole: str | None = None
 
     @property
     def part_width(self) -> int:
@@ -121,6 +129,7 @@ class Decoder:
         path: path of the `ModuleList` of decoder layers.
         num_layers: its length.
         attention, mlp: the sub-layers that exist, by layer; one that was removed before is absent.
+        refused: kinds of units that cannot be removed anywhere, with the reason.
     """
 
     model_type: str
@@ -128,6 +137,7 @@ class Decoder:
     num_layers: int
     attention: dict[int, AttentionBlock]
     mlp: dict[int, MLPBlock]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def blocks(self) -> list[Block]:
         """All sub-layers, in the order of their units in a layout."""

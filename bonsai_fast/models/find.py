@@ -122,7 +122,7 @@ def _attention(
         for pattern in ATTENTION_PATTERNS.values():
             cuts = pattern(child, f"{path}.{name}", heads, kv_heads, head_dim)
             if cuts is not None:
-                norm = f"{path}.{norms.attention}" if norms.attention else None
+                own = (f"{path}.{norms.attention}",) if norms.attention else ()
                 kv_of_head = _kv_of_head(child, heads, kv_heads)
                 return AttentionBlock(
                     index,
@@ -131,7 +131,7 @@ def _attention(
                     head_dim,
                     kv_of_head,
                     cuts,
-                    norm,
+                    own,
                 )
     raise ValueError(
         f"{path} holds no attention with projections named [{'; '.join(ATTENTION_PATTERNS)}]"
@@ -150,7 +150,7 @@ def _mlp(layer: nn.Module, path: str, index: int, norms: Norms) -> MLPBlock | No
                 if name
                 else tuple(f"{path}.{projection}" for projection in projections)
             )
-            norm = f"{path}.{norms.mlp}" if norms.mlp else None
-            return MLPBlock(index, modules, f"{child_path}.{output}", channels, cuts, norm)
+            own = (f"{path}.{norms.mlp}",) if norms.mlp else ()
+            return MLPBlock(index, modules, f"{child_path}.{output}", channels, cuts, own)
     wanted = "; ".join(" + ".join((*inputs, output)) for inputs, output in MLP_PATTERNS)
     raise ValueError(f"{path} holds no MLP with projections named [{wanted}]")

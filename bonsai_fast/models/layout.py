@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -151,6 +151,11 @@ class Layout(Sequence[Unit]):
         return tuple(kind for kind in get_args(Kind) if kind in present)
 
     @property
+    def refused(self) -> Mapping[str, str]:
+        """Kinds of units that this model cannot lose one by one, each with the reason."""
+        return self.decoder.refused
+
+    @property
     def num_by_kind(self) -> dict[Kind, int]:
         """Number of units of each kind that occurs."""
         return {
@@ -244,9 +249,7 @@ class Layout(Sequence[Unit]):
 
     def _block_size(self, block: Block) -> int:
         """Parameters that go with a whole sub-layer: all but the bias of its output projection."""
-        prefixes = tuple(
-            f"{path}." for path in (*block.modules, *((block.norm,) if block.norm else ()))
-        )
+        prefixes = tuple(f"{path}." for path in (*block.modules, *block.norms))
         total = sum(size for name, size in self._sizes.items() if name.startswith(prefixes))
         return total - self._sizes.get(f"{block.output}.bias", 0)
 
@@ -255,9 +258,9 @@ class Layout(Sequence[Unit]):
         for layer in range(self.decoder.num_layers):
             attention, mlp = self.decoder.attention.get(layer), self.decoder.mlp.get(layer)
             wanted: list[tuple[Kind, Block, torch.Tensor]] = []
-            if attention is not None:
+            if attention is not None and attention.whole is None:
                 wanted.append((self.attention, attention, self._attention_units(attention)))
-            if mlp is not None:
+            if mlp is not None and mlp.whole is None:
                 wanted.append(("channel", mlp, torch.arange(mlp.num_channels)))
             if self.sublayers and attention is not None:
                 wanted.append(

@@ -53,7 +53,7 @@ def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> 
     spared: list[str] = []
     for block, keep_parts in layout.keep_by_block(keep_mask):
         if not bool(keep_parts.any()):
-            paths = (*block.modules, *((block.norm,) if block.norm else ()))
+            paths = (*block.modules, *block.norms)
             removed += [f"{path}." for path in paths]
             spared.append(f"{block.output}.bias")
             continue
