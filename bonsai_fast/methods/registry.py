@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bonsai_fast.config.choices import MethodName
+from bonsai_fast.config.choices import MethodName, UnitMethodName
 from bonsai_fast.methods.method import Method
 from bonsai_fast.methods.units import one_shot
 from bonsai_fast.methods.units.bonsai import Bonsai
@@ -30,6 +30,9 @@ METHODS: dict[str, Method[Any]] = {
     "policy-gradient": PolicyGradient(),
     "mini-llm": MiniLLM(),
 }
+
+# those that can say what an expert is worth
+EXPERT_METHODS: tuple[UnitMethodName, ...] = ("magnitude-l1", "magnitude-l2", "random")
 
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "magnitude": Magnitude(),

@@ -1,6 +1,6 @@
 """The prunable structure of a loaded Hugging Face model."""
 
-from bonsai_fast.models.blocks import AttentionBlock, Block, Cut, Decoder, MLPBlock
+from bonsai_fast.models.blocks import AttentionBlock, Block, Cut, Decoder, ExpertsBlock, MLPBlock
 from bonsai_fast.models.families import FAMILIES, family_of
 from bonsai_fast.models.find import UnsupportedModelError, find_decoder
 
@@ -10,6 +10,7 @@ __all__ = [
     "Block",
     "Cut",
     "Decoder",
+    "ExpertsBlock",
     "MLPBlock",
     "UnsupportedModelError",
     "family_of",

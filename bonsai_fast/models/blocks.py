@@ -1,9 +1,9 @@
 """The parts of a decoder that can be pruned: sub-layers, their units, and the weights of each unit.
 
 A *part* is the smallest thing that owns rows or columns of a weight: a query head, a KV head, an
-MLP channel. A *cut* says, for one dimension of one parameter, which part owns each index. Slicing,
-counting and saving need nothing else, so fused and interleaved layouts are only another `owner`
-table.
+MLP channel, an expert. A *cut* says, for one dimension of one parameter, which part owns each
+index. Slicing, counting and saving need nothing else, so fused and interleaved layouts are only
+another `owner` table.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ class AttentionBlock:
         return self.head_dim
 
     @property
+    def num_parts(self) -> int:
+        return self.num_heads + self.num_kv_heads
+
+    @property
     def num_heads(self) -> int:
         return len(self.kv_of_head)
 
@@ -112,12 +116,79 @@ class MLPBlock:
         """Columns of the output projection that one channel feeds."""
         return 1
 
+    @property
+    def num_parts(self) -> int:
+        return self.num_channels
+
     def kept_parts(self, keep_channels: torch.Tensor) -> torch.Tensor:
         """bool [I] -> bool [I]; a channel is its own part."""
         return keep_channels
 
 
-Block = AttentionBlock | MLPBlock
+@dataclass(frozen=True, eq=False)
+class ExpertsBlock:
+    """One mixture of experts. Its parts are the experts 0..E-1.
+
+    A removed expert is one that the router cannot choose: its logit is -inf, and the router chooses
+    among the others as if it had never been there. A mixture that keeps fewer than `fewest` experts
+    is removed as a whole, with its shared experts (those that every token passes).
+
+    Attributes:
+        layer: index of the decoder layer.
+        module: path of the module that holds the router, the experts and shared experts.
+        router: path of the router inside `module`.
+        experts: path of the module that holds the experts' weights, inside `module`.
+        num_experts: E.
+        num_channels: intermediate size I of an expert.
+        top_k: how many experts a token passes.
+        fewest: experts that the router needs to work at all, mostly 1.
+        cuts: the weights of each expert, along the dimension that counts experts.
+        buffers: the same for buffers, such as the bias that only corrects the router's choice.
+        norms: paths of the norms that only this sub-layer uses; they are removed with it.
+        whole: why its experts cannot be removed one by one, in a few words; None where they can.
+            Such a sub-layer has no cuts.
+    """
+
+    layer: int
+    module: str
+    router: str
+    experts: str
+    num_experts: int
+    num_channels: int
+    top_k: int
+    fewest: int
+    cuts: tuple[Cut, ...]
+    buffers: tuple[Cut, ...]
+    norms: tuple[str, ...]
+    whole: str | None = None
+
+    @property
+    def output(self) -> str:
+        """Name of the output projections of all experts, one 3-D parameter and not a module.
+
+        Methods see it as one projection with E * I input columns, those of an expert side by side.
+        """
+        return f"{self.experts}.down_proj"
+
+    @property
+    def part_width(self) -> int:
+        """Columns of the output projections that one expert feeds."""
+        return self.num_channels
+
+    @property
+    def num_parts(self) -> int:
+        return self.num_experts
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.module,)
+
+    def kept_parts(self, keep_experts: torch.Tensor) -> torch.Tensor:
+        """bool [E] -> bool [E]; an expert is its own part."""
+        return keep_experts
+
+
+Block = AttentionBlock | MLPBlock | ExpertsBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +201,7 @@ class Decoder:
         num_layers: its length.
         attention, mlp: the sub-layers that exist, by layer; one that was removed before is absent.
         refused: kinds of units that cannot be removed anywhere, with the reason.
+        experts: the sub-layers that are mixtures of experts, by layer.
     """
 
     model_type: str
@@ -138,10 +210,12 @@ class Decoder:
     attention: dict[int, AttentionBlock]
     mlp: dict[int, MLPBlock]
     refused: Mapping[str, str] = field(default_factory=dict)
+    experts: dict[int, ExpertsBlock] = field(default_factory=dict)
 
     def blocks(self) -> list[Block]:
         """All sub-layers, in the order of their units in a layout."""
         found: list[Block] = []
         for layer in range(self.num_layers):
-            found += [b for b in (self.attention.get(layer), self.mlp.get(layer)) if b is not None]
+            each = (self.attention.get(layer), self.mlp.get(layer), self.experts.get(layer))
+            found += [block for block in each if block is not None]
         return found

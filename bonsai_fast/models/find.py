@@ -8,7 +8,8 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.models.blocks import AttentionBlock, Decoder, MLPBlock
+from bonsai_fast.models.blocks import AttentionBlock, Decoder, ExpertsBlock, MLPBlock
+from bonsai_fast.models.experts import Verdicts, find_experts
 from bonsai_fast.models.families import Norms, norms_of
 from bonsai_fast.models.projections import ATTENTION_PATTERNS, MLP_PATTERNS, mlp_cuts, output_name
 
@@ -26,18 +27,26 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     path, layers = _layer_list(model)
     norms = norms_of(model.config)
-    attention, mlp = {}, {}
+    attention, mlp, experts = {}, {}, {}
+    verdicts: Verdicts = {}
     for index, layer in enumerate(layers):
         try:
             found_attention = _attention(model, layer, f"{path}.{index}", index, norms)
-            found_mlp = _mlp(layer, f"{path}.{index}", index, norms)
+            found_experts = _experts(layer, f"{path}.{index}", index, norms, verdicts)
+            found_mlp = None if found_experts else _mlp(layer, f"{path}.{index}", index, norms)
         except ValueError as error:
             raise UnsupportedModelError(f"{_describe(model)} cannot be pruned: {error}") from error
         if found_attention is not None:
             attention[index] = found_attention
         if found_mlp is not None:
             mlp[index] = found_mlp
-    return Decoder(model.config.model_type, path, len(layers), attention, mlp)
+        if found_experts is not None:
+            experts[index] = found_experts
+    whole = [block.whole for block in experts.values() if block.whole is not None]
+    refused = {"expert": whole[0]} if whole else {}
+    return Decoder(
+        model.config.model_type, path, len(layers), attention, mlp, refused, experts=experts
+    )
 
 
 def _describe(model: PreTrainedModel) -> str:
@@ -136,6 +145,15 @@ def _attention(
     raise ValueError(
         f"{path} holds no attention with projections named [{'; '.join(ATTENTION_PATTERNS)}]"
     )
+
+
+def _experts(
+    layer: nn.Module, path: str, index: int, norms: Norms, verdicts: Verdicts
+) -> ExpertsBlock | None:
+    if _is_removed(layer, "mlp"):
+        return None
+    own = (f"{path}.{norms.mlp}",) if norms.mlp else ()
+    return find_experts(layer, path, index, own, verdicts)
 
 
 def _mlp(layer: nn.Module, path: str, index: int, norms: Norms) -> MLPBlock | None:

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.config.choices import AttentionUnit
-from bonsai_fast.models import AttentionBlock, Block, Decoder, find_decoder
+from bonsai_fast.models import AttentionBlock, Block, Decoder, ExpertsBlock, find_decoder
 
-Kind = Literal[AttentionUnit, "channel", "attention", "mlp"]
+Kind = Literal[AttentionUnit, "channel", "expert", "attention", "mlp"]
 # kinds whose units are parts of an attention sub-layer, or a whole one
 ATTENTION: tuple[Kind, ...] = ("head", "kv-group", "attention")
 
@@ -24,7 +24,7 @@ class Unit:
 
     Attributes:
         layer: index of its decoder layer.
-        kind: "head", "kv-group", "channel", "attention" or "mlp".
+        kind: "head", "kv-group", "channel", "expert", "attention" or "mlp".
         index: its number among the units of that kind in that layer; for a head its query head, for
             a KV group its KV head.
         num_parameters: parameters that go with it when the rest of its sub-layer stays.
@@ -40,8 +40,8 @@ class Unit:
 class Group:
     """The units of one kind in one layer: positions start..stop-1 of the layout.
 
-    `part_of_unit` gives, for each part of the block (query head or channel), the unit of this group
-    that it belongs to.
+    `part_of_unit` gives, for each part of the block (query head, channel or expert), the unit of
+    this group that it belongs to.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class Group:
     stop: int
     num_parameters: int  # of each unit
     block: Block
-    part_of_unit: torch.Tensor  # int64 [query heads or channels]
+    part_of_unit: torch.Tensor  # int64 [query heads, channels or experts]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -185,12 +185,13 @@ class Layout(Sequence[Unit]):
             )
 
     def keep_by_block(self, keep: torch.Tensor) -> list[tuple[Block, torch.Tensor]]:
-        """Masks over units -> masks over the query heads or channels of each sub-layer.
+        """Masks over units -> masks over the query heads, channels or experts of each sub-layer.
 
         Args:
             keep: bool [..., P].
         Returns:
-            for each sub-layer, in order, bool [..., H] or [..., I]; may share memory with `keep`.
+            for each sub-layer, in order, bool [..., H], [..., I] or [..., E]; may share memory with
+            `keep`.
         """
         blocks = {id(group.block): group.block for group in self.groups}
         return [(block, self.keep_of_block(block, keep)) for block in blocks.values()]
@@ -198,7 +199,9 @@ class Layout(Sequence[Unit]):
     def keep_of_block(
         self, block: Block, keep: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The same for one sub-layer: bool [..., P] -> bool [..., H] or [..., I].
+        """The same for one sub-layer: bool [..., P] -> bool [..., H], [..., I] or [..., E].
+
+        A mixture that would keep fewer experts than its router needs keeps none.
 
         Args:
             block: the sub-layer.
@@ -210,7 +213,10 @@ class Layout(Sequence[Unit]):
             units = keep[..., group.start : group.stop]
             units = units if rows is None else units[rows]
             masks.append(units if group.is_parts else units[..., group.part_of_unit])
-        return torch.stack(masks).all(dim=0) if len(masks) > 1 else masks[0]
+        kept = torch.stack(masks).all(dim=0) if len(masks) > 1 else masks[0]
+        if isinstance(block, ExpertsBlock) and block.fewest > 1:
+            kept = kept & (kept.sum(dim=-1, keepdim=True) >= block.fewest)
+        return kept
 
     # Parameters -----------------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class Layout(Sequence[Unit]):
         return sum(self.removed_from_block(block, kept) for block, kept in self.keep_by_block(keep))
 
     def removed_from_block(self, block: Block, keep_parts: torch.Tensor) -> int:
-        """Parameters that go when a sub-layer keeps only these parts (bool [H] or [I])."""
+        """Parameters that go when a sub-layer keeps only these parts (bool [H], [I] or [E])."""
         if bool(keep_parts.all()):
             return 0
         if not bool(keep_parts.any()):
@@ -257,17 +263,21 @@ class Layout(Sequence[Unit]):
         start = 0
         for layer in range(self.decoder.num_layers):
             attention, mlp = self.decoder.attention.get(layer), self.decoder.mlp.get(layer)
+            experts = self.decoder.experts.get(layer)
             wanted: list[tuple[Kind, Block, torch.Tensor]] = []
             if attention is not None and attention.whole is None:
                 wanted.append((self.attention, attention, self._attention_units(attention)))
             if mlp is not None and mlp.whole is None:
                 wanted.append(("channel", mlp, torch.arange(mlp.num_channels)))
+            if experts is not None and experts.whole is None:
+                wanted.append(("expert", experts, torch.arange(experts.num_experts)))
             if self.sublayers and attention is not None:
                 wanted.append(
                     ("attention", attention, torch.zeros(attention.num_heads, dtype=torch.int64))
                 )
-            if self.sublayers and mlp is not None:
-                wanted.append(("mlp", mlp, torch.zeros(mlp.num_channels, dtype=torch.int64)))
+            for whole in (mlp, experts):
+                if self.sublayers and whole is not None:
+                    wanted.append(("mlp", whole, torch.zeros(whole.num_parts, dtype=torch.int64)))
             for kind, block, part_of_unit in wanted:
                 count = int(part_of_unit.max()) + 1
                 size = self._unit_size(kind, block, part_of_unit)

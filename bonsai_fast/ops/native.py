@@ -41,22 +41,27 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     """Copy the kept rows (dim 0) or columns (dim 1) into a new contiguous tensor.
 
     Args:
-        tensor: (N,) or (N, M), any strides; on the CPU a dtype of 1, 2, 4 or 8 bytes.
+        tensor: (N,), (N, M) or (E, N, M), any strides; on the CPU a dtype of 1, 2, 4 or 8 bytes.
         index: (K,) int64 on any device, strictly increasing positions along `dim`.
-        dim: 0, or 1 where `tensor` has two dimensions.
+        dim: one of its dimensions.
     Returns:
-        (K,), (K, M) or (N, K) on `tensor`'s device with its dtype, detached from autograd.
+        the same shape with K along `dim`, on `tensor`'s device with its dtype, detached from
+        autograd.
     Raises:
         TypeError: `index` is not int64, or an element of `tensor` has another size.
         ValueError: wrong number of dimensions, or `index` is not strictly increasing.
         IndexError: a position is negative or too large.
     """
-    if tensor.ndim not in (1, 2) or dim not in range(tensor.ndim):
+    if tensor.ndim not in (1, 2, 3) or dim not in range(tensor.ndim):
         raise ValueError(
-            f"expected a 1-D or 2-D tensor and one of its dims, got shape {tuple(tensor.shape)} "
+            f"expected a tensor of 1, 2 or 3 dims and one of them, got shape {tuple(tensor.shape)} "
             f"and dim {dim}"
         )
     tensor = tensor.detach()
+    if tensor.ndim == 3 and dim > 0:
+        return torch.stack([take(matrix, index, dim - 1) for matrix in tensor])
+    if tensor.ndim == 3:
+        return take(tensor.flatten(1), index, 0).view(-1, *tensor.shape[1:])
     if tensor.device.type != "cpu":
         _check_index(index, tensor.shape[dim])
         return torch.index_select(tensor, dim, index.to(tensor.device))

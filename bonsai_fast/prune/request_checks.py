@@ -17,7 +17,8 @@ from bonsai_fast.evaluation.text import (
     evaluation_sequences,
     longest_window,
 )
-from bonsai_fast.methods import WEIGHT_METHODS
+from bonsai_fast.methods import EXPERT_METHODS, WEIGHT_METHODS
+from bonsai_fast.models.layout import Layout
 
 # methods over units that differentiate, perturb or change the model itself
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
@@ -34,6 +35,19 @@ def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
     check_finite(model, "the model")
     if config.tasks is not None:
         check_tasks(config.task_names)
+
+
+def check_units(layout: Layout, config: ResolvedConfig[Any]) -> None:
+    """Refuse a method that cannot say what the units of a layout are worth.
+
+    Raises:
+        ValueError: there are experts, and the method knows none.
+    """
+    if "expert" in layout.kinds and config.method not in EXPERT_METHODS:
+        raise ValueError(
+            f"method {config.method}: it cannot say what an expert is worth; for a mixture of "
+            f"experts use one of {', '.join(EXPERT_METHODS)}"
+        )
 
 
 def calibration_text(

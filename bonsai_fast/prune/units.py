@@ -22,6 +22,7 @@ from bonsai_fast.prune.precision import report_precision
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
+    check_units,
     evaluation_text,
 )
 from bonsai_fast.prune.run_result import PruneResult, record_result
@@ -43,6 +44,7 @@ def prepare(
     options = config.options
     check_model(model, config)
     layout = Layout.of(model, attention=options.attention, sublayers=options.sublayers)
+    check_units(layout, config)
     budget = Target.parse(config.target_text).removal_budget(layout)  # refuses the impossible
     length = config.sequence_length or longest_window(model)
     calibration = calibration_text(config, tokenizer, model, length)

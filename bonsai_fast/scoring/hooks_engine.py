@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.config.choices import Route
-from bonsai_fast.models import Block
+from bonsai_fast.models import Block, ExpertsBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.divergence import ParentReference
+from bonsai_fast.scoring.expert_masks import experts_masked
 from bonsai_fast.scoring.interface import Measure, Progress
 from bonsai_fast.scoring.output_hooks import OutputHooks
 from bonsai_fast.scoring.output_weights import SubmodelOutputs
@@ -106,6 +107,10 @@ def masked(
     """
     with ExitStack() as stack:
         for block, kept in layout.keep_by_block(keep):
+            if isinstance(block, ExpertsBlock):
+                # no sub-model has its own projections here: see `output_weights`
+                stack.enter_context(experts_masked(model, block, kept))
+                continue
             output = model.get_submodule(block.output)
             own = None if outputs is None else OutputHooks(block, kept.cpu(), outputs)
             if own is not None and own.any_own:

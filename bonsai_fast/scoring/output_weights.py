@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bonsai_fast.models import Block
+from bonsai_fast.models import Block, ExpertsBlock
 from bonsai_fast.models.layout import Layout
 
 
@@ -140,7 +140,11 @@ def submodel_outputs(
     """
     if not isinstance(given, Mapping):
         return OutputsOfMasks(given)
-    blocks = {block.output: block for block in layout.decoder.blocks()}
+    blocks = {
+        block.output: block
+        for block in layout.decoder.blocks()
+        if not isinstance(block, ExpertsBlock)  # many projections, chosen by a router
+    }
     for name, tensor in given.items():
         output, _, kind = name.rpartition(".")
         block = blocks.get(output)

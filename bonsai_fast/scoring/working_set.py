@@ -67,8 +67,16 @@ class WorkingSet:
             else 0
         )
         channels = max((block.num_channels for block in layout.decoder.mlp.values()), default=0)
-        # residual, norm in and out, two float32 temporaries; the wider sub-layer, and that masked
-        per_token = element * (4 * hidden + max(2 * width, 4 * channels)) + 2 * 4 * hidden
+        # every chosen expert: its input and output, and what it computes between them
+        experts = max(
+            (
+                block.top_k * (3 * hidden + 4 * block.num_channels)
+                for block in layout.decoder.experts.values()
+            ),
+            default=0,
+        )
+        # residual, norm in and out, two float32 temporaries; the widest sub-layer, and that masked
+        per_token = element * (4 * hidden + max(2 * width, 4 * channels, experts)) + 2 * 4 * hidden
         scores = 0
         if getattr(
             nll.model.config, "_attn_implementation", None

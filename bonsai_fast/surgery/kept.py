@@ -9,11 +9,17 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.hub import LayerShape
-from bonsai_fast.models import AttentionBlock, family_of
+from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock, family_of
 from bonsai_fast.models.layout import Layout
 
 # Families whose position information (ALiBi) depends on the number of a head.
 ALIBI_FAMILIES = frozenset({"bloom"})
+# what lists of kept positions call the parts of a sub-layer
+POSITIONS: dict[type[Block], str] = {
+    AttentionBlock: "heads",
+    MLPBlock: "channels",
+    ExpertsBlock: "experts",
+}
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,15 @@ class Kept:
 
     Attributes:
         shapes: what each decoder layer keeps.
-        slices: for every parameter that loses a part: (dim, int64 index of what is kept).
+        experts: how many experts each mixture of experts keeps, by layer; 0 if it is removed.
+        slices: for every parameter or buffer that loses a part: (dim, int64 index of what is
+            kept).
         removed: prefixes of the parameters that are removed as a whole.
         spared: parameters with such a prefix that are kept.
     """
 
     shapes: tuple[LayerShape, ...]
+    experts: dict[int, int]
     slices: dict[str, tuple[int, torch.Tensor]]
     removed: tuple[str, ...]
     spared: frozenset[str]
@@ -48,25 +57,30 @@ class Kept:
 def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
     """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU."""
     shapes = [LayerShape((), 0) for _ in range(layout.decoder.num_layers)]
+    experts: dict[int, int] = {}
     slices: dict[str, tuple[int, torch.Tensor]] = {}
     removed: list[str] = []
     spared: list[str] = []
     for block, keep_parts in layout.keep_by_block(keep_mask):
+        if isinstance(block, ExpertsBlock):
+            experts[block.layer] = int(keep_parts.sum())
         if not bool(keep_parts.any()):
             paths = (*block.modules, *block.norms)
             removed += [f"{path}." for path in paths]
             spared.append(f"{block.output}.bias")
             continue
         if isinstance(block, AttentionBlock):
-            change = _kept_heads(model, block, keep_parts)
-        else:
-            change = {"channels": int(keep_parts.sum())}
-        shapes[block.layer] = replace(shapes[block.layer], **change)
+            shapes[block.layer] = replace(
+                shapes[block.layer], **_kept_heads(model, block, keep_parts)
+            )
+        elif isinstance(block, MLPBlock):
+            shapes[block.layer] = replace(shapes[block.layer], channels=int(keep_parts.sum()))
         if not bool(keep_parts.all()):
             kept_parts = block.kept_parts(keep_parts)
-            for cut in block.cuts:
+            buffers = block.buffers if isinstance(block, ExpertsBlock) else ()
+            for cut in (*block.cuts, *buffers):
                 slices[cut.parameter] = (cut.dim, kept_parts[cut.owner].nonzero().flatten())
-    return Kept(tuple(shapes), slices, tuple(removed), frozenset(spared))
+    return Kept(tuple(shapes), experts, slices, tuple(removed), frozenset(spared))
 
 
 def _kept_heads(
@@ -85,14 +99,14 @@ def _kept_heads(
 
 
 def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, list[int]]]:
-    """List the query heads and channels that every layer keeps, by the parent's numbers.
+    """List the query heads, channels and experts that every layer keeps, by the parent's numbers.
 
     Args:
         layout: units of the parent.
         keep_mask: bool [P].
     Returns:
         for each layer `{"heads": [...], "channels": [...]}`, ready for JSON; an empty list if the
-        sub-layer is removed.
+        sub-layer is removed. A mixture of experts has "experts" too.
     Raises:
         TypeError, ValueError: the mask is not bool, or not [P].
     """
@@ -101,6 +115,6 @@ def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, li
         {"heads": [], "channels": []} for _ in range(layout.decoder.num_layers)
     ]
     for block, keep_parts in layout.keep_by_block(keep_mask.cpu()):
-        kind = "heads" if isinstance(block, AttentionBlock) else "channels"
+        kind = POSITIONS[type(block)]
         layers[block.layer][kind] = keep_parts.nonzero().flatten().tolist()
     return layers

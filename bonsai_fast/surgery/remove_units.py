@@ -92,7 +92,11 @@ def move_in(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> None
     for name, _ in list(child.named_buffers()):
         module, _, attribute = name.rpartition(".")
         owner, source_owner = child.get_submodule(module), parent.get_submodule(module)
-        setattr(owner, attribute, source_owner.get_buffer(attribute).clone())
+        buffer = source_owner.get_buffer(attribute)
+        if name in kept.slices:
+            dim, index = kept.slices[name]
+            buffer = take(buffer, index, dim)
+        setattr(owner, attribute, buffer.clone())
         # A rotary embedding keeps the length here that its buffers have grown to.
         if hasattr(source_owner, "max_seq_len_cached"):
             owner.max_seq_len_cached = source_owner.max_seq_len_cached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from bonsai_fast.surgery.kept import Kept
 
 # Names of the MLP width in configurations; the first that a configuration has is its own.
 CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+# The same for the number of experts, and for how many of them a token passes.
+EXPERTS_ATTRIBUTES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_ATTRIBUTES = ("num_experts_per_tok", "moe_k")
 # Fields of a bonsai_* configuration that its stock class does not know.
 BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "alibi_heads")
 
@@ -75,20 +79,35 @@ def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
     """A model of the parent's stock class, if it can have exactly the kept shapes."""
     first = kept.shapes[0]
-    alike = {(shape.q_heads_per_kv, shape.channels) for shape in kept.shapes}
-    if len(alike) > 1 or first.is_irregular or not first.num_heads or not first.channels:
+    dense = [shape for layer, shape in enumerate(kept.shapes) if layer not in kept.experts]
+    heads, widths = {shape.q_heads_per_kv for shape in kept.shapes}, {s.channels for s in dense}
+    counts = set(kept.experts.values())
+    if max(len(heads), len(widths), len(counts)) > 1 or 0 in widths | counts:
         return None
-    child = stock_structure(parent, first)
+    if first.is_irregular or not first.num_heads:
+        return None
+    shape = replace(first, channels=widths.pop() if widths else 0)
+    child = stock_structure(parent, shape, num_experts=counts.pop() if counts else None)
     return child if child is not None and _expresses(child, parent, kept) else None
 
 
-def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedModel | None:
+def stock_structure(
+    parent: PreTrainedModel, shape: LayerShape, *, num_experts: int | None = None
+) -> PreTrainedModel | None:
     """A model of the parent's stock class with this shape in all layers, on the meta device.
 
     None if the class's own checks refuse such widths.
+
+    Args:
+        parent: dense or pruned.
+        shape: of every layer; without channels where no layer has a dense MLP.
+        num_experts: of every mixture of experts, if there are any.
     """
     try:
-        return _on_meta(_stock_class(parent), _stock_config(parent.config, shape))
+        config = _stock_config(parent.config, shape)
+        if num_experts is not None:
+            _set_experts(config, num_experts)
+        return _on_meta(_stock_class(parent), config)
     except (ValueError, StrictDataclassError):
         return None
 
@@ -116,7 +135,7 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
     if getattr(dense, "num_key_value_heads", None) is not None:
         widths["num_key_value_heads"] = shape.num_kv_heads
     for name in CHANNELS_ATTRIBUTES:
-        if getattr(dense, name, None) is not None:
+        if shape.channels and getattr(dense, name, None) is not None:
             widths[name] = shape.channels
             break
     for name, width in widths.items():
@@ -126,6 +145,15 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
     if hasattr(dense, "validate"):
         dense.validate()
     return dense
+
+
+def _set_experts(config: PreTrainedConfig, count: int) -> None:
+    """A token passes at most as many experts as there are."""
+    name = next(name for name in EXPERTS_ATTRIBUTES if getattr(config, name, None) is not None)
+    setattr(config, name, count)
+    for name in CHOSEN_ATTRIBUTES:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, min(getattr(config, name), count))
 
 
 def _is_bonsai(config: PreTrainedConfig) -> bool:
@@ -163,6 +191,6 @@ def _expresses(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> b
         name: kept.shape_of(name, parameter)
         for name, parameter in parent.named_parameters(remove_duplicate=False)
         if kept.keeps(name)
-    } | {name: tuple(buffer.shape) for name, buffer in parent.named_buffers()}
+    } | {name: kept.shape_of(name, buffer) for name, buffer in parent.named_buffers()}
     found = [*child.named_parameters(remove_duplicate=False), *child.named_buffers()]
     return wanted == {name: tuple(tensor.shape) for name, tensor in found}

@@ -272,11 +272,20 @@ def test_native_take_has_one_contract_on_every_device(index, error, device):
 
 
 @pytest.mark.parametrize(
-    "shape, dim", [((2, 2), 2), ((2, 2), -1), ((2,), 1), ((2, 2, 2), 0), ((), 0)]
+    "shape, dim", [((2, 2), 2), ((2, 2), -1), ((2,), 1), ((2, 2, 2), 3), ((1, 1, 1, 1), 0), ((), 0)]
 )
 def test_native_take_rejects_shapes_and_dims(shape, dim):
-    with pytest.raises(ValueError, match="expected a 1-D or 2-D tensor and one of its dims"):
+    with pytest.raises(ValueError, match="expected a tensor of 1, 2 or 3 dims and one of them"):
         native.take(torch.zeros(shape), torch.tensor([0]), dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_native_take_of_experts(dim):
+    """Three dimensions, also where they are not in the order of memory."""
+    index = torch.tensor([0, 2, 3])
+    for tensor in (torch.randn(4, 5, 6), torch.randn(6, 5, 4).transpose(0, 2)):
+        taken = native.take(tensor, index, dim)
+        assert torch.equal(taken, tensor.index_select(dim, index)) and taken.is_contiguous()
 
 
 def test_native_take_rejects_sixteen_byte_elements():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bonsai_fast.models import AttentionBlock, Block
+from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock
 from bonsai_fast.models.layout import Group, Layout
 
 
@@ -42,6 +42,7 @@ class _BlockCount:
         self.removed = layout.removed_from_block(block, kept)
         self.alive = kept.tolist()
         self.num_alive = sum(self.alive)
+        self.fewest = block.fewest if isinstance(block, ExpertsBlock) else 1
         self.part_cost, self.shared_cost = _part_costs(layout, block, len(kept))
         self.shared_of = block.kv_of_head if isinstance(block, AttentionBlock) else None
         self.num_sharing = [0] * len(self.shared_cost)
@@ -51,7 +52,7 @@ class _BlockCount:
 
     def cost_of(self, parts: tuple[int, ...]) -> int:
         parts = tuple(part for part in parts if self.alive[part])
-        if len(parts) == self.num_alive:
+        if self.num_alive - len(parts) < self.fewest:
             return self.total - self.removed
         cost = sum(self.part_cost[part] for part in parts)
         if self.shared_of is not None:

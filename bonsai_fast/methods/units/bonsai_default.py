@@ -44,6 +44,7 @@ REACH: dict[Kind, float] = {
     "channel": 0.6,
     "head": 1 / 3,
     "kv-group": 1 / 3,
+    "expert": 0.5,
     "attention": 1.0,
     "mlp": 1.0,
 }

@@ -75,7 +75,7 @@ class OutputGrams:
             OSError: the disk is full.
         """
         decoder = find_decoder(model)
-        layers = [
+        layers: list[list[Block]] = [
             [b for b in (decoder.attention.get(n), decoder.mlp.get(n)) if b is not None]
             for n in range(decoder.num_layers)
         ]

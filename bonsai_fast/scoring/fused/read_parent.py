@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import LayerStream, stream_of
-from bonsai_fast.models import AttentionBlock, MLPBlock
+from bonsai_fast.models import AttentionBlock, Block, MLPBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring.fused.activations import kernel_name
 from bonsai_fast.scoring.fused.parent import (
@@ -78,7 +78,9 @@ def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
     for index in range(decoder.num_layers):
         sublayers += _layer(model, layout, index)
     norm = _norm(backbone, FINAL_NORM)
-    blocks = [None if isinstance(each, Removed) else each.block for each in sublayers]
+    blocks: list[Block | None] = [
+        None if isinstance(each, Removed) else each.block for each in sublayers
+    ]
     found: Sequence[SubLayer] = tuple(sublayers)
     if stream is not None:
         found = _StreamedSublayers(model, layout, stream)

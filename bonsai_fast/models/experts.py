@@ -1,0 +1,138 @@
+"""Mixtures of experts, found by their weights: one 3-D tensor for all experts of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import nn
+
+from bonsai_fast.models.blocks import Cut, ExpertsBlock
+from bonsai_fast.models.projections import mlp_cuts
+from bonsai_fast.models.router_mask import UnfitRouterError, chosen_by, expert_dim, probe_router
+
+OUTPUT, INPUTS = "down_proj", ("gate_up_proj", "up_proj")
+
+# what `probe_router` said of routers that are alike
+Verdicts = dict[Hashable, int | str]
+
+
+def find_experts(
+    layer: nn.Module, path: str, index: int, norms: tuple[str, ...], verdicts: Verdicts
+) -> ExpertsBlock | None:
+    """The mixture of experts of a decoder layer, if it has one.
+
+    Args:
+        layer: the decoder layer.
+        path: its path in the model.
+        index: its number.
+        norms: paths of the norms that are removed with the mixture.
+        verdicts: of the layers before; extended.
+    Raises:
+        ValueError: there are experts, but no module that holds them and their router alone.
+    """
+    name = next((name for name, module in layer.named_modules() if _has_experts(module)), None)
+    if name is None:
+        return None
+    owner, _, _ = name.rpartition(".")
+    experts, mixture = layer.get_submodule(name), layer.get_submodule(owner)
+    if not owner:
+        raise ValueError(f"{path}.{name}: expected the experts inside a module of their own")
+    down = experts.get_parameter(OUTPUT)
+    # both orders exist: [E, D, I], and [E, I, D] in gpt-oss
+    num_channels = down.shape[1 if getattr(experts, "is_transposed", False) else 2]
+    num_experts = len(down)
+    prefix = f"{path}.{owner}"
+    router = next(
+        (
+            child
+            for child, module in mixture.named_children()
+            if module is not experts and _is_router(module, num_experts)
+        ),
+        None,
+    )
+    reason: str | None = None
+    cuts: list[Cut] = []
+    buffers: list[Cut] = []
+    fewest, top_k = 1, 1
+    if router is None:
+        reason = "no module with a row for each expert was found beside the experts"
+    elif stray := _stray(mixture, router, name[len(owner) + 1 :], num_experts):
+        reason = f"{stray} has an index for each expert and belongs neither to them nor the router"
+    else:
+        found = _probe(mixture.get_submodule(router), num_experts, verdicts)
+        if isinstance(found, str):
+            reason = found
+        else:
+            fewest, top_k = found, chosen_by(mixture.get_submodule(router)) or 1
+            for child in (router, name[len(owner) + 1 :]):
+                module, where = mixture.get_submodule(child), f"{prefix}.{child}"
+                cuts += _cuts(module.named_parameters(), where, num_experts)
+                buffers += _cuts(module.named_buffers(), where, num_experts)
+    return ExpertsBlock(
+        index,
+        prefix,
+        f"{prefix}.{router}",
+        f"{path}.{name}",
+        num_experts,
+        num_channels,
+        top_k,
+        fewest,
+        tuple(cuts),
+        tuple(buffers),
+        norms,
+        reason,
+    )
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether a module holds the 3-D weights of experts."""
+    names = (OUTPUT, next((name for name in INPUTS if hasattr(module, name)), ""))
+    tensors = [getattr(module, name, None) for name in names]
+    return all(isinstance(tensor, nn.Parameter) and tensor.dim() == 3 for tensor in tensors)
+
+
+def _is_router(module: nn.Module, num_experts: int) -> bool:
+    return mlp_cuts(module, "") is None and any(
+        parameter.dim() == 2 and len(parameter) == num_experts for parameter in module.parameters()
+    )
+
+
+def _stray(mixture: nn.Module, router: str, experts: str, num_experts: int) -> str | None:
+    """Another tensor of the mixture that counts experts: an unknown part of its routing."""
+    for name, tensor in (*mixture.named_parameters(), *mixture.named_buffers()):
+        child, _, rest = name.partition(".")
+        if child in (router, experts):
+            continue
+        if rest and mlp_cuts(mixture.get_submodule(child), "") is not None:
+            continue
+        if expert_dim(tensor, num_experts) is not None:
+            return name
+    return None
+
+
+def _probe(router: nn.Module, num_experts: int, verdicts: Verdicts) -> int | str:
+    """The fewest experts that it works with, or why it is refused."""
+    plain = {
+        name: value
+        for name, value in vars(router).items()
+        if isinstance(value, int | float | str) and name != "training"
+    }
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in router.named_parameters()]
+    key = (type(router), num_experts, tuple(sorted(plain.items())), tuple(shapes))
+    if key not in verdicts:
+        weight = next(p for p in router.parameters() if p.dim() == 2 and len(p) == num_experts)
+        try:
+            verdicts[key] = probe_router(router, num_experts, weight.shape[1])
+        except UnfitRouterError as error:
+            verdicts[key] = str(error)
+    return verdicts[key]
+
+
+def _cuts(tensors: Iterator[tuple[str, torch.Tensor]], path: str, num_experts: int) -> list[Cut]:
+    owner = torch.arange(num_experts)
+    return [
+        Cut(f"{path}.{name}", dim, owner)
+        for name, tensor in tensors
+        if (dim := expert_dim(tensor, num_experts)) is not None
+    ]
