@@ -1,4 +1,4 @@
-"""The engine for LLaMA-like decoders, which computes once what sub-models share."""
+"""The engine for decoders whose layers it can read, which computes once what sub-models share."""
 
 from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.scoring.fused.parent import UnsupportedStructureError

@@ -49,7 +49,7 @@ MAX_SUBMODELS_PER_CHUNK = 16
 
 
 class FusedEngine:
-    """Scores sub-models of LLaMA-like parents; what they share is computed once.
+    """Scores sub-models of parents that `read_parent` describes; shared work is done once.
 
     The engine reads the weights of the model's modules and does not call the modules. If there are
     foreign hooks on them, it runs the model by `HooksEngine` instead, so that the hooks run.
@@ -64,7 +64,7 @@ class FusedEngine:
         kernels: whether the project's ops and PyTorch's fused functions are used. True on CUDA,
             where they are kernels; True elsewhere runs their plain versions.
     Raises:
-        UnsupportedStructureError: the model is not a LLaMA-like decoder.
+        UnsupportedStructureError: something in the model is unknown; the message names it.
     """
 
     name = "fused"
@@ -85,6 +85,7 @@ class FusedEngine:
         self._low = precision != "full"
         self._rates: Rates | None = None
         structure = self._structure()
+        self._parallel, self._capped = structure.parallel, structure.capped
         with evaluation_mode(nll.model):
             check_structure(nll.model, layout, structure)
 
@@ -143,7 +144,8 @@ class FusedEngine:
             # the gather kernels multiply in full precision
             gathers=not self._low
             and all(
-                gathers_heads(block.head_dim) for block in self.layout.decoder.attention.values()
+                block.whole is not None or gathers_heads(block.head_dim)
+                for block in self.layout.decoder.attention.values()
             ),
         )
 
@@ -232,7 +234,13 @@ class FusedEngine:
 
     def _schedule(self, length: int, *, own_outputs: bool = False) -> Schedule:
         needs = FusedWorkingSet.of(
-            self.layout, self.nll, length, low=self._low, own_outputs=own_outputs
+            self.layout,
+            self.nll,
+            length,
+            low=self._low,
+            own_outputs=own_outputs,
+            parallel=self._parallel,
+            capped=self._capped,
         )
         schedule = needs.schedule(self._budget)
         if schedule is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.arithmetic.causal_attention import attention
 from bonsai_fast.scoring.fused.operands.operands import AttentionOperands
+from bonsai_fast.scoring.fused.parent import Rotary
 from bonsai_fast.scoring.fused.positions import Positions
 
 
@@ -31,28 +32,48 @@ def attend(
         arithmetic.buffer(name, rows * length, len(part.weight)) for name, part in parts.items()
     ]
     arithmetic.project(normed, list(parts.values()), operands.weights, outs)
-    query, key, value = (out.view(rows, length, -1, spec.block.head_dim) for out in outs)
-    if spec.query_norm is not None:
+    query, key, value = (out.view(rows, length, -1) for out in outs)
+    if spec.norms_all_heads:
         query = arithmetic.normalize(spec.query_norm, query, "normed query")
-    if spec.key_norm is not None:
         key = arithmetic.normalize(spec.key_norm, key, "normed key")
-    query = _rotate("first", query, positions, arithmetic)
-    key = _rotate("rotated key", key, positions, arithmetic)
+    query, key, value = (part.unflatten(-1, (-1, spec.head_dim)) for part in (query, key, value))
+    if not spec.norms_all_heads:
+        query = arithmetic.normalize(spec.query_norm, query, "normed query")
+        key = arithmetic.normalize(spec.key_norm, key, "normed key")
+    query = _turn("first", query, spec.rotary, positions, arithmetic)
+    key = _turn("rotated key", key, spec.rotary, positions, arithmetic)
     value = value.transpose(1, 2)
     if not operands.is_regular:
         heads = torch.tensor(operands.kv_of_head, device=key.device)
         key, value = key.index_select(1, heads), value.index_select(1, heads)
-    return attention(query, key, value, scale=spec.scale, mask=positions.mask(spec.window))
+    return attention(
+        *(query, key, value),
+        scale=spec.scale,
+        mask=positions.mask(spec.window),
+        window=spec.window,
+        softcap=spec.softcap,
+        kernels=arithmetic.kernels,
+    )
 
 
-def _rotate(name: str, heads: Tensor, positions: Positions, arithmetic: Arithmetic) -> Tensor:
-    """Rotary positions: [R, T, H, K] -> [R, H, T, K], in the buffer of this name."""
-    rows, length, num_heads, head_dim = heads.shape
-    out = arithmetic.buffer(name, rows, num_heads, length, head_dim)
+def _turn(
+    name: str, heads: Tensor, rotary: Rotary | None, positions: Positions, arithmetic: Arithmetic
+) -> Tensor:
+    """Rotary positions: [R, T, H, K] -> [R, H, T, K], in the buffer of this name.
+
+    Columns that were interleaved end up in two halves: scores do not depend on the order of columns
+    if query and key have the same.
+    """
     heads = heads.transpose(1, 2)
-    cos, sin = positions.cos, positions.sin
+    if rotary is None:
+        return heads
+    out = arithmetic.buffer(name, *heads.shape)
+    cos, sin = positions.angles(rotary)
     half = cos.shape[-1]
-    first, second = heads[..., :half], heads[..., half : 2 * half]
+    if rotary.interleaved:
+        first, second = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    else:
+        first, second = heads[..., :half], heads[..., half : 2 * half]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
     out[..., 2 * half :].copy_(heads[..., 2 * half :])

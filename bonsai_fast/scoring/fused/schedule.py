@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.scoring.fused.arithmetic.causal_attention import BLOCK_TOKENS
 from bonsai_fast.scoring.fused.arithmetic.eight_bits import BLOCK_BYTES, block_rows
 from bonsai_fast.scoring.sequence_nll import SequenceNLL
 from bonsai_fast.scoring.working_set import LOGIT_SHARE, MAX_TOKENS, SAFETY, output_bytes
@@ -78,6 +79,8 @@ class FusedWorkingSet:
         *,
         low: bool = False,
         own_outputs: bool = False,
+        parallel: bool = False,
+        capped: bool = False,
     ) -> FusedWorkingSet:
         """Estimate it for sequences of `length` tokens.
 
@@ -87,16 +90,20 @@ class FusedWorkingSet:
             length: of a sequence.
             low: whether products are in 8 bits.
             own_outputs: whether sub-models have their own output projections.
+            parallel, capped: of the model's `Structure`.
         """
         element, width = nll.head.weight.element_size(), nll.head.weight.shape[1]
         attention, mlp = layout.decoder.attention.values(), layout.decoder.mlp.values()
         query = max((block.num_heads * block.head_dim for block in attention), default=0)
         key = max((block.num_kv_heads * block.head_dim for block in attention), default=0)
+        most_heads = max((block.num_heads for block in attention), default=0)
         channels = max((block.num_channels for block in mlp), default=0)
-        # input rows, their norm and its float32 copy, the output
-        common = (3 * element + 4) * width
+        # input rows, their norm and its float32 copy, the output and its norm
+        common = (4 * element + 4) * width
         # query and rotated query; K, V, rotated K; norms of heads; result, K and V per query head
         heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
+        if capped:  # scores and weights of a block; on CUDA copies of rotated heads
+            heads += element * max(2 * BLOCK_TOKENS * most_heads, query + 2 * key)
         device = nll.head.weight.device.type
         # gate and up; on CUDA their activation as well, which is a new tensor
         per_token = common + max(heads, element * (3 if device == "cuda" else 2) * channels)
@@ -116,7 +123,8 @@ class FusedWorkingSet:
         if low:  # and its 8-bit copy
             output += output // element
         return cls(
-            state=length * width * element,
+            # an MLP of a parallel layer reads older states
+            state=(2 if parallel else 1) * length * width * element,
             layer=int(SAFETY * length * per_token),
             hidden=int(SAFETY * length * (element * 3 + 4) * width),
             fixed=int(SAFETY * fixed),

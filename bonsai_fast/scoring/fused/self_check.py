@@ -29,7 +29,7 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
     Raises:
         UnsupportedStructureError: the embedding, a layer or the final norm differs.
     """
-    backbone, weight = model.base_model, structure.norm.weight
+    backbone, weight = model.base_model, structure.like
     tokens = torch.arange(NUM_TOKENS, device=weight.device)[None] % model.config.vocab_size
     everything = torch.ones(1, len(layout), dtype=torch.bool)
     wave = Wave(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.arithmetic.row_masks import WHOLE, MaskTable
 from bonsai_fast.scoring.fused.mask_tree import Branch
 from bonsai_fast.scoring.fused.operands.gather import Bank
@@ -15,11 +16,11 @@ from bonsai_fast.scoring.fused.operands.operands import Operands, dense
 from bonsai_fast.scoring.fused.operands.packed import slice_order
 from bonsai_fast.scoring.fused.operands.slices import sliced
 from bonsai_fast.scoring.fused.own_outputs import OwnOutputs
-from bonsai_fast.scoring.fused.parent import MLP, Attention, Removed
+from bonsai_fast.scoring.fused.parent import MLP, Attention, Removed, SubLayer
 from bonsai_fast.scoring.fused.routing import Copied, Fork, RoutePlan, Router
 from bonsai_fast.scoring.fused.row_batches import RowBatches
 from bonsai_fast.scoring.fused.split import Split, split
-from bonsai_fast.scoring.fused.sublayers import inner, project_out
+from bonsai_fast.scoring.fused.sublayers import finish, inner, project_out
 from bonsai_fast.scoring.fused.wave import Wave
 
 
@@ -33,19 +34,50 @@ def run_sublayer(wave: Wave, depth: int, states: Tensor) -> None:
         depth: of the sub-layer.
         states: [leaves, B, T, D], from `Wave.embed`.
     """
+    inputs = None
+    if wave.structure.parallel:
+        inputs = _parallel_inputs(wave, depth, states)
     sublayer = wave.structure.sublayers[depth]
     if not isinstance(sublayer, Removed):
-        _SublayerStep(wave, depth, sublayer, states).run()
-    elif sublayer.bias is not None:
+        _SublayerStep(wave, depth, sublayer, states, inputs).run()
+        return
+    change = _of_bias(sublayer, sublayer.bias, wave.arithmetic)
+    if change is not None:
         for node in wave.tree.nodes(depth, wave.leaves):
-            states[node.slot] += sublayer.bias
+            states[node.slot] += change
+
+
+def _parallel_inputs(wave: Wave, depth: int, states: Tensor) -> Tensor | None:
+    """What a sub-layer of a parallel layer reads: an MLP, what its layer's attention read."""
+    inputs = wave.arithmetic.buffer("layer inputs", *states.shape)
+    if depth % 2:
+        return inputs
+    for node in wave.tree.nodes(depth, wave.leaves):
+        for child in node.children:
+            inputs[child.slot] = states[node.slot]
+    return None
+
+
+def _of_bias(sublayer: SubLayer, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor | None:
+    """What a sub-layer adds whose output projection gives nothing but its bias: [D]."""
+    norm = sublayer.post_norm
+    if bias is None:
+        return None if norm is None else norm.bias
+    return finish(sublayer, bias.clone(), arithmetic)
 
 
 class _SublayerStep:
-    def __init__(self, wave: Wave, depth: int, sublayer: Attention | MLP, states: Tensor) -> None:
+    def __init__(
+        self,
+        wave: Wave,
+        depth: int,
+        sublayer: Attention | MLP,
+        states: Tensor,
+        inputs: Tensor | None,
+    ) -> None:
         self._wave, self._sublayer, self._states = wave, sublayer, states
         self._arithmetic = wave.arithmetic
-        self._batches = RowBatches(states, wave.chunk_rows, wave.arithmetic)
+        self._batches = RowBatches(states, wave.chunk_rows, wave.arithmetic, inputs)
         self._bank: Bank | None = None
         self._split: Split | None = None
         if wave.route == "split":
@@ -108,7 +140,7 @@ class _SublayerStep:
         if self._own is not None:
             groups = self._own.held_together(children, [branch.mask for branch in branches])
         for group in groups:
-            for here, source in self._batches.of_slot(fork.node.slot):
+            for here, states, source in self._batches.of_slot(fork.node.slot):
                 inputs = inner(operands, source, self._wave.positions, self._arithmetic)
                 for some in self._together(group, len(source)):
                     mask = branches[some[0]].mask
@@ -116,9 +148,10 @@ class _SublayerStep:
                         changes = self._changes(operands, inputs, removed[some])
                     else:
                         changes = self._own_changes(inputs, [mask] * len(source), computed)[None]
+                    changes = self._finish(changes)
                     for child, change in zip(some, changes, strict=True):
                         found = None if is_empty[child] else change
-                        self._store(branches[child], here, source, found)
+                        self._store(branches[child], here, states, found)
 
     def _together(self, children: list[int], rows: int) -> list[list[int]]:
         """Cut children of a fork, which have `rows` rows each, into those with one product."""
@@ -128,14 +161,15 @@ class _SublayerStep:
     def _fork_split(self, fork: Fork, split: Split) -> None:
         """Compute a fork of a sub-layer in two parts; the fixed part is computed once."""
         is_empty = (~fork.kept.any(dim=1)).tolist()
-        for here, source in self._batches.of_slot(fork.node.slot):
+        for here, states, source in self._batches.of_slot(fork.node.slot):
             shared = split.shared(source, self._out(len(source)))
             # the first child is stored in the node's own slot, which the others still read
             for child, branch in reversed(list(enumerate(fork.node.children))):
                 change = None
                 if not is_empty[child]:
-                    change = split.change(*shared, fork.kept[child : child + 1], [len(source)])
-                self._store(branch, here, source, change)
+                    kept = fork.kept[child : child + 1]
+                    change = self._finish(split.change(*shared, kept, [len(source)]))
+                self._store(branch, here, states, change)
 
     def _changes(self, operands: Operands, inputs: Tensor, removed: Tensor) -> Tensor:
         """What several masks make of the same inputs: [masks, R, T, D]."""
@@ -151,10 +185,11 @@ class _SublayerStep:
         if not branches:
             return
         table = self._table([branch.mask for branch in branches])
-        for source, masks in self._batches.of_branches(branches):
+        for states, source, masks in self._batches.of_branches(branches):
             on_rows = table.of_rows(masks)
             inputs = inner(operands, source, self._wave.positions, self._arithmetic, on_rows)
-            source.add_(project_out(operands, inputs, self._out(len(source)), self._arithmetic))
+            change = project_out(operands, inputs, self._out(len(source)), self._arithmetic)
+            states.add_(self._finish(change))
 
     def _run_own(self, branches: list[Branch], operands: Operands, computed: Tensor) -> None:
         """Compute branches with their own output projections; those of a mask are neighbours.
@@ -164,26 +199,30 @@ class _SublayerStep:
             operands: weights.
             computed: int64 [n], the parts that these are of, in their order.
         """
-        for source, masks in self._batches.of_branches(branches):
+        for states, source, masks in self._batches.of_branches(branches):
             inputs = inner(operands, source, self._wave.positions, self._arithmetic)
-            source.add_(self._own_changes(inputs, masks, computed))
+            states.add_(self._finish(self._own_changes(inputs, masks, computed)))
 
     def _run_gathered(self, branches: list[Branch]) -> None:
         """Compute branches by kernels, on what the masks of each chunk keep."""
-        for source, masks in self._batches.of_branches(branches):
+        for states, source, masks in self._batches.of_branches(branches):
             # adjacent rows of one mask are one group
             runs = [(mask, len(list(rows))) for mask, rows in groupby(masks)]
             keep, counts = self._router.kept([mask for mask, _ in runs]), [n for _, n in runs]
             if self._split is not None:
                 shared = self._split.shared(source, self._out(len(source)))
-                source.add_(self._split.change(*shared, keep, counts))
+                change = self._split.change(*shared, keep, counts)
             else:
                 operands = self._gathering.operands(keep, counts)
                 inputs = inner(operands, source, self._wave.positions, self._arithmetic)
                 if self._own_of(masks[0]) is None:
-                    source.add_(operands.project_out(inputs))
+                    change = operands.project_out(inputs)
                 else:
-                    source.add_(self._own_changes(inputs, masks, None))
+                    change = self._own_changes(inputs, masks, None)
+            states.add_(self._finish(change))
+
+    def _finish(self, change: Tensor) -> Tensor:
+        return finish(self._sublayer, change, self._arithmetic)
 
     def _own_changes(self, inputs: Tensor, masks: list[int], computed: Tensor | None) -> Tensor:
         """What the own projections of each row's mask make of [R, T, columns]: [R, T, D].
@@ -223,20 +262,21 @@ class _SublayerStep:
     def _out(self, rows: int) -> Tensor:
         return self._arithmetic.buffer("out", rows, *self._states.shape[2:])
 
-    def _store(self, child: Branch, here: slice, source: Tensor, change: Tensor | None) -> None:
+    def _store(self, child: Branch, here: slice, states: Tensor, change: Tensor | None) -> None:
         """Write the states of a child; None: it keeps nothing, so only the bias is added."""
         target = self._states[child.slot, here]
         if change is None:
-            target.copy_(source)
+            target.copy_(states)
             self._add_bias(target, child.mask)
         else:
-            torch.add(source, change, out=target)
+            torch.add(states, change, out=target)
 
     def _add_bias(self, states: Tensor, mask: int) -> None:
         own = self._own_of(mask)
         bias = self._sublayer.output.bias if own is None else own.of(mask).bias
-        if bias is not None:
-            states += bias
+        change = _of_bias(self._sublayer, bias, self._arithmetic)
+        if change is not None:
+            states += change
 
     def _columns(self, removed: Tensor) -> Tensor:
         """Parts, bool [..., parts] -> columns of the output projection, on the device."""

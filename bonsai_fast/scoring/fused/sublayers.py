@@ -10,6 +10,7 @@ from bonsai_fast.scoring.fused.arithmetic.row_masks import RowMasks
 from bonsai_fast.scoring.fused.gated_mlp import gated, gated_and_masked
 from bonsai_fast.scoring.fused.operands.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands.operands import AttentionOperands, Operands
+from bonsai_fast.scoring.fused.parent import SubLayer
 from bonsai_fast.scoring.fused.positions import Positions
 from bonsai_fast.scoring.fused.rotary_attention import attend
 
@@ -55,6 +56,21 @@ def inner_of_normed(
     else:
         inputs = gated(operands, normed, arithmetic)
     return inputs if masks is None else masks.zero_removed(inputs)
+
+
+def finish(sublayer: SubLayer, change: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """What is added to the residual stream.
+
+    Args:
+        sublayer: the sub-layer.
+        change: [..., D], from its output projection; may be overwritten.
+        arithmetic: computes the norm.
+    Returns:
+        [..., D]: `change`, or the buffer "post-normed", or a new tensor.
+    """
+    change = arithmetic.normalize(sublayer.post_norm, change, "post-normed")
+    factor = sublayer.residual_factor
+    return change if factor == 1.0 else change.mul_(factor)
 
 
 def project_out(operands: Operands, inputs: Tensor, out: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -49,6 +49,8 @@ class Wave:
             [leaves, B, T, D].
         """
         embedded: Tensor = self.structure.embedding(input_ids)
+        if self.structure.embedding_factor != 1.0:
+            embedded = embedded * self.structure.embedding_factor
         states = self.arithmetic.buffer("states", len(self.leaves), *embedded.shape)
         states[0] = embedded
         return states

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY
+from mixtures import MIXTURES
 from scoring_cases import (
     FUSED,
     assert_errs_as_hooks,
@@ -18,12 +19,12 @@ from scoring_cases import (
 from surgery_cases import MASKS, tokens
 from torch import nn
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
 )
 
@@ -261,17 +262,41 @@ def test_weights_that_change_later_count(llama3: PreTrainedModel) -> None:
     torch.testing.assert_close(scorer.score(masks, tokens()), expected, rtol=0, atol=1e-4)
 
 
-def granite() -> PreTrainedModel:
-    """Looks like LLaMA, but scales its residual."""
-    return GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.5))
+def scaled() -> PreTrainedModel:
+    """Looks like LLaMA, but does not add what its MLPs give."""
+
+    class Scaled(type(FAMILIES["llama"]().model.layers[0])):
+        def forward(self, *args, **kwargs):
+            return 0.5 * super().forward(*args, **kwargs)
+
+    model = FAMILIES["llama"]()
+    model.model.layers[0].__class__ = Scaled
+    return model
 
 
-def gemma2() -> PreTrainedModel:
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, attn_implementation="eager"))
+def clipped() -> PreTrainedModel:
+    return OlmoForCausalLM(OlmoConfig(**SMALL, clip_qkv=8.0))
 
 
-def olmo2() -> PreTrainedModel:
+def norms_all_heads() -> PreTrainedModel:
     return Olmo2ForCausalLM(Olmo2Config(**SMALL))
+
+
+def long_texts() -> PreTrainedModel:
+    """Scales its queries from some position on."""
+    return Ministral3ForCausalLM(Ministral3Config(**SMALL))
+
+
+def scalar() -> PreTrainedModel:
+    model = FAMILIES["llama"]()
+    model.model.layers[1].register_buffer("layer_scalar", torch.ones(()))
+    return model
+
+
+def another_norm() -> PreTrainedModel:
+    model = FAMILIES["llama"]()
+    model.model.layers[0].extra_norm = nn.RMSNorm(48)
+    return model
 
 
 def adapted() -> PreTrainedModel:
@@ -295,12 +320,16 @@ def extra() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (granite, "layer 0 computes something else than expected from its modules"),
-        (gemma2, "caps its attention scores"),
-        (olmo2, "Olmo2DecoderLayer has no input_layernorm"),
+        (scaled, "layer 0 computes something else than expected from its modules"),
+        (clipped, r"model\.layers\.0\.self_attn clips q, k and v"),
+        (norms_all_heads, "expected norms of q and k over one head each"),
+        (long_texts, r"scales queries by their position \(llama_4_scaling_beta\)"),
+        (scalar, r"model\.layers\.1 has an unknown buffer layer_scalar"),
+        (another_norm, r"model\.layers\.0 has norms in an unknown arrangement: extra_norm, input"),
         (adapted, r"mlp\.up_proj is a Adapter, not an nn\.Linear"),
         (extra, r"model\.layers\.1 has an unknown parameter self_attn\.sinks"),
-        (FAMILIES["phi"], "input_layernorm is a LayerNorm, not an RMS norm"),
+        (MIXTURES["mixtral"], r"model\.layers\.0 is a mixture of experts"),
+        (FAMILIES["phi"], r"model\.layers\.0\.mlp is not a gated MLP"),
     ],
 )
 def test_what_is_not_understood_is_refused_and_named(build, message: str) -> None:

@@ -26,8 +26,10 @@ def test_updates_are_stored(slots: list[int], chunk_rows: int) -> None:
     found = states()
     batches = RowBatches(found, chunk_rows, Arithmetic(found))
     seen: list[float] = []
-    for rows, masks in batches.of_branches([Branch(slot, mask=7 + slot) for slot in slots]):
+    branches = [Branch(slot, mask=7 + slot) for slot in slots]
+    for rows, inputs, masks in batches.of_branches(branches):
         assert len(rows) == len(masks) <= chunk_rows
+        assert inputs.data_ptr() == rows.data_ptr()
         numbers = rows[:, 0, 0].tolist()
         assert masks == [7 + number // 10 for number in numbers]
         seen += numbers
@@ -39,9 +41,25 @@ def test_updates_are_stored(slots: list[int], chunk_rows: int) -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 100])
+@pytest.mark.parametrize("slots", [[0, 1, 2], [0, 3]])
+def test_what_is_read_may_be_stored_elsewhere(slots: list[int], chunk_rows: int) -> None:
+    found, inputs = states(), states() + 100
+    batches = RowBatches(found, chunk_rows, Arithmetic(found), inputs)
+    for rows, read, _ in batches.of_branches([Branch(slot, mask=0) for slot in slots]):
+        assert torch.equal(read, rows + 100)
+        rows.add_(0.5)
+    for _, rows, read in batches.of_slot(4):
+        assert torch.equal(read, rows + 100)
+    assert torch.equal(inputs, states() + 100)
+    expected = states()
+    expected[slots] += 0.5
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 100])
 def test_chunks_of_one_slot_are_views(chunk_rows: int) -> None:
     found = states()
-    for here, rows in RowBatches(found, chunk_rows, Arithmetic(found)).of_slot(2):
+    for here, rows, _ in RowBatches(found, chunk_rows, Arithmetic(found)).of_slot(2):
         assert len(rows) <= chunk_rows and torch.equal(rows, found[2, here])
         rows.add_(0.5)
     expected = states()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.arithmetic.causal_attention import (
@@ -14,7 +17,7 @@ from bonsai_fast.scoring.fused.arithmetic.causal_attention import (
     _by_blocks,
     attention,
 )
-from bonsai_fast.scoring.fused.parent import Norm
+from bonsai_fast.scoring.fused.read_norm import read_norm
 from bonsai_fast.testing.cases import ATOL, DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -60,6 +63,34 @@ def test_a_mask_is_heeded(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2 * ATOL[dtype])
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 9, BLOCK_TOKENS + 5, 500])
+def test_a_softcap_with_and_without_a_window(
+    window: int | None, dtype: torch.dtype, kernels: bool
+) -> None:
+    length = 2 * BLOCK_TOKENS + 7
+    query, key, value = heads(dtype, 6, 3, length)
+    place = torch.arange(length)
+    distance = place[:, None] - place[None, :]
+    mask = (distance >= 0) & (distance < (window or length))
+    wide = [x.double() for x in (query, key, value)]
+    scores = 0.3 * wide[0].unflatten(1, (2, 3)) @ wide[1][:, :, None].transpose(-1, -2)
+    scores = 0.7 * torch.tanh(scores / 0.7)
+    truth = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ wide[2][:, :, None]
+    truth = truth.flatten(1, 2).transpose(1, 2).flatten(2)
+    found = attention(
+        *(query, key, value),
+        scale=0.3,
+        mask=None if window is None else mask,
+        window=window,
+        softcap=0.7,
+        kernels=kernels,
+    )
+    assert found.shape == truth.shape and found.is_contiguous()
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=2 * ATOL[dtype])
+
+
 def test_nan_stays_in_its_sequence_and_heads() -> None:
     query, key, value = heads(torch.bfloat16, 6, 3, 70)
     value[1, 0, 3] = torch.nan
@@ -70,12 +101,28 @@ def test_nan_stays_in_its_sequence_and_heads() -> None:
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [LlamaRMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize(
+    "family",
+    [
+        LlamaRMSNorm,
+        GemmaRMSNorm,
+        CohereLayerNorm,
+        NemotronLayerNorm1P,
+        torch.nn.LayerNorm,
+        torch.nn.RMSNorm,
+        OlmoLayerNorm,
+    ],
+)
 def test_norm_equals_that_of_the_model(family: type, dtype: torch.dtype, kernels: bool) -> None:
-    module = family(41, eps=1e-3).to(dtype)
-    torch.nn.init.normal_(module.weight, mean=1.0)
+    """Of numbers so small that eps matters, too: OLMo's is a constant."""
+    module = (family(41) if family is OlmoLayerNorm else family(41, eps=1e-3)).to(dtype)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0)
     states = torch.randn(2, 5, 3, 41).to(dtype)
-    norm = Norm(module.weight, 1e-3, adds_one=family is GemmaRMSNorm)
+    states[1] *= 0.003
+    norm = read_norm(module, "norm")
+    assert norm.adds_one == (family in (GemmaRMSNorm, NemotronLayerNorm1P))
+    assert norm.centred == ("LayerNorm" in family.__name__)
     with torch.no_grad():
         found = Arithmetic(states, kernels=kernels).normalize(norm, states)
         truth, baseline = module.double()(states.double()), module.to(dtype)(states)

@@ -62,14 +62,20 @@ class Arithmetic:
             if projection.bias is not None:
                 out.add_(projection.bias)
 
-    def normalize(self, norm: Norm, states: Tensor, name: str = "normed") -> Tensor:
-        """RMS norm of the last dimension, computed in float32.
+    def normalize(self, norm: Norm | None, states: Tensor, name: str = "normed") -> Tensor:
+        """RMS norm or layer norm of the last dimension, computed in float32.
 
         Args:
-            norm: its factors.
+            norm: its factors; None: the states are returned as they are.
             states: [..., D].
-            name: of the buffer that holds the result. With kernels, the result is a new tensor.
+            name: of the buffer that holds the result. With kernels, and of a layer norm, the result
+                is a new tensor.
         """
+        if norm is None:
+            return states
+        if norm.centred:
+            weight = norm.weight + 1.0 if norm.adds_one and norm.weight is not None else norm.weight
+            return F.layer_norm(states, states.shape[-1:], weight, norm.bias, norm.eps)
         if self.kernels and not norm.adds_one:
             return F.rms_norm(states, states.shape[-1:], norm.weight, norm.eps)
         out = self.buffer(name, *states.shape)
@@ -77,5 +83,7 @@ class Arithmetic:
         wide.copy_(states)
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse.div_(states.shape[-1]).add_(norm.eps).rsqrt_()
-        weight = 1.0 + norm.weight.float() if norm.adds_one else norm.weight.float()
-        return out.copy_(wide.mul_(inverse).mul_(weight))
+        wide.mul_(inverse)
+        if norm.weight is not None:
+            wide.mul_(1.0 + norm.weight.float() if norm.adds_one else norm.weight.float())
+        return out.copy_(wide)

@@ -50,8 +50,8 @@ def take_heads(
         columns: of `output_columns`.
         arithmetic: has the buffers.
     """
-    width = spec.block.head_dim
-    kv_heads, kv_of_head = torch.tensor(spec.block.kv_of_head)[heads].unique(return_inverse=True)
+    width = spec.head_dim
+    kv_heads, kv_of_head = torch.tensor(spec.kv_of_head)[heads].unique(return_inverse=True)
     query = take_projection(f"{prefix} query", spec.query, heads, width, arithmetic)
     key = take_projection(f"{prefix} key", spec.key, kv_heads, width, arithmetic)
     value = take_projection(f"{prefix} value", spec.value, kv_heads, width, arithmetic)

@@ -25,7 +25,12 @@ def gathers(spec: Attention | MLP) -> bool:
     """Whether the kernels can compute a sub-layer."""
     if isinstance(spec, MLP):
         return spec.activation_name is not None
-    return gathers_heads(spec.block.head_dim)
+    norms = [norm for norm in (spec.query_norm, spec.key_norm) if norm is not None]
+    return (
+        gathers_heads(spec.head_dim)
+        and not (spec.rotary is not None and spec.rotary.interleaved)
+        and all(not norm.centred and norm.weight is not None for norm in norms)
+    )
 
 
 def gathers_heads(head_dim: int) -> bool:
@@ -103,7 +108,9 @@ class GatherOperands:
         length = positions.length
         assert self.kv is not None and self.q_to_kv is not None
         tiles = self._tiles(rows, length)
-        angles = (*positions.exact_tables, positions.of_rows(rows))
+        angles: tuple[Tensor, ...] = ()
+        if spec.rotary is not None:
+            angles = (*positions.exact_angles(spec.rotary), positions.of_rows(rows))
 
         def project(
             part: Projection, lists: ops.KeptLists, norm: Norm | None, *angles: Tensor
@@ -112,7 +119,7 @@ class GatherOperands:
                 *(tokens, part.weight, lists.index, lists.count, tiles, part.bias),
                 None if norm is None else _factors(norm),
                 *angles,
-                head_dim=spec.block.head_dim,
+                head_dim=spec.head_dim,
                 norm_eps=0.0 if norm is None else norm.eps,
             )
             return found
@@ -126,6 +133,7 @@ class GatherOperands:
             self._sequences(rows, length),
             scale=spec.scale,
             window=spec.window,
+            softcap=spec.softcap,
         )
         return found
 
@@ -179,7 +187,7 @@ class Bank:
         if isinstance(self.spec, MLP):
             lists = ops.KeptLists.of(keep, multiple=CHANNEL_MULTIPLE, device=device)
             return GatherOperands(self.spec, self, rows, lists, None, None)
-        heads = ops.HeadLists.reading(keep, self.spec.block.kv_of_head, device=device)
+        heads = ops.HeadLists.reading(keep, self.spec.kv_of_head, device=device)
         return GatherOperands(self.spec, self, rows, heads.query, heads.kv, heads.q_to_kv)
 
 
@@ -199,4 +207,5 @@ def _joined(gate: Projection, up: Projection, arithmetic: Arithmetic) -> Project
 
 
 def _factors(norm: Norm) -> Tensor:
+    assert norm.weight is not None
     return (1.0 + norm.weight.float()).to(norm.weight.dtype) if norm.adds_one else norm.weight

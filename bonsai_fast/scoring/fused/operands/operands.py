@@ -97,7 +97,7 @@ def dense(spec: Attention | MLP) -> AttentionOperands | MLPOperands:
     rows = spec.output.weight.t()
     if isinstance(spec, MLP):
         return MLPOperands(rows, spec, spec.gate, spec.up)
-    return AttentionOperands(rows, spec, spec.query, spec.key, spec.value, spec.block.kv_of_head)
+    return AttentionOperands(rows, spec, spec.query, spec.key, spec.value, spec.kv_of_head)
 
 
 class Slicer:

@@ -35,11 +35,11 @@ class PackedSublayers(Sequence[SubLayer]):
         if pack is None or isinstance(spec, Removed):
             return spec
         if len(pack.parts) == 0:
-            return Removed(spec.output.bias)
+            return Removed(spec.output.bias, spec.post_norm, spec.residual_factor)
         return self._mlp(spec, pack) if isinstance(spec, MLP) else self._attention(spec, pack)
 
     def _mlp(self, spec: MLP, pack: Pack) -> PackedMLP:
-        total, width = len(pack.parts), spec.norm.weight.shape[0]
+        total, width = len(pack.parts), len(spec.output.weight)
         rows = total + pack.candidates
         gate_up = Projection(self._arithmetic.buffer("packed gate and up", 2 * rows, width), None)
         sources = {
@@ -61,6 +61,8 @@ class PackedSublayers(Sequence[SubLayer]):
         return PackedMLP(
             block=replace(spec.block, num_channels=total),
             norm=spec.norm,
+            post_norm=spec.post_norm,
+            residual_factor=spec.residual_factor,
             gate=gate,
             up=up,
             output=Projection(output_rows.t(), spec.output.bias),
@@ -81,6 +83,7 @@ class PackedSublayers(Sequence[SubLayer]):
         return replace(
             spec,
             block=replace(spec.block, kv_of_head=heads.kv_of_head),
+            kv_of_head=heads.kv_of_head,
             query=heads.query,
             key=heads.key,
             value=heads.value,

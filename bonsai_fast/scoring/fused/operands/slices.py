@@ -79,9 +79,9 @@ class CompactSlices:
             self._index = {"gate": _Index(ops.KeptLists.of(keep), 1, device)}
             self._index["up"] = self._index["output"] = self._index["gate"]
         else:
-            width = spec.block.head_dim
+            width = spec.head_dim
             self._multiple = 1  # heads are not padded
-            heads = ops.HeadLists.reading(keep, spec.block.kv_of_head)
+            heads = ops.HeadLists.reading(keep, spec.kv_of_head)
             counts = heads.query.count.tolist()
             self._kv_of_kept = [
                 tuple(slots[:count].tolist())

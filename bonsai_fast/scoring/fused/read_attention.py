@@ -1,0 +1,174 @@
+"""Reads what an attention sub-layer computes from its module."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from bonsai_fast.models import AttentionBlock
+from bonsai_fast.scoring.fused.layer_modules import LayerModules
+from bonsai_fast.scoring.fused.parent import (
+    Attention,
+    Norm,
+    Projection,
+    UnsupportedStructureError,
+)
+from bonsai_fast.scoring.fused.read_rotary import read_rotary
+
+# what changes attention on long texts only, where no check on a few tokens sees it
+LONG_TEXT_OPTIONS = ("llama_4_scaling_beta",)
+
+
+def read_attention(
+    modules: LayerModules,
+    block: AttentionBlock,
+    config: Any,
+    *,
+    norm: Norm | None,
+    post_norm: Norm | None,
+    residual_factor: float,
+    rotary_kinds: bool,
+) -> Attention:
+    """Describe an attention sub-layer.
+
+    Args:
+        modules: of its layer.
+        block: its units.
+        config: of the model.
+        norm, post_norm, residual_factor: see `Attention`.
+        rotary_kinds: see `Structure`.
+    Raises:
+        UnsupportedStructureError: something in it is unknown.
+    """
+    name = modules.inside(block.module)
+    module = modules.layer.get_submodule(name)
+    query, key, value = _projections(modules, module, name, block)
+    head_dim, kv_of_head = _heads(module, block, query, key)
+    query_norm, key_norm, norms_all_heads = _head_norms(
+        modules, module, name, block, head_dim, kv_of_head
+    )
+    scale = getattr(module, "scaling", None)
+    if not isinstance(scale, int | float):
+        raise UnsupportedStructureError(f"{block.module} has no scaling")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedStructureError(f"{block.module} clips q, k and v")
+    _check_long_texts(block, config)
+    kinds = getattr(config, "layer_types", None)
+    kind = str(kinds[block.layer]) if rotary_kinds and kinds is not None else ""
+    return Attention(
+        block=block,
+        norm=norm,
+        post_norm=post_norm,
+        residual_factor=residual_factor,
+        query=query,
+        key=key,
+        value=value,
+        output=modules.linear(modules.inside(block.output)),
+        head_dim=head_dim,
+        kv_of_head=kv_of_head,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        norms_all_heads=norms_all_heads,
+        scale=float(scale),
+        softcap=getattr(module, "attn_logit_softcapping", None),
+        window=_window(config, module, block),
+        rotary=read_rotary(module, block.module, kind),
+    )
+
+
+def _projections(
+    modules: LayerModules, module: nn.Module, name: str, block: AttentionBlock
+) -> list[Projection]:
+    if hasattr(module, "qkv_proj"):
+        qkv = modules.linear(f"{name}.qkv_proj")
+        if block.whole is not None:
+            raise UnsupportedStructureError(f"{block.module} has a fused qkv_proj of its own kind")
+        heads, kv_heads = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+        return split_rows(qkv, (heads, kv_heads, kv_heads))
+    if all(hasattr(module, f"{part}_proj") for part in "qkv"):
+        return [modules.linear(f"{name}.{part}_proj") for part in "qkv"]
+    raise UnsupportedStructureError(f"{block.module} has no q_proj, k_proj and v_proj")
+
+
+def split_rows(projection: Projection, sizes: tuple[int, ...]) -> list[Projection]:
+    """A fused projection as its parts, which share its memory."""
+    bias = projection.bias
+    biases = [None] * len(sizes) if bias is None else list(bias.split(sizes))
+    return [Projection(w, b) for w, b in zip(projection.weight.split(sizes), biases, strict=True)]
+
+
+def _heads(
+    module: nn.Module, block: AttentionBlock, query: Projection, key: Projection
+) -> tuple[int, tuple[int, ...]]:
+    """Width of a head, and the KV head that each query head reads.
+
+    A block whose heads cannot be removed alone does not know them.
+    """
+    if block.whole is None:
+        return block.head_dim, block.kv_of_head
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise UnsupportedStructureError(f"{block.module} has no head_dim")
+    heads, kv_heads = (len(part.weight) // head_dim for part in (query, key))
+    if kv_heads == 0 or heads % kv_heads or heads * head_dim != block.part_width:
+        raise UnsupportedStructureError(
+            f"{block.module}: {len(query.weight)} rows of q and {len(key.weight)} of k are not "
+            f"heads of {head_dim}"
+        )
+    return head_dim, tuple(kv for kv in range(kv_heads) for _ in range(heads // kv_heads))
+
+
+def _head_norms(
+    modules: LayerModules,
+    module: nn.Module,
+    name: str,
+    block: AttentionBlock,
+    head_dim: int,
+    kv_of_head: tuple[int, ...],
+) -> tuple[Norm | None, Norm | None, bool]:
+    """Norms of q and k, and whether they are of all heads together."""
+    found = [
+        modules.norm(f"{name}.{part}")
+        if isinstance(getattr(module, part, None), nn.Module)
+        else None
+        for part in ("q_norm", "k_norm")
+    ]
+    counts = (len(kv_of_head), max(kv_of_head) + 1)
+    of_one, of_all = [], []
+    for norm, count in zip(found, counts, strict=True):
+        if norm is not None and norm.weight is not None:
+            of_one.append(norm.weight.shape == (head_dim,))
+            of_all.append(norm.weight.shape == (count * head_dim,))
+    if all(of_one):
+        return found[0], found[1], False
+    if not all(of_all) or block.whole is None:
+        raise UnsupportedStructureError(
+            f"{block.module}: expected norms of q and k over one head each, or heads that are "
+            f"removed together only"
+        )
+    return found[0], found[1], True
+
+
+def _check_long_texts(block: AttentionBlock, config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for option in LONG_TEXT_OPTIONS:
+        if rope.get(option) is not None:
+            raise UnsupportedStructureError(
+                f"{block.module} scales queries by their position ({option})"
+            )
+
+
+def _window(config: Any, module: nn.Module, block: AttentionBlock) -> int | None:
+    if hasattr(module, "sliding_window"):
+        return cast("int | None", module.sliding_window)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        kind = kinds[block.layer]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedStructureError(
+                f"{block.module}: expected full_attention or sliding_attention, got {kind}"
+            )
+        return int(config.sliding_window) if kind == "sliding_attention" else None
+    # a class without the option has a model without windows, whatever config.json says
+    return config.sliding_window if hasattr(type(config), "sliding_window") else None
