@@ -160,15 +160,15 @@ def _check_long_texts(block: AttentionBlock, config: Any) -> None:
 
 
 def _window(config: Any, module: nn.Module, block: AttentionBlock) -> int | None:
-    if hasattr(module, "sliding_window"):
-        return cast("int | None", module.sliding_window)
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
+    if kinds is not None:  # masks are made from these, whatever the module has
         kind = kinds[block.layer]
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedStructureError(
                 f"{block.module}: expected full_attention or sliding_attention, got {kind}"
             )
         return int(config.sliding_window) if kind == "sliding_attention" else None
+    if hasattr(module, "sliding_window"):
+        return cast("int | None", module.sliding_window)
     # a class without the option has a model without windows, whatever config.json says
     return config.sliding_window if hasattr(type(config), "sliding_window") else None

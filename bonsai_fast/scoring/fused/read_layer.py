@@ -39,7 +39,7 @@ class _Norms(NamedTuple):
     @property
     def parallel(self) -> bool:
         """Whether both sub-layers read the same norm, and so the same states."""
-        return self.attention == self.mlp
+        return self.attention is not None and self.attention == self.mlp
 
 
 ARRANGEMENTS = (

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from families import VOCABULARY
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedModel,
@@ -85,6 +91,27 @@ def smollm3(**changes: Any) -> PreTrainedModel:
     return randomised(SmolLM3ForCausalLM(config), 34)
 
 
+def cohere(**changes: Any) -> PreTrainedModel:
+    """Attention and MLP in parallel behind one layer norm; columns that are turned alternate."""
+    config = CohereConfig(**SIZES | {"logit_scale": 0.7, "attention_bias": True} | changes)
+    return randomised(CohereForCausalLM(config), 35)
+
+
+def cohere2(**changes: Any) -> PreTrainedModel:
+    """Layers without a window have no positions."""
+    config = Cohere2Config(
+        **SIZES | {"logit_scale": 0.7, "layer_types": LAYERS, "sliding_window": 5} | changes
+    )
+    return randomised(Cohere2ForCausalLM(config), 36)
+
+
+def glm4(**changes: Any) -> PreTrainedModel:
+    """Half of each head is turned, in alternating columns; a norm behind each sub-layer."""
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+    config = Glm4Config(**SIZES | {"rope_parameters": rope, "attention_bias": True} | changes)
+    return randomised(Glm4ForCausalLM(config), 37)
+
+
 SCORED_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    build.__name__: build for build in (gemma2, gemma3, granite, smollm3)
+    build.__name__: build for build in (gemma2, gemma3, granite, smollm3, cohere, cohere2, glm4)
 }
