@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -34,3 +36,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def check_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise OSError if the disk of a folder, which need not exist, has less room than that."""
+    free = shutil.disk_usage(existing_folder(folder)).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {num_bytes / 1e9:.2f} GB on the disk of {folder}, "
+            f"{free / 1e9:.2f} GB are free; choose an output on another disk",
+        )

@@ -30,6 +30,7 @@ from bonsai_fast.methods import METHODS, WEIGHT_METHODS, Search, Task, configure
 from bonsai_fast.methods.allocation import Target
 from bonsai_fast.methods.configure import all_options, common_options
 from bonsai_fast.methods.units.unit_options import UnitOptions
+from bonsai_fast.prune.result_checks import check_result
 from bonsai_fast.prune.units import prepare, pruned_model
 from bonsai_fast.runs.directory import open_run
 from bonsai_fast.runs.identity import RECOVERED
@@ -97,6 +98,7 @@ class Comparison:
             )
         config = resolve(configure(**shared, **values, sparsity=sparsity))
         budget = Target(sparsity=sparsity).removal_budget(self._task.layout)
+        check_result(self.model, self._task.layout, config.options, budget)
         task = replace(self._task, config=config, method=METHODS[method], budget=budget)
         tokens = self.search_tokens
         if tokens is None:

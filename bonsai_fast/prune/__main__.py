@@ -76,14 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
                 stream=options.stream,
             )
             job = job_of(model, tokenizer, config)
+        output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
         if options.plan:
-            print(json.dumps(job.plan(reporter)))
+            print(json.dumps(job.plan(output, reporter)))
             return 0
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return nothing_written()
-    output = Path(options.output or f"runs/{Path(name or NAME).name}-{job.name}")
     return run_job(job, output, reporter)
 
 

@@ -13,9 +13,11 @@ from bonsai_fast.config import PruneConfig
 from bonsai_fast.console import Reporter
 from bonsai_fast.delivery.recover_step import recovery_of
 from bonsai_fast.delivery.result_table import add_recovery
+from bonsai_fast.files import check_room
 from bonsai_fast.methods import WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
+from bonsai_fast.prune.result_checks import check_model_room
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
 from bonsai_fast.prune.tables import plan_table, weight_plan_table
 from bonsai_fast.prune.units import execute, prepare
@@ -43,13 +45,14 @@ class UnitJob:
         """The request as part of a file name."""
         return self.task.config.target_text.replace("=", "-")
 
-    def plan(self, reporter: Reporter) -> dict[str, Any]:
-        """Show the work of the run, and return it as values for JSON.
+    def plan(self, output: Path, reporter: Reporter) -> dict[str, Any]:
+        """Show the work of the run in a directory, and return it as values for JSON.
 
         Raises:
-            ValueError: recovery cannot be done.
+            ValueError, OSError: recovery cannot be done, or the disk has no room.
         """
-        recovery, left_out = self._recovery(Path.cwd())
+        recovery, left_out = self._recovery(output)
+        check_model_room(self.task, output)
         if left_out:
             reporter.warn(left_out)
         task = _with_compensation(self.task, recovery)
@@ -70,6 +73,8 @@ class UnitJob:
                 recovery cannot be done.
         """
         recovery, left_out = self._recovery(output)
+        if not output.exists():
+            check_model_room(self.task, output)
         task = _with_compensation(self.task, recovery)
         run = open_run(output, task.config, task.layout, task.model, task.calibration.sha256)
         return lambda: execute(Search(task, run, reporter), recovery, left_out)
@@ -106,8 +111,9 @@ class WeightJob:
         pattern = str(self.task.choice.pattern).replace(":", "-").replace(" ", "-")
         return f"{self.task.config.method}-{pattern}"
 
-    def plan(self, reporter: Reporter) -> dict[str, Any]:
-        recovery = self._recovery(Path.cwd())
+    def plan(self, output: Path, reporter: Reporter) -> dict[str, Any]:
+        recovery = self._recovery(output)
+        _check_dense_room(self.task.model, output)
         with reporter.busy("timing one layer"):
             plan = weight_plan(self.task)
         table = weight_plan_table(self.task, plan)
@@ -117,6 +123,8 @@ class WeightJob:
 
     def open(self, output: Path, reporter: Reporter) -> Callable[[], Result]:
         task, recovery = self.task, self._recovery(output)
+        if not output.exists():
+            _check_dense_room(task.model, output)
         sha256 = task.calibration.sha256 if task.calibration is not None else None
         run = open_weight_run(output, task.config, task.model, sha256)
         return lambda: execute_weights(task, run, reporter, recovery)
@@ -126,6 +134,10 @@ class WeightJob:
         if recovery is not None:
             recovery.check(self.task.model, folder)
         return recovery
+
+
+def _check_dense_room(model: PreTrainedModel, output: Path) -> None:
+    check_room(output, model.num_parameters() * model.dtype.itemsize, "the pruned model")
 
 
 def job_of(

@@ -19,19 +19,23 @@ from bonsai_fast.evaluation.text import (
 )
 from bonsai_fast.methods import EXPERT_METHODS, WEIGHT_METHODS
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.surgery.save import check_savable
 
 # methods over units that differentiate, perturb or change the model itself
 NEED_THE_MODEL = ("flap", "mini-llm", "taylor")
 
 
-def check_model(model: PreTrainedModel, config: ResolvedConfig[Any]) -> None:
+def check_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ResolvedConfig[Any]
+) -> None:
     """Refuse a model that the request cannot be met on.
 
     Raises:
         ValueError: its layers are streamed and the request needs all of them in memory, a weight is
-            NaN or Inf, or a task is unknown.
+            NaN or Inf, the model or its tokenizer cannot be saved, or a task is unknown.
     """
     _check_streamed(model, config)
+    check_savable(model, tokenizer)
     check_finite(model, "the model")
     if config.tasks is not None:
         check_tasks(config.task_names)

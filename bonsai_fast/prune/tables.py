@@ -24,6 +24,12 @@ def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
     layout = task.layout
     table = _plan_table(f"plan for {task.config.target_text}")
     table.add_row("units", ", ".join(f"{n:,} {kind}" for kind, n in layout.num_by_kind.items()))
+    for kind, reason in layout.refused.items():
+        table.add_row(f"not offered: {kind}", reason)
+    why_hooks = task.scorer.why_hooks
+    name = task.scorer.engine.name
+    why = f", because the fused engine does not support it: {why_hooks}" if why_hooks else ""
+    table.add_row("engine", f"{name}{why}")
     table.add_row(
         "to remove",
         f"{task.budget:,} of {layout.num_decoder_parameters:,} decoder parameters "

@@ -25,6 +25,7 @@ from bonsai_fast.prune.request_checks import (
     check_units,
     evaluation_text,
 )
+from bonsai_fast.prune.result_checks import check_not_empty, check_result
 from bonsai_fast.prune.run_result import PruneResult, record_result
 from bonsai_fast.recovery.recover_model import Recovery
 from bonsai_fast.runs.mask_files import load_mask
@@ -42,10 +43,12 @@ def prepare(
     """
     config = resolve(request)
     options = config.options
-    check_model(model, config)
+    check_model(model, tokenizer, config)
     layout = Layout.of(model, attention=options.attention, sublayers=options.sublayers)
+    check_not_empty(model, layout)
     check_units(layout, config)
     budget = Target.parse(config.target_text).removal_budget(layout)  # refuses the impossible
+    check_result(model, layout, options, budget)
     length = config.sequence_length or longest_window(model)
     calibration = calibration_text(config, tokenizer, model, length)
     evaluation = evaluation_text(config, tokenizer, model)

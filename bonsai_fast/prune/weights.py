@@ -47,7 +47,7 @@ def prepare_weights(
     config = resolve(request)
     method = WEIGHT_METHODS[config.method]
     choice = Choice.of(config)
-    check_model(model, config)
+    check_model(model, tokenizer, config)
     layers = linears_by_layer(model)
     _check_shapes(layers, choice)
     calibration = None

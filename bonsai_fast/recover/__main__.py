@@ -60,8 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
             save_config(save_to, model=name, **asdict(options), **values)
         with reporter.busy(f"loading {name} and its parent"):
             job = _job(source, options, config, reporter)
+        output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
         if options.plan:
-            shown = job.plan(reporter)
+            shown = job.plan(output, reporter)
             if not is_helper():
                 print(json.dumps(shown))
             return 0
@@ -69,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE_ERROR if is_helper() else fail(error)
     except KeyboardInterrupt:
         return nothing_written()
-    output = Path(options.output or f"{name.rstrip('/')}-{options.method}")
     if is_helper():
         job.help_out(output)
         return 0

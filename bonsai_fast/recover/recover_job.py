@@ -28,6 +28,7 @@ from bonsai_fast.evaluation.text import (
     evaluation_sequences,
     longest_window,
 )
+from bonsai_fast.files import check_room
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.recover.recover_result import RecoverResult
 from bonsai_fast.recover.student_checks import (
@@ -42,6 +43,7 @@ from bonsai_fast.recovery.recover_model import Recovery, prepare_recovery
 from bonsai_fast.recovery.tiers import steps_of
 from bonsai_fast.report.recovered_page import write_recovered_report
 from bonsai_fast.runs.directory import RecoverRun, open_recover_run
+from bonsai_fast.surgery.save import check_savable
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +67,14 @@ class RecoverJob:
     zeros: float
     report: dict[str, Any]
 
-    def plan(self, reporter: Reporter) -> dict[str, Any]:
-        """Show the work, and return it as values for JSON.
+    def plan(self, output: Path, reporter: Reporter) -> dict[str, Any]:
+        """Show the work in a directory, and return it as values for JSON.
 
         Raises:
-            ValueError: a tier cannot do it.
+            ValueError, OSError: a tier cannot do it, or the disk has no room.
         """
-        self.recovery.check(self.student, Path.cwd())
+        self.recovery.check(self.student, output)
+        self._check_room(output)
         table = Table(title=f"plan for {self.config.recover}", show_header=False)
         table.add_row("calibration", f"{self.calibration.source}: {self.calibration.description}")
         held_out = self.recovery.held_out
@@ -88,9 +91,15 @@ class RecoverJob:
                 cannot do it.
         """
         self.recovery.check(self.student, output)
+        if not output.exists():
+            self._check_room(output)
         teacher, sha256 = self.recovery.teacher, self.calibration.sha256
         run = open_recover_run(output, self.config, self.student, teacher, sha256)
         return lambda: self._execute(run, reporter)
+
+    def _check_room(self, output: Path) -> None:
+        size = self.student.num_parameters() * self.student.dtype.itemsize
+        check_room(output, size, "the recovered model")
 
     def help_out(self, output: Path) -> None:
         """Help another process that executes the same request in this directory."""
@@ -159,6 +168,7 @@ def recover_job(
     for what, model in (("the pruned model", student), ("the parent", teacher)):
         check_quantised(model.config, what)
         check_finite(model, what)
+    check_savable(student, tokenizer)
     check_heads(student, teacher)
     if student_tokenizer is not None:
         check_tokenizers(student_tokenizer, tokenizer)

@@ -20,6 +20,7 @@ from bonsai_fast.console import Reporter
 from bonsai_fast.evaluation.recovery_text import recovery_text, training_sequences
 from bonsai_fast.evaluation.text import Sequences, longest_window
 from bonsai_fast.evaluation.text_sources import HUB_DATASETS
+from bonsai_fast.files import existing_folder
 from bonsai_fast.layerwise import Sweep
 from bonsai_fast.recovery.helper_processes import call_helpers, help_out
 from bonsai_fast.recovery.recovery_progress import RecoveryProgress
@@ -89,7 +90,7 @@ class Recovery:
         Raises:
             ValueError: a tier cannot do it, or the disk has no room.
         """
-        place = _existing(folder)
+        place = existing_folder(folder)
         for name, tier in self.tiers.items():
             task = self._task(name, student, place, Reporter(quiet=True))
             if name in BY_LAYER:
@@ -298,9 +299,3 @@ def _report(done: TierRecord, reporter: Reporter) -> None:
 def _folder_of(folder: Path, place: int, name: Tier) -> Path:
     """Where a tier writes."""
     return folder / f"{place + 1}-{name}"
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.resolve()
-    return next(place for place in (folder, *folder.parents) if place.is_dir())

@@ -56,6 +56,7 @@ class MaskScorer:
             the budget limits the batch: give it all memory that is free.
     Attributes:
         engine: what computes the scores.
+        why_hooks: what the fused engine does not support in this model; "" if that was not tried.
     Raises:
         ValueError: unknown engine, route or precision, or the model cannot be scored with these.
     """
@@ -84,6 +85,7 @@ class MaskScorer:
             default_budget(model.device) if memory_budget is None else parse_bytes(memory_budget)
         )
         self._nll = SequenceNLL(model, logit_bytes=logit_bytes_within(self.memory_budget))
+        self.why_hooks = ""
         self.engine = self._make_engine(engine, route)
 
     def __repr__(self) -> str:
@@ -242,6 +244,7 @@ class MaskScorer:
                         f"route: routes exist only in the fused engine, which does not support "
                         f"{name}; omit route {route}"
                     ) from error
+                self.why_hooks = str(error)
         elif self.precision != "full":
             raise ValueError(f"engine hooks supports precision full only, got {self.precision}")
         elif route != "auto":

@@ -56,7 +56,7 @@ class SequenceNLL:
         self._logit_bytes = min(logit_bytes, LOGIT_CHUNK_BYTES)
         self.backbone = model.base_model
         head = model.get_output_embeddings()
-        if head is None or self.backbone is model:
+        if not hasattr(head, "weight") or self.backbone is model:
             raise ValueError(
                 f"{type(model).__name__}: expected a causal language model with a backbone and an "
                 f"LM head, e.g. from AutoModelForCausalLM"

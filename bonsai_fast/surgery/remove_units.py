@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.ops.native import take
 from bonsai_fast.surgery.kept import Kept, kept_by
+from bonsai_fast.surgery.save import check_unquantized
 from bonsai_fast.surgery.skeleton import build_structure
 
 
@@ -41,7 +42,7 @@ def remove_units(
             offloaded or spread over devices, or its family has no class for such a result.
     """
     layout.check_mask(keep_mask, dims=1)
-    _check_model(model, layout)
+    check_removable(model, layout)
     kept = kept_by(model, layout, keep_mask.cpu())
     child = build_structure(model, kept)
     move_in(child, model, kept)
@@ -51,11 +52,14 @@ def remove_units(
     return child
 
 
-def _check_model(model: PreTrainedModel, layout: Layout) -> None:
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantized: prune it before quantization, or call model.dequantize() first"
-        )
+def check_removable(model: PreTrainedModel, layout: Layout) -> None:
+    """Refuse a model that units cannot be removed from.
+
+    Raises:
+        ValueError: the model is quantized, offloaded or spread over devices, or `layout` is another
+            model's.
+    """
+    check_unquantized(model)
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(

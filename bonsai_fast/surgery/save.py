@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,7 @@ def save_pretrained(
             `overwrite` is not set.
         OSError: it cannot be written, for example because the disk is full; no part of it is left.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("the model is quantized: save it with its own save_pretrained")
+    check_unquantized(model)
     if removed_attention not in get_args(RemovedAttentionForm):
         raise ValueError(
             f"removed_attention: expected 'absent' or 'stub', got {removed_attention!r}"
@@ -77,6 +77,31 @@ def save_pretrained(
             write_streamed(model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+
+
+def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what `save_pretrained` could not write; asked before any work.
+
+    Raises:
+        ValueError: the model is quantized, or the tokenizer cannot be saved.
+    """
+    check_unquantized(model)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise ValueError(
+                f"{type(tokenizer).__name__} cannot be saved with the pruned model: "
+                f"{str(error) or 'it has no vocabulary to write'}"
+            ) from error
+
+
+def check_unquantized(model: PreTrainedModel) -> None:
+    """Raise ValueError if the weights are quantized."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized: prune it before quantization, or call model.dequantize() first"
+        )
 
 
 @contextmanager

@@ -227,7 +227,7 @@ def test_a_tier_refuses_before_work(tiers: tuple[Scale, Scale], tmp_path: Path) 
         prune(tmp_path / "run", recover="distill")
     config = bf.configure(**SMALL, recover="distill")
     with pytest.raises(ValueError, match="pip install peft"):
-        job_of(tiny_llama(), byte_tokenizer(), config).plan(QUIET)
+        job_of(tiny_llama(), byte_tokenizer(), config).plan(Path("run"), QUIET)
     assert not (tmp_path / "run").exists() and not tiers[0].tasks
     (tmp_path / "text.txt").write_text("a text of some words " * 400)
     (tmp_path / "other.txt").write_text("another text of words " * 400)
@@ -239,7 +239,7 @@ def test_a_tier_refuses_before_work(tiers: tuple[Scale, Scale], tmp_path: Path) 
 def test_the_plan_says_what_tiers_read(tiers: tuple[Scale, Scale]) -> None:
     tiers[1].disk_bytes = 5000
     config = bf.configure(**SMALL, recover="distill", recover_tokens=640)
-    found = job_of(tiny_llama(), byte_tokenizer(), config).plan(QUIET)
+    found = job_of(tiny_llama(), byte_tokenizer(), config).plan(Path("run"), QUIET)
     assert found["recovery"] == {
         "compensate": {"tokens": 128, "disk_bytes": 0},
         "distill": {"tokens": 640, "disk_bytes": 5000},

@@ -86,7 +86,13 @@ def _check_alike(layout: Layout, attention: list[Group], mlp: list[Group]) -> No
     layers = layout.decoder.num_layers
     forms = {tuple(group.part_of_unit.tolist()) for group in attention}
     widths = {len(group) for group in mlp}
-    if len(attention) != layers or len(mlp) != layers or len(forms) != 1 or len(widths) != 1:
+    # a model whose heads cannot be removed one by one has none of their groups
+    if (
+        len(attention) not in (0, layers)
+        or len(mlp) != layers
+        or len(forms) > 1
+        or len(widths) != 1
+    ):
         raise ValueError(
             "uniform: the layers of this model differ already; they cannot become alike"
         )
@@ -97,6 +103,8 @@ def _common(layout: Layout, attention: list[Group], score: np.ndarray) -> list[l
     by_layer = [
         {shape.form: shape for shape in rectangles(layout, group, score)} for group in attention
     ]
+    if not by_layer:
+        return [[]]
     return [
         [shapes[form] for shapes in by_layer]
         for form in by_layer[0]
