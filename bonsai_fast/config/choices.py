@@ -15,6 +15,7 @@ UnitMethodName = Literal[
     "taylor",
     "policy-gradient",
     "mini-llm",
+    "reap",
 ]
 WeightMethodName = Literal["magnitude", "wanda", "sparsegpt"]
 MethodName = Literal[UnitMethodName, WeightMethodName]
@@ -27,7 +28,7 @@ CompareWithin = Literal["layer", "input", "input-128", "output", "output-128"]
 
 # how it is found
 RegressionName = Literal["groups", "ridge", "paper"]
-PriorName = Literal["wanda", "activation", "fluctuation", "uniform", "obs"]
+PriorName = Literal["wanda", "activation", "fluctuation", "uniform", "obs", "reap"]
 PriorOrAuto = Literal["auto", PriorName]
 Granularity = Literal["units", "blocks", "layers"]
 GranularityOrShares = Literal[Granularity, "shares"]

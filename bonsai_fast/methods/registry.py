@@ -12,6 +12,7 @@ from bonsai_fast.methods.units.flap import Flap
 from bonsai_fast.methods.units.layerwise import LayerwisePPL
 from bonsai_fast.methods.units.mini_llm.mini_llm import MiniLLM
 from bonsai_fast.methods.units.policy_gradient.policy_gradient import PolicyGradient
+from bonsai_fast.methods.units.reap import Reap
 from bonsai_fast.methods.units.taylor import Taylor
 from bonsai_fast.methods.weights.magnitude import Magnitude
 from bonsai_fast.methods.weights.sparsegpt import SparseGPT
@@ -29,10 +30,21 @@ METHODS: dict[str, Method[Any]] = {
     "taylor": Taylor(),
     "policy-gradient": PolicyGradient(),
     "mini-llm": MiniLLM(),
+    "reap": Reap(),
 }
 
 # those that can say what an expert is worth
-EXPERT_METHODS: tuple[UnitMethodName, ...] = ("magnitude-l1", "magnitude-l2", "random")
+EXPERT_METHODS: tuple[UnitMethodName, ...] = (
+    "bonsai",
+    "reap",
+    "wanda-sp",
+    "magnitude-l1",
+    "magnitude-l2",
+    "random",
+    "layerwise-ppl",
+    "taylor",
+    "policy-gradient",
+)
 
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "magnitude": Magnitude(),
@@ -53,6 +65,7 @@ SUMMARIES: dict[MethodName, str] = {
     "policy-gradient": "learns from losses with what probability each part should be kept.",
     "mini-llm": "removes units with small weights times gradients times activations; the gradients "
     "are estimated from losses.",
+    "reap": "removes experts (of a mixture) with small outputs where the router chooses them.",
     "magnitude": "sets small weights to zero. It reads no text.",
     "wanda": "sets weights to zero that are small when multiplied by the size of their input.",
     "sparsegpt": "sets weights to zero and adjusts the others to make up for them.",

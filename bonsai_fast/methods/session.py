@@ -16,7 +16,7 @@ from bonsai_fast.evaluation.text import ledger_key
 from bonsai_fast.files import write_atomically
 from bonsai_fast.methods.allocation import finish
 from bonsai_fast.methods.importance.prior import unit_prior
-from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.importance.statistics import collect_statistics, unreached_experts
 from bonsai_fast.methods.importance.surgeon_prior import surgeon_prior
 from bonsai_fast.methods.regression import Regression, save_regression
 from bonsai_fast.methods.task import O_co, Task
@@ -185,6 +185,8 @@ class Search(Generic[O_co]):
                     memory_budget=task.config.memory_budget,
                 )
             statistics = collect_statistics(task.scorer, keep, input_ids)
+            for note in unreached_experts(task.layout, keep, statistics):
+                self.reporter.warn(note)
             return unit_prior(name, task.model, task.layout, statistics)
 
         return self.importance(stage, prior, input_ids.numel())

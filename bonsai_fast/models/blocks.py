@@ -140,6 +140,7 @@ class ExpertsBlock:
         experts: path of the module that holds the experts' weights, inside `module`.
         num_experts: E.
         num_channels: intermediate size I of an expert.
+        transposed: whether an expert's part of the output projections is [I, D], not [D, I].
         top_k: how many experts a token passes.
         fewest: experts that the router needs to work at all, mostly 1.
         cuts: the weights of each expert, along the dimension that counts experts.
@@ -155,6 +156,7 @@ class ExpertsBlock:
     experts: str
     num_experts: int
     num_channels: int
+    transposed: bool
     top_k: int
     fewest: int
     cuts: tuple[Cut, ...]

@@ -39,8 +39,8 @@ def find_experts(
     if not owner:
         raise ValueError(f"{path}.{name}: expected the experts inside a module of their own")
     down = experts.get_parameter(OUTPUT)
-    # both orders exist: [E, D, I], and [E, I, D] in gpt-oss
-    num_channels = down.shape[1 if getattr(experts, "is_transposed", False) else 2]
+    transposed = bool(getattr(experts, "is_transposed", False))
+    num_channels = down.shape[1 if transposed else 2]
     num_experts = len(down)
     prefix = f"{path}.{owner}"
     router = next(
@@ -55,7 +55,9 @@ def find_experts(
     cuts: list[Cut] = []
     buffers: list[Cut] = []
     fewest, top_k = 1, 1
-    if router is None:
+    if not hasattr(experts, "has_gate"):
+        reason = "its experts do not run by the interface that transformers has for experts"
+    elif router is None:
         reason = "no module with a row for each expert was found beside the experts"
     elif stray := _stray(mixture, router, name[len(owner) + 1 :], num_experts):
         reason = f"{stray} has an index for each expert and belongs neither to them nor the router"
@@ -76,6 +78,7 @@ def find_experts(
         f"{path}.{name}",
         num_experts,
         num_channels,
+        transposed,
         top_k,
         fewest,
         tuple(cuts),

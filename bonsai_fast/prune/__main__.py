@@ -1,8 +1,8 @@
-"""Make a model smaller: remove attention heads, MLP channels or single weights.
+"""Make a model smaller: remove attention heads, MLP channels, experts or single weights.
 
-Methods that remove heads and channels, which makes the model faster in every engine:
+Methods that remove heads, channels and experts, which makes the model faster in every engine:
   bonsai, wanda-sp, magnitude-l1, magnitude-l2, random, layerwise-ppl, flap, taylor,
-  policy-gradient, mini-llm
+  policy-gradient, mini-llm, reap (experts alone)
 Methods that set single weights to zero: magnitude, wanda, sparsegpt
 
 --method NAME --help shows the options of one method. Progress and tables are written to stderr; the

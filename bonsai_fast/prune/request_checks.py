@@ -45,9 +45,13 @@ def check_units(layout: Layout, config: ResolvedConfig[Any]) -> None:
     """Refuse a method that cannot say what the units of a layout are worth.
 
     Raises:
-        ValueError: there are experts, and the method knows none.
+        ValueError: there are experts, and the method or its prior knows none.
     """
-    if "expert" in layout.kinds and config.method not in EXPERT_METHODS:
+    if "expert" not in layout.kinds:
+        return
+    if getattr(config.options, "prior", None) == "obs":
+        raise ValueError("prior obs: it refits one projection, and experts have one each; use reap")
+    if config.method not in EXPERT_METHODS:
         raise ValueError(
             f"method {config.method}: it cannot say what an expert is worth; for a mixture of "
             f"experts use one of {', '.join(EXPERT_METHODS)}"

@@ -30,6 +30,7 @@ def _row(layout: LayoutRecord, layer: int, keep: torch.Tensor) -> LayerRow:
     heads: list[bool] = []
     kv_of_head: tuple[int, ...] = ()
     channels_kept = channels = 0
+    is_mixture = False
     whole = {"attention": True, "mlp": True}
     for group in (group for group in layout.groups if group.layer == layer):
         kept = keep[group.start : group.stop].tolist()
@@ -39,12 +40,14 @@ def _row(layout: LayoutRecord, layer: int, keep: torch.Tensor) -> LayerRow:
             heads, kv_of_head = _heads(group, kept), group.kv_of_head
         else:
             channels, channels_kept = len(kept), sum(kept)
+            is_mixture = group.kind == "expert"
     return LayerRow(
         layer,
         tuple(kept and whole["attention"] for kept in heads),
         kv_of_head,
         channels_kept if whole["mlp"] else 0,
         channels,
+        is_mixture,
     )
 
 

@@ -176,6 +176,8 @@ def _kept(run: RunRecord, left_out: list[LeftOut]) -> dict[str, Any] | None:
         "heads": sum(len(row.heads) for row in rows),
         "kv_groups_kept": sum(row.kv_groups_kept for row in rows),
         "kv_groups": sum(row.kv_groups for row in rows),
-        "channels_kept": sum(row.channels_kept for row in rows),
-        "channels": sum(row.channels for row in rows),
+        "channels_kept": sum(row.channels_kept for row in rows if not row.is_mixture),
+        "channels": sum(row.channels for row in rows if not row.is_mixture),
+        "experts_kept": sum(row.channels_kept for row in rows if row.is_mixture),
+        "experts": sum(row.channels for row in rows if row.is_mixture),
     }

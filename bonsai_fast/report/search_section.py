@@ -22,6 +22,7 @@ KINDS = {
     "head": "query heads",
     "kv_group": "KV groups",
     "channel": "MLP channels",
+    "expert": "experts",
     "attention": "attention sub-layers",
     "mlp": "MLP sub-layers",
 }

@@ -14,7 +14,7 @@ from bonsai_fast.methods.allocation.rectangular_heads import make_rectangular
 from bonsai_fast.methods.allocation.round_widths import auto_multiple, round_widths
 from bonsai_fast.methods.allocation.select import check_within
 from bonsai_fast.methods.allocation.uniform import make_uniform
-from bonsai_fast.models import AttentionBlock
+from bonsai_fast.models import AttentionBlock, ExpertsBlock
 from bonsai_fast.models.layout import Layout
 
 TOLERANCE = 0.005  # of the budget
@@ -30,7 +30,8 @@ class Achieved:
         num_parameters: parameters of the pruned model.
         sparsity: removed fraction of the decoder's parameters.
         heads: (query heads, KV heads) kept, by layer.
-        widths: channels kept, by layer.
+        widths: channels kept, by layer; 0 where the layer is a mixture of experts.
+        experts: experts kept, by layer; 0 where there are none.
     """
 
     asked: int
@@ -39,16 +40,20 @@ class Achieved:
     sparsity: float
     heads: tuple[tuple[int, int], ...]
     widths: tuple[int, ...]
+    experts: tuple[int, ...]
 
     @classmethod
     def of(cls, layout: Layout, keep: torch.Tensor, asked: int) -> Achieved:
         """Measure a mask, bool [P]."""
         removed = layout.num_removed_parameters(keep)
-        heads, widths = [(0, 0)] * layout.decoder.num_layers, [0] * layout.decoder.num_layers
+        layers = layout.decoder.num_layers
+        heads, widths, experts = [(0, 0)] * layers, [0] * layers, [0] * layers
         for block, kept in layout.keep_by_block(keep):
             if isinstance(block, AttentionBlock):
                 parts = block.kept_parts(kept)
                 heads[block.layer] = int(kept.sum()), int(parts[block.num_heads :].sum())
+            elif isinstance(block, ExpertsBlock):
+                experts[block.layer] = int(kept.sum())
             else:
                 widths[block.layer] = int(kept.sum())
         return cls(
@@ -58,6 +63,7 @@ class Achieved:
             sparsity=removed / layout.num_decoder_parameters,
             heads=tuple(heads),
             widths=tuple(widths),
+            experts=tuple(experts),
         )
 
     @property
@@ -90,7 +96,7 @@ def finish(
         head_layout: "rectangular": a layer's KV heads serve equally many query heads; "free": heads
             are not changed.
         round_to: MLP widths become multiples of this; "auto": see `auto_multiple`; 1: no rounding.
-        uniform: the same heads and widths in all layers; implies rectangular heads.
+        uniform: the same heads and widths, or experts, in all layers; implies rectangular heads.
     Returns:
         bool [P], and its size.
     Raises:

@@ -24,6 +24,11 @@ def channel_groups(layout: Layout) -> list[Group]:
     return [group for group in layout.groups if group.kind == "channel"]
 
 
+def expert_groups(layout: Layout) -> list[Group]:
+    """The groups whose units are experts."""
+    return [group for group in layout.groups if group.kind == "expert"]
+
+
 def drop_empty(layout: Layout, keep: torch.Tensor) -> torch.Tensor:
     """Mark all units of a sub-layer as removed if none of its parts is kept."""
     keep = keep.clone()

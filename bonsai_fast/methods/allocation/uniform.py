@@ -10,9 +10,11 @@ from bonsai_fast.methods.allocation.parameter_count import (
     attention_groups,
     channel_groups,
     drop_empty,
+    expert_groups,
 )
 from bonsai_fast.methods.allocation.round_widths import round_up, width_ladder
 from bonsai_fast.methods.allocation.select import check_relevance, check_within
+from bonsai_fast.models import ExpertsBlock
 from bonsai_fast.models.layout import Group, Layout
 
 
@@ -25,6 +27,9 @@ def make_uniform(
     multiple: int = 1,
 ) -> torch.Tensor:
     """Give all layers the same number of KV heads, of query heads for each, and of channels.
+
+    In a model with mixtures of experts, these keep the same number of experts, and dense MLPs stay
+    as they are.
 
     Each layer keeps its own most relevant ones. Every shape of the attention is combined with the
     narrowest MLP that the budget allows. The combination nearest to `keep` is chosen: the fewest
@@ -46,8 +51,10 @@ def make_uniform(
     removed = layout.num_removed_parameters(keep)
     budget = removed if budget is None else budget
     check_within(removed, budget)
-    attention, mlp = attention_groups(layout), channel_groups(layout)
+    attention, experts = attention_groups(layout), expert_groups(layout)
+    mlp = experts or channel_groups(layout)
     _check_alike(layout, attention, mlp)
+    multiple = 1 if experts else multiple
 
     # removed sub-layers are restored: a stock class has all of them
     left = drop_empty(layout, keep)
@@ -56,7 +63,8 @@ def make_uniform(
     )
     ladders = [width_ladder(group, keep.numpy(), score) for group in mlp]
     full, cost = len(mlp[0]), mlp[0].num_parameters
-    narrowest = max(1, *(int(np.isinf(score[ladder]).sum()) for ladder in ladders))
+    fewest = max(g.block.fewest if isinstance(g.block, ExpertsBlock) else 1 for g in mlp)
+    narrowest = max(fewest, *(int(np.isinf(score[ladder]).sum()) for ladder in ladders))
     best: tuple[tuple[float, float], list[Shape], int] | None = None
     for shapes in _common(layout, attention, score):
         gone = sum(shape.removed for shape in shapes)
@@ -86,10 +94,11 @@ def _check_alike(layout: Layout, attention: list[Group], mlp: list[Group]) -> No
     layers = layout.decoder.num_layers
     forms = {tuple(group.part_of_unit.tolist()) for group in attention}
     widths = {len(group) for group in mlp}
+    wanted = len(layout.decoder.experts) or layers
     # a model whose heads cannot be removed one by one has none of their groups
     if (
         len(attention) not in (0, layers)
-        or len(mlp) != layers
+        or len(mlp) != wanted
         or len(forms) > 1
         or len(widths) != 1
     ):

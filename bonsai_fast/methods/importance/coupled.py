@@ -38,7 +38,7 @@ def coupled_importance(
     for group in layout.groups:
         block = group.block
         if id(block) not in structures:
-            structures[id(block)] = _by_head_or_channel(block, measure)
+            structures[id(block)] = _by_part(block, measure)
         per_unit = _by_unit(group, structures[id(block)])
         found = per_unit.sum(dim=0) if reduction == "sum" else per_unit.amax(dim=0)
         if not bool(found.isfinite().all()):
@@ -47,11 +47,11 @@ def coupled_importance(
     return importance
 
 
-def _by_head_or_channel(block: Block, measure: Callable[[Cut], torch.Tensor]) -> torch.Tensor:
-    """float64 [structures, query heads or channels]."""
+def _by_part(block: Block, measure: Callable[[Cut], torch.Tensor]) -> torch.Tensor:
+    """float64 [structures, query heads, channels or experts]."""
     rows = []
     for cut in block.cuts:
-        parts = torch.zeros(_num_parts(block), dtype=torch.float64)
+        parts = torch.zeros(block.num_parts, dtype=torch.float64)
         parts.index_add_(0, cut.owner, measure(cut).double().cpu())
         if isinstance(block, AttentionBlock):
             readers = torch.tensor(block.kv_of_head)
@@ -61,13 +61,7 @@ def _by_head_or_channel(block: Block, measure: Callable[[Cut], torch.Tensor]) ->
     return torch.stack(rows)
 
 
-def _num_parts(block: Block) -> int:
-    if isinstance(block, AttentionBlock):
-        return block.num_heads + block.num_kv_heads
-    return block.num_channels
-
-
 def _by_unit(group: Group, structures: torch.Tensor) -> torch.Tensor:
-    """Sums over the heads or channels of each unit: float64 [structures, units]."""
+    """Sums over the parts of each unit: float64 [structures, units]."""
     found = torch.zeros(len(structures), len(group), dtype=torch.float64)
     return found.index_add_(1, group.part_of_unit, structures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import get_args
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from bonsai_fast.checkpoints.streaming import weight
 from bonsai_fast.config.choices import PriorName
 from bonsai_fast.methods.importance.statistics import BlockStatistics, Statistics
-from bonsai_fast.models import Block
+from bonsai_fast.models import Block, ExpertsBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.ops.native import column_mean_abs
 
@@ -24,9 +25,12 @@ def unit_prior(
         activation  mean of |a_c|                                  appendix F.1, equations 4 and 5
         fluctuation var(a_c) * sum over outputs of W[o, c]^2       An et al., arXiv:2312.11983
         uniform     1
+        reap        for experts: mean over the routed tokens of the router's weight times the norm
+                    of the expert's output; for other units as wanda       arXiv:2510.13999
 
     for a column c of the output projection, averaged over the columns of a unit: one for a channel,
-    `head_dim` for a head, those of all its query heads for a KV group.
+    `head_dim` for a head, those of all its query heads for a KV group, and I for an expert, whose
+    input is weighted by the router (see `Statistics`).
 
     Args:
         name: one of the above.
@@ -46,6 +50,8 @@ def unit_prior(
     prior = torch.empty(len(layout), dtype=torch.float64)
     for group in layout.groups:
         prior[group.start : group.stop] = group.mean_over_columns(columns[group.block.output])
+        if name == "reap" and group.kind == "expert":
+            prior[group.start : group.stop] = statistics.experts[group.block.output].saliency
     return prior
 
 
@@ -75,14 +81,23 @@ def _column_importance(
     if name == "activation":
         importance = statistics.mean_abs
     elif name == "fluctuation":
-        norms = weight(model, f"{block.output}.weight").detach().double().square().sum(dim=0).cpu()
-        importance = statistics.variance * norms
+        norms = [found.double().square().sum(dim=0).cpu() for found in _outputs(model, block)]
+        importance = statistics.variance * torch.cat(norms)
     else:
-        found = weight(model, f"{block.output}.weight").detach()
-        importance = column_mean_abs(found).cpu() * statistics.root_mean_square
+        means = [column_mean_abs(found).cpu() for found in _outputs(model, block)]
+        importance = torch.cat(means) * statistics.root_mean_square
     if not bool(importance.isfinite().all()):
         raise ValueError(
             f"{block.output}: its weights or inputs hold NaN or Inf; "
             f"the model is broken or overflows"
         )
     return importance
+
+
+def _outputs(model: PreTrainedModel, block: Block) -> Iterator[torch.Tensor]:
+    """The output projection, or those of all experts in order: [D, columns] each."""
+    if not isinstance(block, ExpertsBlock):
+        yield weight(model, f"{block.output}.weight").detach()
+        return
+    for found in weight(model, block.output).detach():
+        yield found.T if block.transposed else found

@@ -100,7 +100,9 @@ class GroupedBonsai:
     ) -> Proposal:
         task, layout = search.task, search.task.layout
         first, second = texts_of(task)
-        prior = search.prior(task.options.usual_prior, stage, keep, task.calibration.input_ids)
+        prior = search.prior(
+            task.options.usual_prior(layout), stage, keep, task.calibration.input_ids
+        )
         costs = _probe(search, f"{stage}/probes", keep, prior, first)
 
         def proposal(

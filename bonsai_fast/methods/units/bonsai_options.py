@@ -9,6 +9,7 @@ from bonsai_fast.config.choices import PresetName, PriorName, PriorOrAuto, Regre
 from bonsai_fast.config.options import SEARCH, option
 from bonsai_fast.config.presets import Preset
 from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, UnitOptions
+from bonsai_fast.models.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,9 @@ class BonsaiOptions(UnitOptions):
     )
     prior: PriorOrAuto = option(
         "auto",
-        "First guess of what each part is worth: obs, wanda, activation, fluctuation or uniform, "
-        "as for other methods. auto: obs if output projections are refitted afterwards, and plans "
-        "are then scored with theirs refitted; else wanda.",
+        "First guess of what each part is worth: obs, wanda, activation, fluctuation, reap or "
+        "uniform, as for other methods. auto: obs if output projections are refitted afterwards, "
+        "and plans are then scored with theirs refitted; else wanda; reap for experts.",
         group=SEARCH,
         value="PRIOR",
     )
@@ -44,10 +45,11 @@ class BonsaiOptions(UnitOptions):
         read_with={"regression": ("ridge", "paper")},
     )
 
-    @property
-    def usual_prior(self) -> PriorName:
+    def usual_prior(self, layout: Layout) -> PriorName:
         """The prior where sub-models are not scored as compensated."""
-        return "wanda" if self.prior == "auto" else self.prior
+        if self.prior != "auto":
+            return self.prior
+        return "reap" if "expert" in layout.kinds else "wanda"
 
 
 BONSAI_PRESETS: Mapping[PresetName, Preset[BonsaiOptions]] = {

@@ -76,7 +76,7 @@ class PaperBonsai:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         task = search.task
         input_ids, options = task.calibration.input_ids, task.options
-        prior = search.prior(options.usual_prior, stage, keep, input_ids)
+        prior = search.prior(options.usual_prior(task.layout), stage, keep, input_ids)
         if search.recorded_only:
             return *search.recorded(stage), prior
         masks = sample_submodels(

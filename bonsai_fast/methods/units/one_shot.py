@@ -19,7 +19,7 @@ from bonsai_fast.config.presets import Preset
 from bonsai_fast.methods.allocation import equal_shares, select_units, spare_layers
 from bonsai_fast.methods.importance.coupled import coupled_importance
 from bonsai_fast.methods.importance.prior import unit_prior
-from bonsai_fast.methods.importance.statistics import collect_statistics
+from bonsai_fast.methods.importance.statistics import collect_statistics, unreached_experts
 from bonsai_fast.methods.session import Search, finished
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.unit_options import PUBLISHED_SHAPE, SparingOptions
@@ -89,6 +89,8 @@ def wanda(search: Search[SparingOptions]) -> torch.Tensor:
     task = search.task
     everything = torch.ones(len(task.layout), dtype=torch.bool)
     statistics = collect_statistics(task.scorer, everything, task.calibration.input_ids)
+    for note in unreached_experts(task.layout, everything, statistics):
+        search.reporter.warn(note)
     return unit_prior("wanda", task.model, task.layout, statistics)
 
 

@@ -91,6 +91,7 @@ def prior_option(read_with: Mapping[str, Iterable[Any]] | None = None) -> Any:
     help_text = (
         "First guess of what each part is worth: weights times inputs (wanda), inputs alone "
         "(activation), how much they vary (fluctuation), what it costs if the others make up for "
-        "it (obs), or the same for all (uniform)."
+        "it (obs), or the same for all (uniform). reap: an expert's output times its router weight "
+        "where it is chosen; wanda for the rest."
     )
     return option("wanda", help_text, group=SEARCH, read_with=read_with)

@@ -31,7 +31,7 @@ CHOOSING = 4
 
 
 class Compensate:
-    """Refits the output projection of every sub-layer that lost parts."""
+    """Refits the output projection of every sub-layer that lost parts; experts keep theirs."""
 
     name = "compensate"
 
@@ -85,6 +85,8 @@ class Compensate:
             for refit in refits
             if refit.ridge is None
         ]
+        if find_decoder(task.student).experts:
+            notes.append("experts keep their weights: only single output projections are refitted")
         record = LayerRecord(task.folder / "layers")
         if after > before:
             notes.append(

@@ -21,7 +21,9 @@ class LayerRow:
         layer: its number.
         heads: whether each query head is kept; empty if the parent has no attention there.
         kv_of_head: the KV head that each of them reads.
-        channels_kept, channels: of the MLP; 0 and 0 if the parent has none there.
+        channels_kept, channels: of the MLP, or experts of a mixture; 0 and 0 if the parent has none
+            there.
+        is_mixture: whether they are experts.
     """
 
     layer: int
@@ -29,6 +31,7 @@ class LayerRow:
     kv_of_head: tuple[int, ...]
     channels_kept: int
     channels: int
+    is_mixture: bool = False
 
     @property
     def heads_kept(self) -> int:
