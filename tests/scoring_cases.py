@@ -17,7 +17,10 @@ from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.engine import FusedEngine
 from bonsai_fast.surgery import remove_units
 
-FUSED = ["llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma", "phi3"]
+FUSED = [
+    *("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma", "phi3"),
+    *("phi", "phi_gqa"),
+]
 
 
 def wide_heads(family: str, **changes: Any) -> PreTrainedModel:

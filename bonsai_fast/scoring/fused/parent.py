@@ -117,11 +117,12 @@ class Attention:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MLP:
-    """One gated MLP: output(activation(gate(x)) * up(x)).
+    """One MLP: output(activation(gate(x)) * up(x)), or output(activation(up(x))) without a gate.
 
     Attributes:
         block: its units.
         norm, post_norm, residual_factor, output: as of `Attention`.
+        gate: None: there is no gate.
         activation_name: the name that ops have for the activation; None if they do not have it.
     """
 
@@ -129,7 +130,7 @@ class MLP:
     norm: Norm | None
     post_norm: Norm | None
     residual_factor: float
-    gate: Projection
+    gate: Projection | None
     up: Projection
     output: Projection
     activation: Callable[[Tensor], Tensor]
@@ -139,6 +140,12 @@ class MLP:
     def num_parts(self) -> int:
         """Number of channels."""
         return self.block.num_channels
+
+    @property
+    def inputs(self) -> dict[str, Projection]:
+        """The projections whose rows are channels, by name: gate if there is one, then up."""
+        gate = {} if self.gate is None else {"gate": self.gate}
+        return {**gate, "up": self.up}
 
 
 @dataclass(frozen=True, eq=False)

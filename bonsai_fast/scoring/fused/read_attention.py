@@ -16,6 +16,8 @@ from bonsai_fast.scoring.fused.parent import (
 )
 from bonsai_fast.scoring.fused.read_rotary import read_rotary
 
+# names of the norms of q, and of k
+HEAD_NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))
 # what changes attention on long texts only, where no check on a few tokens sees it
 LONG_TEXT_OPTIONS = ("llama_4_scaling_beta",)
 
@@ -128,12 +130,10 @@ def _head_norms(
     kv_of_head: tuple[int, ...],
 ) -> tuple[Norm | None, Norm | None, bool]:
     """Norms of q and k, and whether they are of all heads together."""
-    found = [
-        modules.norm(f"{name}.{part}")
-        if isinstance(getattr(module, part, None), nn.Module)
-        else None
-        for part in ("q_norm", "k_norm")
-    ]
+    found = []
+    for names in HEAD_NORMS:
+        present = [part for part in names if isinstance(getattr(module, part, None), nn.Module)]
+        found.append(modules.norm(f"{name}.{present[0]}") if present else None)
     counts = (len(kv_of_head), max(kv_of_head) + 1)
     of_one, of_all = [], []
     for norm, count in zip(found, counts, strict=True):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from bonsai_fast.models import MLPBlock
 from bonsai_fast.scoring.fused.activations import kernel_name
 from bonsai_fast.scoring.fused.layer_modules import LayerModules
-from bonsai_fast.scoring.fused.parent import MLP, Norm, UnsupportedStructureError
+from bonsai_fast.scoring.fused.parent import (
+    MLP,
+    Norm,
+    Projection,
+    UnsupportedStructureError,
+)
 from bonsai_fast.scoring.fused.read_attention import split_rows
 
-ACTIVATION_NAMES = ("act_fn", "activation_fn")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
 
 def read_mlp(
@@ -31,13 +38,7 @@ def read_mlp(
     output = modules.inside(block.output)
     name = output.rpartition(".")[0]
     module = modules.layer.get_submodule(name)
-    if hasattr(module, "gate_up_proj"):
-        gate_up = modules.linear(f"{name}.gate_up_proj")
-        gate, up = split_rows(gate_up, (block.num_channels, block.num_channels))
-    elif hasattr(module, "gate_proj"):
-        gate, up = (modules.linear(f"{name}.{part}_proj") for part in ("gate", "up"))
-    else:
-        raise UnsupportedStructureError(f"{modules.path}.{name} is not a gated MLP")
+    gate, up = _inputs(modules, name, block)
     activation = next(
         (getattr(module, part) for part in ACTIVATION_NAMES if hasattr(module, part)), None
     )
@@ -54,3 +55,30 @@ def read_mlp(
         activation=activation,
         activation_name=kernel_name(activation),
     )
+
+
+def _inputs(
+    modules: LayerModules, name: str, block: MLPBlock
+) -> tuple[Projection | None, Projection]:
+    """Gate, if there is one, and up: separate, fused, or up alone."""
+    module = modules.layer.get_submodule(name)
+    output = modules.layer.get_submodule(modules.inside(block.output))
+    names = {
+        child: part
+        for child, part in module.named_children()
+        if isinstance(part, nn.Linear) and part is not output
+    }
+    if not names:
+        raise UnsupportedStructureError(f"{modules.path}.{name} has no input projections")
+    if set(names) == {"gate_proj", "up_proj"}:
+        return modules.linear(f"{name}.gate_proj"), modules.linear(f"{name}.up_proj")
+    if len(names) > 1:
+        raise UnsupportedStructureError(
+            f"{modules.path}.{name}: expected gate_proj and up_proj, found {', '.join(names)}"
+        )
+    ((only, part),) = names.items()
+    found = modules.linear(f"{name}.{only}")
+    if part.out_features == 2 * block.num_channels:
+        gate, up = split_rows(found, (block.num_channels, block.num_channels))
+        return gate, up
+    return None, found

@@ -37,8 +37,8 @@ class Split:
         if count < spec.block.num_channels:
             # the candidates' part adds the bias
             unbiased = replace(spec, output=Projection(spec.output.weight, None))
-            gate, up = (_rows_from(projection, count) for projection in (spec.gate, spec.up))
-            self._fixed = MLPOperands(spec.output.weight.t()[count:], unbiased, gate, up)
+            inputs = tuple(_rows_from(part, count) for part in spec.inputs.values())
+            self._fixed = MLPOperands(spec.output.weight.t()[count:], unbiased, inputs)
 
     def shared(self, states: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute what does not depend on masks.

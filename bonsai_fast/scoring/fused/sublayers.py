@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bonsai_fast.scoring.fused.activated_channels import activated, activated_and_masked
 from bonsai_fast.scoring.fused.arithmetic.arithmetic import Arithmetic
 from bonsai_fast.scoring.fused.arithmetic.products import Product
 from bonsai_fast.scoring.fused.arithmetic.row_masks import RowMasks
-from bonsai_fast.scoring.fused.gated_mlp import gated, gated_and_masked
 from bonsai_fast.scoring.fused.operands.gather import GatherOperands
 from bonsai_fast.scoring.fused.operands.operands import AttentionOperands, Operands
 from bonsai_fast.scoring.fused.parent import SubLayer
@@ -52,9 +52,9 @@ def inner_of_normed(
         inputs = attend(operands, normed, positions, arithmetic)
     elif arithmetic.kernels and operands.spec.activation_name is not None:
         activation = operands.spec.activation_name
-        return gated_and_masked(operands, normed, masks, activation, arithmetic)
+        return activated_and_masked(operands, normed, masks, activation, arithmetic)
     else:
-        inputs = gated(operands, normed, arithmetic)
+        inputs = activated(operands, normed, arithmetic)
     return inputs if masks is None else masks.zero_removed(inputs)
 
 

@@ -329,7 +329,7 @@ def extra() -> PreTrainedModel:
         (adapted, r"mlp\.up_proj is a Adapter, not an nn\.Linear"),
         (extra, r"model\.layers\.1 has an unknown parameter self_attn\.sinks"),
         (MIXTURES["mixtral"], r"model\.layers\.0 is a mixture of experts"),
-        (FAMILIES["phi"], r"model\.layers\.0\.mlp is not a gated MLP"),
+        (FAMILIES["opt"], r"expected the layers in OPTModel\.layers"),
     ],
 )
 def test_what_is_not_understood_is_refused_and_named(build, message: str) -> None:

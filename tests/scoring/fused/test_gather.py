@@ -43,7 +43,8 @@ def half_rotary() -> PreTrainedModel:
     return wide_heads("phi3", rope_parameters=rope)
 
 
-MODELS = {family: lambda family=family: wide_heads(family) for family in FUSED}
+# the width of phi_gqa's heads cannot be set
+MODELS = {f: lambda family=f: wide_heads(family) for f in FUSED if f != "phi_gqa"}
 MODELS["half_rotary"] = half_rotary
 
 

@@ -100,7 +100,7 @@ class GatherOperands:
         found: Tensor = ops.kept_up_proj(
             *(tokens, gate_up.weight, self.query.index, self.query.count, tiles, gate_up.bias),
             activation=spec.activation_name,
-            gated=True,
+            gated=spec.gate is not None,
         )
         return found
 
@@ -172,7 +172,7 @@ class Bank:
         if isinstance(spec, PackedMLP):
             self.gate_up, self.output_rows = spec.gate_up, spec.buffers["output"]
         elif isinstance(spec, MLP):
-            self.gate_up = _joined(spec.gate, spec.up, arithmetic)
+            self.gate_up = spec.up if spec.gate is None else _joined(spec.gate, spec.up, arithmetic)
             self.output_rows = output_columns(spec, arithmetic)
 
     def operands(self, keep: Tensor, rows_of_mask: Sequence[int] | None) -> GatherOperands:

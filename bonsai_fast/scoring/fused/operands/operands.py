@@ -76,17 +76,16 @@ class MLPOperands(_OutputWeights):
 
     Attributes:
         spec: the whole sub-layer.
-        gate, up: rows of the channels that are computed.
+        inputs: rows of the channels that are computed; of gate, if there is one, and of up.
     """
 
     spec: MLP
-    gate: Projection
-    up: Projection
+    inputs: tuple[Projection, ...]
 
     @cached_property
-    def weights(self) -> tuple[Weight, Weight]:
-        """The right sides of the gate and up products."""
-        return Weight(self.gate.weight.t()), Weight(self.up.weight.t())
+    def weights(self) -> tuple[Weight, ...]:
+        """The right sides of the products with `inputs`."""
+        return tuple(Weight(part.weight.t()) for part in self.inputs)
 
 
 Operands = AttentionOperands | MLPOperands | GatherOperands
@@ -96,7 +95,7 @@ def dense(spec: Attention | MLP) -> AttentionOperands | MLPOperands:
     """The model's own weights."""
     rows = spec.output.weight.t()
     if isinstance(spec, MLP):
-        return MLPOperands(rows, spec, spec.gate, spec.up)
+        return MLPOperands(rows, spec, tuple(spec.inputs.values()))
     return AttentionOperands(rows, spec, spec.query, spec.key, spec.value, spec.kv_of_head)
 
 
@@ -121,10 +120,12 @@ class Slicer:
         """
         spec, kept, arithmetic = self.spec, keep.nonzero().flatten(), self._arithmetic
         if isinstance(spec, MLP):
-            gate = take_projection("kept gate", spec.gate, kept, 1, arithmetic)
-            up = take_projection("kept up", spec.up, kept, 1, arithmetic)
+            inputs = tuple(
+                take_projection(f"kept {name}", part, kept, 1, arithmetic)
+                for name, part in spec.inputs.items()
+            )
             rows = take_blocks("kept output", self._columns, kept, 1, arithmetic)
-            return MLPOperands(rows, spec, gate, up)
+            return MLPOperands(rows, spec, inputs)
         heads = take_heads("kept", spec, kept, self._columns, arithmetic)
         return AttentionOperands(
             heads.output_rows, spec, heads.query, heads.key, heads.value, heads.kv_of_head

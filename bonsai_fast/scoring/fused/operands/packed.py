@@ -60,7 +60,7 @@ class PackedMLP(MLP):
     Attributes:
         candidates: number of candidates, which are its first channels.
         buffers: "gate", "up" and "output" rows [n + candidates, D], and "gate bias" and "up bias",
-            all with the room at their end.
+            all with the room at their end. Without a gate there is nothing of it.
         gate_up: the gate rows and then the up rows of these buffers, [2 (n + candidates), D].
     """
 
@@ -69,8 +69,8 @@ class PackedMLP(MLP):
     gate_up: Projection
 
 
-def packed_slices(spec: PackedMLP, keep: Tensor) -> Iterator[tuple[Projection, Projection, Tensor]]:
-    """Gate, up and output rows of one mask at a time; the next mask overwrites them.
+def packed_slices(spec: PackedMLP, keep: Tensor) -> Iterator[tuple[tuple[Projection, ...], Tensor]]:
+    """Input projections and output rows of one mask at a time; the next mask overwrites them.
 
     Args:
         spec: the MLP.
@@ -87,11 +87,12 @@ def packed_slices(spec: PackedMLP, keep: Tensor) -> Iterator[tuple[Projection, P
 
 def packed_channels(
     buffers: Mapping[str, Tensor], start: int, stop: int
-) -> tuple[Projection, Projection, Tensor]:
-    """Gate, up and output rows of the channels start..stop-1 of a packed MLP's buffers."""
+) -> tuple[tuple[Projection, ...], Tensor]:
+    """Input projections and output rows of the channels start..stop-1 of a packed MLP's buffers."""
     part = {name: buffer[start:stop] for name, buffer in buffers.items()}
-    gate, up = (Projection(part[name], part.get(f"{name} bias")) for name in ("gate", "up"))
-    return gate, up, part["output"]
+    names = [name for name in ("gate", "up") if name in part]
+    inputs = tuple(Projection(part[name], part.get(f"{name} bias")) for name in names)
+    return inputs, part["output"]
 
 
 def slice_order(spec: Attention | MLP, kept: Tensor) -> Tensor:

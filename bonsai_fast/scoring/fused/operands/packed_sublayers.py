@@ -41,30 +41,30 @@ class PackedSublayers(Sequence[SubLayer]):
     def _mlp(self, spec: MLP, pack: Pack) -> PackedMLP:
         total, width = len(pack.parts), len(spec.output.weight)
         rows = total + pack.candidates
-        gate_up = Projection(self._arithmetic.buffer("packed gate and up", 2 * rows, width), None)
-        sources = {
-            "gate": spec.gate.weight,
-            "up": spec.up.weight,
-            "output": output_columns(spec, self._arithmetic),
-        }
-        buffers = {"gate": gate_up.weight[:rows], "up": gate_up.weight[rows:]}
+        count = len(spec.inputs)
+        weight = self._arithmetic.buffer("packed gate and up", count * rows, width)
+        gate_up = Projection(weight, None)
+        sources = {name: part.weight for name, part in spec.inputs.items()}
+        buffers = dict(zip(sources, weight.split(rows), strict=True))
+        if any(part.bias is not None for part in spec.inputs.values()):
+            bias = self._arithmetic.buffer("packed gate and up bias", count * rows)
+            gate_up = Projection(weight, bias)
+            biases = {f"{name} bias": part.bias_or_zeros for name, part in spec.inputs.items()}
+            sources |= biases
+            buffers |= dict(zip(biases, bias.split(rows), strict=True))
+        sources["output"] = output_columns(spec, self._arithmetic)
         buffers["output"] = self._arithmetic.buffer("packed output", rows, width)
-        if spec.gate.bias is not None or spec.up.bias is not None:
-            bias = self._arithmetic.buffer("packed gate and up bias", 2 * rows)
-            gate_up = Projection(gate_up.weight, bias)
-            sources |= {"gate bias": spec.gate.bias_or_zeros, "up bias": spec.up.bias_or_zeros}
-            buffers |= {"gate bias": bias[:rows], "up bias": bias[rows:]}
-        index = pack.parts.to(spec.gate.weight.device)
+        index = pack.parts.to(spec.up.weight.device)
         for name, source in sources.items():
             torch.index_select(source, 0, index, out=buffers[name][:total])
-        gate, up, output_rows = packed_channels(buffers, 0, total)
+        inputs, output_rows = packed_channels(buffers, 0, total)
         return PackedMLP(
             block=replace(spec.block, num_channels=total),
             norm=spec.norm,
             post_norm=spec.post_norm,
             residual_factor=spec.residual_factor,
-            gate=gate,
-            up=up,
+            gate=inputs[0] if count > 1 else None,
+            up=inputs[-1],
             output=Projection(output_rows.t(), spec.output.bias),
             activation=spec.activation,
             activation_name=spec.activation_name,

@@ -45,8 +45,8 @@ def sliced(spec: Attention | MLP, keep: Tensor, arithmetic: Arithmetic) -> Itera
     if len(keep) == 0:
         return
     if isinstance(spec, PackedMLP):
-        for gate, up, rows in packed_slices(spec, keep):
-            yield MLPOperands(rows, spec, gate, up)
+        for inputs, rows in packed_slices(spec, keep):
+            yield MLPOperands(rows, spec, inputs)
         return
     if not arithmetic.kernels:
         yield from map(Slicer(spec, arithmetic), keep)
@@ -75,9 +75,9 @@ class CompactSlices:
         self._kv_of_kept: list[tuple[int, ...]] = []
         if isinstance(spec, MLP):
             self._multiple = CHANNEL_MULTIPLE
-            self._sources = {"gate": spec.gate, "up": spec.up}
-            self._index = {"gate": _Index(ops.KeptLists.of(keep), 1, device)}
-            self._index["up"] = self._index["output"] = self._index["gate"]
+            self._sources = spec.inputs
+            index = _Index(ops.KeptLists.of(keep), 1, device)
+            self._index = dict.fromkeys((*self._sources, "output"), index)
         else:
             width = spec.head_dim
             self._multiple = 1  # heads are not padded
@@ -109,7 +109,7 @@ class CompactSlices:
         part = {name: self._projection(name, number, place) for name in self._sources}
         rows = self._output(number, place).t()
         if isinstance(self._spec, MLP):
-            return MLPOperands(rows, self._spec, part["gate"], part["up"])
+            return MLPOperands(rows, self._spec, tuple(part.values()))
         kv_of_kept = self._kv_of_kept[number]
         return AttentionOperands(
             rows, self._spec, part["query"], part["key"], part["value"], kv_of_kept
