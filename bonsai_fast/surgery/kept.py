@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.hub import LayerShape
 from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock, family_of
+from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
 
 # Families whose position information (ALiBi) depends on the number of a head.
@@ -28,7 +29,8 @@ class Kept:
 
     Attributes:
         shapes: what each decoder layer keeps.
-        experts: how many experts each mixture of experts keeps, by layer; 0 if it is removed.
+        experts, expert_channels: how many experts, or channels in each of them, a mixture keeps, by
+            layer; 0 if it is removed, none if they are no units.
         slices: for every parameter or buffer that loses a part: (dim, int64 index of what is
             kept).
         removed: prefixes of the parameters that are removed as a whole.
@@ -37,6 +39,7 @@ class Kept:
 
     shapes: tuple[LayerShape, ...]
     experts: dict[int, int]
+    expert_channels: dict[int, int]
     slices: dict[str, tuple[int, torch.Tensor]]
     removed: tuple[str, ...]
     spared: frozenset[str]
@@ -55,15 +58,27 @@ class Kept:
 
 
 def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
-    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU."""
+    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU.
+
+    Raises:
+        ValueError: a number of channels inside experts that these cannot have.
+    """
     shapes = [LayerShape((), 0) for _ in range(layout.decoder.num_layers)]
     experts: dict[int, int] = {}
+    expert_channels: dict[int, int] = {}
     slices: dict[str, tuple[int, torch.Tensor]] = {}
     removed: list[str] = []
     spared: list[str] = []
     for block, keep_parts in layout.keep_by_block(keep_mask):
         if isinstance(block, ExpertsBlock):
-            experts[block.layer] = int(keep_parts.sum())
+            counts = experts if block.unit == "expert" else expert_channels
+            counts[block.layer] = count = int(keep_parts.sum())
+            is_cut = 0 < count < len(keep_parts)
+            if block.unit == "channel" and is_cut and count % CHANNEL_MULTIPLE:
+                raise ValueError(
+                    f"layer {block.layer}: expected a multiple of {CHANNEL_MULTIPLE} channels in "
+                    f"each expert, which PyTorch's grouped products need, got {count}"
+                )
         if not bool(keep_parts.any()):
             paths = (*block.modules, *block.norms)
             removed += [f"{path}." for path in paths]
@@ -77,10 +92,12 @@ def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> 
             shapes[block.layer] = replace(shapes[block.layer], channels=int(keep_parts.sum()))
         if not bool(keep_parts.all()):
             kept_parts = block.kept_parts(keep_parts)
-            buffers = block.buffers if isinstance(block, ExpertsBlock) else ()
-            for cut in (*block.cuts, *buffers):
+            cuts = block.cuts
+            if isinstance(block, ExpertsBlock) and block.unit == "expert":
+                cuts += block.buffers
+            for cut in cuts:
                 slices[cut.parameter] = (cut.dim, kept_parts[cut.owner].nonzero().flatten())
-    return Kept(tuple(shapes), experts, slices, tuple(removed), frozenset(spared))
+    return Kept(tuple(shapes), experts, expert_channels, slices, tuple(removed), frozenset(spared))
 
 
 def _kept_heads(
@@ -116,5 +133,7 @@ def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, li
     ]
     for block, keep_parts in layout.keep_by_block(keep_mask.cpu()):
         kind = POSITIONS[type(block)]
+        if isinstance(block, ExpertsBlock) and block.unit == "channel":
+            kind = "channels"
         layers[block.layer][kind] = keep_parts.nonzero().flatten().tolist()
     return layers

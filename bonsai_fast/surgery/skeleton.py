@@ -20,6 +20,7 @@ from bonsai_fast.surgery.kept import Kept
 CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 # The same for the number of experts, and for how many of them a token passes.
 EXPERTS_ATTRIBUTES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_CHANNELS_ATTRIBUTES = ("moe_intermediate_size", "intermediate_size")
 CHOSEN_ATTRIBUTES = ("num_experts_per_tok", "moe_k")
 # Fields of a bonsai_* configuration that its stock class does not know.
 BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "alibi_heads")
@@ -79,20 +80,32 @@ def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
     """A model of the parent's stock class, if it can have exactly the kept shapes."""
     first = kept.shapes[0]
-    dense = [shape for layer, shape in enumerate(kept.shapes) if layer not in kept.experts]
+    mixtures = kept.experts.keys() | kept.expert_channels.keys()
+    dense = [shape for layer, shape in enumerate(kept.shapes) if layer not in mixtures]
     heads, widths = {shape.q_heads_per_kv for shape in kept.shapes}, {s.channels for s in dense}
-    counts = set(kept.experts.values())
-    if max(len(heads), len(widths), len(counts)) > 1 or 0 in widths | counts:
+    counts, inner = set(kept.experts.values()), set(kept.expert_channels.values())
+    if len(heads) > 1 or max(len(widths), len(counts), len(inner)) > 1:
+        return None
+    if 0 in widths | counts | inner:
         return None
     if first.is_irregular or not first.num_heads:
         return None
     shape = replace(first, channels=widths.pop() if widths else 0)
-    child = stock_structure(parent, shape, num_experts=counts.pop() if counts else None)
+    child = stock_structure(
+        parent,
+        shape,
+        num_experts=counts.pop() if counts else None,
+        expert_channels=inner.pop() if inner else None,
+    )
     return child if child is not None and _expresses(child, parent, kept) else None
 
 
 def stock_structure(
-    parent: PreTrainedModel, shape: LayerShape, *, num_experts: int | None = None
+    parent: PreTrainedModel,
+    shape: LayerShape,
+    *,
+    num_experts: int | None = None,
+    expert_channels: int | None = None,
 ) -> PreTrainedModel | None:
     """A model of the parent's stock class with this shape in all layers, on the meta device.
 
@@ -101,12 +114,14 @@ def stock_structure(
     Args:
         parent: dense or pruned.
         shape: of every layer; without channels where no layer has a dense MLP.
-        num_experts: of every mixture of experts, if there are any.
+        num_experts, expert_channels: of every mixture of experts; None: as many as there are.
     """
     try:
         config = _stock_config(parent.config, shape)
         if num_experts is not None:
             _set_experts(config, num_experts)
+        if expert_channels is not None:
+            _set_first(config, EXPERT_CHANNELS_ATTRIBUTES, expert_channels)
         return _on_meta(_stock_class(parent), config)
     except (ValueError, StrictDataclassError):
         return None
@@ -149,11 +164,17 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
 
 def _set_experts(config: PreTrainedConfig, count: int) -> None:
     """A token passes at most as many experts as there are."""
-    name = next(name for name in EXPERTS_ATTRIBUTES if getattr(config, name, None) is not None)
-    setattr(config, name, count)
+    _set_first(config, EXPERTS_ATTRIBUTES, count)
     for name in CHOSEN_ATTRIBUTES:
         if getattr(config, name, None) is not None:
             setattr(config, name, min(getattr(config, name), count))
+
+
+def _set_first(config: PreTrainedConfig, names: Iterable[str], value: int) -> None:
+    """Set the first of these names that the configuration has."""
+    name = next((name for name in names if getattr(config, name, None) is not None), None)
+    if name is not None:
+        setattr(config, name, value)
 
 
 def _is_bonsai(config: PreTrainedConfig) -> bool:
