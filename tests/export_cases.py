@@ -119,7 +119,7 @@ def save_biased(directory: Path, family: str, case: str = "widths") -> PreTraine
     parent = windowless(FAMILIES[family]())
     layout = Layout.of(parent, attention="kv-group")
     smaller = remove_units(parent, layout, keep_mask(layout, case))
-    smaller.base_model.add_output_biases()
+    smaller.add_output_biases()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in smaller.named_parameters():

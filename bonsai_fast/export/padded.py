@@ -107,7 +107,7 @@ def _narrowest(
 ) -> tuple[PreTrainedModel, LayerShape]:
     """The smallest stock model that holds all shapes, on the meta device, and its layer shape."""
     for groups in _candidates(cast(Any, model.config), shapes):
-        shape = LayerShape(groups, max(1, *(layer.channels for layer in shapes)))
+        shape = LayerShape(groups, max(1, *(layer.channels or 1 for layer in shapes)))
         child = stock_structure(model, shape)
         if child is not None and _has_head_dim(child, cast(Any, model.config).head_dim):
             return child, shape
@@ -119,7 +119,7 @@ def _candidates(config: Any, shapes: list[LayerShape]) -> Iterator[tuple[int, ..
     with config.as_dense():
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    needed_kv = max(1, *(shape.num_kv_heads for shape in shapes))
+    needed_kv = max(1, *(shape.num_kv_heads or 1 for shape in shapes))
     needed = max(1, *(count for shape in shapes for count in shape.q_heads_per_kv or (1,)))
     if any(shape.alibi_heads is not None for shape in shapes):
         needed_kv = kv_heads  # ALiBi slopes depend on the number of a head

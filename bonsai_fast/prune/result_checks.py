@@ -48,7 +48,7 @@ def check_result(model: PreTrainedModel, layout: Layout, options: UnitOptions, b
     if stream_of(model) is None:
         check_removable(model, layout)
     for keep in _shapes(layout, options, budget):
-        build_structure(model, kept_by(model, layout, keep))
+        build_structure(model, layout.decoder, kept_by(model, layout, keep))
 
 
 def check_model_room(task: Task[Any], output: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import LayerShape
-from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock, family_of
-from bonsai_fast.models.experts import CHANNEL_MULTIPLE
+from bonsai_fast.hub import HeterogeneousConfig, LayerShape
+from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.surgery.cut_table import alibi_argument
 
-# Families whose position information (ALiBi) depends on the number of a head.
-ALIBI_FAMILIES = frozenset({"bloom"})
 # what lists of kept positions call the parts of a sub-layer
 POSITIONS: dict[type[Block], str] = {
     AttentionBlock: "heads",
@@ -29,8 +27,6 @@ class Kept:
 
     Attributes:
         shapes: what each decoder layer keeps.
-        experts, expert_channels: how many experts, or channels in each of them, a mixture keeps, by
-            layer; 0 if it is removed, none if they are no units.
         slices: for every parameter or buffer that loses a part: (dim, int64 index of what is
             kept).
         removed: prefixes of the parameters that are removed as a whole.
@@ -38,8 +34,6 @@ class Kept:
     """
 
     shapes: tuple[LayerShape, ...]
-    experts: dict[int, int]
-    expert_channels: dict[int, int]
     slices: dict[str, tuple[int, torch.Tensor]]
     removed: tuple[str, ...]
     spared: frozenset[str]
@@ -58,46 +52,48 @@ class Kept:
 
 
 def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
-    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU.
-
-    Raises:
-        ValueError: a number of channels inside experts that these cannot have.
-    """
-    shapes = [LayerShape((), 0) for _ in range(layout.decoder.num_layers)]
-    experts: dict[int, int] = {}
-    expert_channels: dict[int, int] = {}
+    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU."""
+    shapes = _shapes_before(model, layout)
     slices: dict[str, tuple[int, torch.Tensor]] = {}
     removed: list[str] = []
     spared: list[str] = []
     for block, keep_parts in layout.keep_by_block(keep_mask):
-        if isinstance(block, ExpertsBlock):
-            counts = experts if block.unit == "expert" else expert_channels
-            counts[block.layer] = count = int(keep_parts.sum())
-            is_cut = 0 < count < len(keep_parts)
-            if block.unit == "channel" and is_cut and count % CHANNEL_MULTIPLE:
-                raise ValueError(
-                    f"layer {block.layer}: expected a multiple of {CHANNEL_MULTIPLE} channels in "
-                    f"each expert, which PyTorch's grouped products need, got {count}"
-                )
         if not bool(keep_parts.any()):
             paths = (*block.modules, *block.norms)
             removed += [f"{path}." for path in paths]
             spared.append(f"{block.output}.bias")
-            continue
-        if isinstance(block, AttentionBlock):
-            shapes[block.layer] = replace(
-                shapes[block.layer], **_kept_heads(model, block, keep_parts)
-            )
-        elif isinstance(block, MLPBlock):
-            shapes[block.layer] = replace(shapes[block.layer], channels=int(keep_parts.sum()))
-        if not bool(keep_parts.all()):
+        elif not bool(keep_parts.all()):
             kept_parts = block.kept_parts(keep_parts)
-            cuts = block.cuts
-            if isinstance(block, ExpertsBlock) and block.unit == "expert":
-                cuts += block.buffers
-            for cut in cuts:
+            buffers = block.buffers if isinstance(block, ExpertsBlock) else ()
+            for cut in (*block.cuts, *buffers):
                 slices[cut.parameter] = (cut.dim, kept_parts[cut.owner].nonzero().flatten())
-    return Kept(tuple(shapes), experts, expert_channels, slices, tuple(removed), frozenset(spared))
+        if block.cuts or not bool(keep_parts.any()):
+            change = _change(model, block, keep_parts)
+            shapes[block.layer] = replace(shapes[block.layer], **change)
+    return Kept(tuple(shapes), slices, tuple(removed), frozenset(spared))
+
+
+def _change(model: PreTrainedModel, block: Block, keep_parts: torch.Tensor) -> dict[str, Any]:
+    """The fields of a `LayerShape` that a sub-layer decides."""
+    if isinstance(block, AttentionBlock):
+        if bool(keep_parts.any()):
+            return _kept_heads(model, block, keep_parts)
+        return {"q_heads_per_kv": (), "alibi_heads": None}
+    return {POSITIONS[type(block)]: int(keep_parts.sum())}
+
+
+def _shapes_before(model: PreTrainedModel, layout: Layout) -> list[LayerShape]:
+    """What every layer has now."""
+    if isinstance(model.config, HeterogeneousConfig):
+        found: list[LayerShape] = cast(Any, model.config).layer_shapes()
+        return found
+    shapes = [LayerShape(None, None)] * layout.decoder.num_layers
+    for block in layout.decoder.blocks():
+        if block.cuts:
+            count = block.num_heads if isinstance(block, AttentionBlock) else block.num_parts
+            change = _change(model, block, torch.ones(count, dtype=torch.bool))
+            shapes[block.layer] = replace(shapes[block.layer], **change)
+    return shapes
 
 
 def _kept_heads(
@@ -107,7 +103,7 @@ def _kept_heads(
     heads = keep_heads.nonzero().flatten().tolist()
     readers = torch.tensor(block.kv_of_head)[keep_heads].bincount(minlength=block.num_kv_heads)
     change: dict[str, Any] = {"q_heads_per_kv": tuple(readers[readers > 0].tolist())}
-    if family_of(model.config.model_type) in ALIBI_FAMILIES:
+    if alibi_argument(model, block) is not None:
         numbers = getattr(model.get_submodule(block.module), "alibi_heads", None)
         if numbers is not None or len(heads) < block.num_heads:
             numbers = numbers or range(block.num_heads)
@@ -133,7 +129,5 @@ def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, li
     ]
     for block, keep_parts in layout.keep_by_block(keep_mask.cpu()):
         kind = POSITIONS[type(block)]
-        if isinstance(block, ExpertsBlock) and block.unit == "channel":
-            kind = "channels"
         layers[block.layer][kind] = keep_parts.nonzero().flatten().tolist()
     return layers

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from bonsai_fast.checkpoints.meta_model import OUTDATED
 from bonsai_fast.checkpoints.safetensors_reader import open_checkpoint
 from bonsai_fast.hub import HeterogeneousConfig
-from bonsai_fast.surgery.skeleton import CHANNELS_ATTRIBUTES
+from bonsai_fast.hub.configuration_bonsai import CHANNELS_ATTRIBUTES
 
 KINDS = ("query heads", "KV heads", "MLP channels")
 # how many of KINDS a layer has; None if the configuration does not say
@@ -26,7 +26,7 @@ def layer_widths(directory: Path) -> tuple[list[Widths], Widths | None]:
         found: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError):  # a class of its own
         return [], None
-    config = found.get_text_config(decoder=True)
+    config = found.get_text_config()
     if isinstance(config, HeterogeneousConfig):
         shapes = cast(Any, config).layer_shapes()
         layers = [(shape.num_heads, shape.num_kv_heads, shape.channels) for shape in shapes]

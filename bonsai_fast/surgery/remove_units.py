@@ -27,7 +27,7 @@ def remove_units(
 
     The result has the parent's dtype, device, mode, attention implementation and generation
     configuration. It has the parent's own class if that can express it (all layers equal, no
-    sub-layer removed, and the configuration allows it), else the family's bonsai_* class, which
+    sub-layer removed, and the configuration allows it), else the bonsai_* class made from it, which
     `save_pretrained` saves with the code it needs.
 
     Args:
@@ -44,7 +44,7 @@ def remove_units(
     layout.check_mask(keep_mask, dims=1)
     check_removable(model, layout)
     kept = kept_by(model, layout, keep_mask.cpu())
-    child = build_structure(model, kept)
+    child = build_structure(model, layout.decoder, kept)
     move_in(child, model, kept)
     child.train(model.training)
     if model.can_generate():

@@ -4,59 +4,68 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from bonsai_fast.hub import FAMILIES, LayerShape, hub_classes
-from bonsai_fast.hub.heterogeneous_config import NO_ATTENTION
-from bonsai_fast.models import family_of
+from bonsai_fast.hub import HeterogeneousConfig, LayerShape, hub_classes, model_types
+from bonsai_fast.hub.configuration_bonsai import CHANNELS_ATTRIBUTES, EXPERTS_ATTRIBUTES, PREFIX
+from bonsai_fast.models import Decoder, family_of
+from bonsai_fast.surgery.cut_table import cut_table
 from bonsai_fast.surgery.kept import Kept
 
-# Names of the MLP width in configurations; the first that a configuration has is its own.
-CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-# The same for the number of experts, and for how many of them a token passes.
-EXPERTS_ATTRIBUTES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-EXPERT_CHANNELS_ATTRIBUTES = ("moe_intermediate_size", "intermediate_size")
+# Names of the number of experts that a token passes.
 CHOSEN_ATTRIBUTES = ("num_experts_per_tok", "moe_k")
-# Fields of a bonsai_* configuration that its stock class does not know.
-BONSAI_FIELDS = ("per_layer_config", "auto_map", "head_dim", "q_heads_per_kv", "alibi_heads")
+# Fields of a bonsai_* configuration that its stock class may not know.
+BONSAI_FIELDS = (
+    *("per_layer_config", "auto_map", "cut_table", "head_dim", "num_key_value_heads"),
+    *("q_heads_per_kv", "alibi_heads", "output_bias"),
+)
 
 
-def build_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel:
+def build_structure(parent: PreTrainedModel, decoder: Decoder, kept: Kept) -> PreTrainedModel:
     """Build the smaller model on the meta device.
 
-    It has the parent's stock class if that can express the result, else the family's bonsai_*
-    class.
+    It has the parent's stock class if that can express the result, else the bonsai_* class that is
+    made from it.
 
     Raises:
         ValueError: neither class can.
     """
     if (stock := _stock_structure(parent, kept)) is not None:
         return stock
-    family = family_of(parent.config.model_type)
-    if family not in FAMILIES or type(parent).__name__.removeprefix("Bonsai") != (
-        f"{FAMILIES[family]}ForCausalLM"
-    ):
+    if not has_bonsai_class(parent):
         raise ValueError(
             f"{type(parent).__name__} (model type {parent.config.model_type!r}) can only be pruned "
             "to what its own configuration can express: all layers equal, all KV groups equal, no "
-            "sub-layer removed; models of these types can be pruned by any mask: "
-            f"{', '.join(FAMILIES)}"
+            "sub-layer removed; causal language models of transformers itself can be pruned by any "
+            "mask"
         )
-    child = bonsai_structure(parent, kept.shapes)
+    child = bonsai_structure(parent, cut_table(parent, decoder), kept.shapes)
     if not _expresses(child, parent, kept):
         raise ValueError(f"the model's parameters are not those of a {type(child).__name__}")
     return child
 
 
-def bonsai_structure(parent: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreTrainedModel:
-    """A model of the family's bonsai_* class with these layer shapes, on the meta device.
+def has_bonsai_class(model: PreTrainedModel) -> bool:
+    """Whether there is a class for a model's uneven results: its own is transformers' causal LM."""
+    name = model_types().get(family_of(model.config.model_type))
+    return type(model).__name__.removeprefix(PREFIX) == name
+
+
+def bonsai_structure(
+    parent: PreTrainedModel, table: dict[str, Any], shapes: Sequence[LayerShape]
+) -> PreTrainedModel:
+    """A model of the bonsai_* class with these layer shapes, on the meta device.
 
     A layer may have an attention again that it had lost.
+
+    Args:
+        parent: the model, dense or pruned before.
+        table: `HeterogeneousConfig.cut_table`.
+        shapes: of all layers.
     """
     classes = hub_classes(family_of(parent.config.model_type))
     entries = {
@@ -65,94 +74,75 @@ def bonsai_structure(parent: PreTrainedModel, shapes: Sequence[LayerShape]) -> P
         if (entry := classes.config.layer_overrides(shape))
     }
     values = _values(parent.config, drop=("auto_map",))
-    values |= {"head_dim": _head_dim(parent.config), "per_layer_config": entries}
-    return _on_meta(classes.causal_lm, classes.config(**_with_attention(values)))
-
-
-def _with_attention(values: dict[str, Any]) -> dict[str, Any]:
-    """Remove the marks of layers without attention: these follow from the shapes."""
-    if values.get("layer_types") is None:
-        return values
-    types = ["full_attention" if kind == NO_ATTENTION else kind for kind in values["layer_types"]]
-    return values | {"layer_types": types}
+    values |= {"cut_table": table, "per_layer_config": entries}
+    if (head_dim := _head_dim(parent.config)) is not None:
+        values["head_dim"] = head_dim
+    return _on_meta(classes.causal_lm, cast(Any, classes.config)(**values))
 
 
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
     """A model of the parent's stock class, if it can have exactly the kept shapes."""
-    first = kept.shapes[0]
-    mixtures = kept.experts.keys() | kept.expert_channels.keys()
-    dense = [shape for layer, shape in enumerate(kept.shapes) if layer not in mixtures]
-    heads, widths = {shape.q_heads_per_kv for shape in kept.shapes}, {s.channels for s in dense}
-    counts, inner = set(kept.experts.values()), set(kept.expert_channels.values())
-    if len(heads) > 1 or max(len(widths), len(counts), len(inner)) > 1:
+    if not kept.slices and not kept.removed and not _is_bonsai(parent.config):
+        return _on_meta(type(parent), copy.deepcopy(parent.config))
+    fields = ("q_heads_per_kv", "channels", "experts")
+    alike = {name: {getattr(shape, name) for shape in kept.shapes} - {None} for name in fields}
+    renumbered = any(shape.alibi_heads is not None for shape in kept.shapes)
+    gone = any(shape.removed for shape in kept.shapes)
+    if any(len(values) > 1 for values in alike.values()) or gone or renumbered:
         return None
-    if 0 in widths | counts | inner:
+    shape = LayerShape(**{name: next(iter(values), None) for name, values in alike.items()})
+    if shape.is_irregular:
         return None
-    if first.is_irregular or not first.num_heads:
-        return None
-    shape = replace(first, channels=widths.pop() if widths else 0)
-    child = stock_structure(
-        parent,
-        shape,
-        num_experts=counts.pop() if counts else None,
-        expert_channels=inner.pop() if inner else None,
-    )
+    child = stock_structure(parent, shape)
     return child if child is not None and _expresses(child, parent, kept) else None
 
 
-def stock_structure(
-    parent: PreTrainedModel,
-    shape: LayerShape,
-    *,
-    num_experts: int | None = None,
-    expert_channels: int | None = None,
-) -> PreTrainedModel | None:
+def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedModel | None:
     """A model of the parent's stock class with this shape in all layers, on the meta device.
 
     None if the class's own checks refuse such widths.
-
-    Args:
-        parent: dense or pruned.
-        shape: of every layer; without channels where no layer has a dense MLP.
-        num_experts, expert_channels: of every mixture of experts; None: as many as there are.
     """
     try:
-        config = _stock_config(parent.config, shape)
-        if num_experts is not None:
-            _set_experts(config, num_experts)
-        if expert_channels is not None:
-            _set_first(config, EXPERT_CHANNELS_ATTRIBUTES, expert_channels)
-        return _on_meta(_stock_class(parent), config)
-    except (ValueError, StrictDataclassError):
+        return _on_meta(_stock_class(parent), _stock_config(parent.config, shape))
+    except (ValueError, AttributeError, StrictDataclassError):
         return None
 
 
 def _stock_class(parent: PreTrainedModel) -> type[PreTrainedModel]:
     if not _is_bonsai(parent.config):
         return type(parent)
-    name = type(parent).__name__.removeprefix("Bonsai")
+    name = type(parent).__name__.removeprefix(PREFIX)
     return next(base for base in type(parent).__mro__ if base.__name__ == name)
 
 
 def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
-    """The stock configuration with the same widths for all layers."""
+    """The stock configuration with the same widths for all layers; None: as they are."""
     head_dim = _head_dim(config)
     if _is_bonsai(config):
-        stock_class = CONFIG_MAPPING[family_of(config.model_type)]
+        stock_class: Any = next(
+            base for base in type(config).__mro__ if base.__module__.startswith("transformers.")
+        )
         unknown = [name for name in BONSAI_FIELDS if name not in stock_class.__dataclass_fields__]
-        values = _with_attention(_values(config, drop=unknown))
-        if "layer_types" not in stock_class.__dataclass_fields__:
-            values.pop("layer_types", None)
-        dense = stock_class(**values)
+        dense: PreTrainedConfig = stock_class(**_values(config, drop=unknown))
     else:
         dense = copy.deepcopy(config)
-    widths: dict[str, Any] = {"num_attention_heads": shape.num_heads}
-    if getattr(dense, "num_key_value_heads", None) is not None:
-        widths["num_key_value_heads"] = shape.num_kv_heads
-    for name in CHANNELS_ATTRIBUTES:
-        if shape.channels and getattr(dense, name, None) is not None:
-            widths[name] = shape.channels
-            break
+    widths: dict[str, Any] = {}
+    if shape.num_heads is not None:
+        widths["num_attention_heads"] = shape.num_heads
+        if getattr(dense, "num_key_value_heads", None) is not None:
+            widths["num_key_value_heads"] = shape.num_kv_heads
+    if shape.channels is not None:
+        for name in CHANNELS_ATTRIBUTES:
+            if getattr(dense, name, None) is not None:
+                widths[name] = shape.channels
+                break
+    if shape.experts is not None:
+        name = next(n for n in EXPERTS_ATTRIBUTES if getattr(dense, n, None) is not None)
+        widths[name] = shape.experts
+        for name in CHOSEN_ATTRIBUTES:
+            if getattr(dense, name, None) is not None:
+                # a token passes at most as many as there are
+                widths[name] = min(getattr(dense, name), shape.experts)
     for name, width in widths.items():
         setattr(dense, name, width)
     if _head_dim(dense) != head_dim:
@@ -162,29 +152,15 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
     return dense
 
 
-def _set_experts(config: PreTrainedConfig, count: int) -> None:
-    """A token passes at most as many experts as there are."""
-    _set_first(config, EXPERTS_ATTRIBUTES, count)
-    for name in CHOSEN_ATTRIBUTES:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, min(getattr(config, name), count))
-
-
-def _set_first(config: PreTrainedConfig, names: Iterable[str], value: int) -> None:
-    """Set the first of these names that the configuration has."""
-    name = next((name for name in names if getattr(config, name, None) is not None), None)
-    if name is not None:
-        setattr(config, name, value)
-
-
 def _is_bonsai(config: PreTrainedConfig) -> bool:
-    return family_of(config.model_type) != config.model_type
+    return isinstance(config, HeterogeneousConfig)
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
+def _head_dim(config: PreTrainedConfig) -> int | None:
     if getattr(config, "head_dim", None) is not None:
         return int(config.head_dim)
-    return int(config.hidden_size // config.num_attention_heads)
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    return width // heads if isinstance(heads, int) and isinstance(width, int) else None
 
 
 def _values(config: PreTrainedConfig, drop: Iterable[str] = ()) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.hub import HeterogeneousConfig, LayerShape
-from bonsai_fast.models import family_of
-from bonsai_fast.surgery.kept import ALIBI_FAMILIES
 from bonsai_fast.surgery.skeleton import bonsai_structure
 
 
@@ -26,12 +24,15 @@ def with_stub_attention(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model.config, HeterogeneousConfig):
         return model
     shapes: list[LayerShape] = cast(Any, model.config).layer_shapes()
-    if all(shape.num_heads for shape in shapes):
+    if not any("attention" in shape.removed for shape in shapes):
         return model
-    numbers = (0,) if family_of(model.config.model_type) in ALIBI_FAMILIES else None
-    stub = {"q_heads_per_kv": (1,), "alibi_heads": numbers}
-    filled = [shape if shape.num_heads else replace(shape, **cast(Any, stub)) for shape in shapes]
-    child = bonsai_structure(model, filled)
+    filled = [
+        replace(shape, q_heads_per_kv=(1,), alibi_heads=_first_head(model.config, index))
+        if "attention" in shape.removed
+        else shape
+        for index, shape in enumerate(shapes)
+    ]
+    child = bonsai_structure(model, cast(Any, model.config).cut_table, filled)
     known = dict(model.named_parameters(remove_duplicate=False))
     like = next(model.parameters())
     for name, empty in list(child.named_parameters(remove_duplicate=False)):
@@ -50,3 +51,8 @@ def with_stub_attention(model: PreTrainedModel) -> PreTrainedModel:
     child.generation_config = copy.deepcopy(model.generation_config)
     child.train(model.training)
     return child
+
+
+def _first_head(config: Any, layer: int) -> tuple[int, ...] | None:
+    """What one head of zeros is numbered, if the model numbers its heads."""
+    return (0,) if config.kind_of_layer(layer)["attention"].get("alibi") else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bonsai_fast.hub import FAMILIES
+from bonsai_fast.hub import model_types
 
 
 def test_the_entry_point_registers_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_the_entry_point_registers_the_models(monkeypatch: pytest.MonkeyPatch) -
         if entry.name == "bonsai_fast"
     )
     entry.load()()
-    assert set(known) <= {f"Bonsai{name}ForCausalLM" for name in FAMILIES.values()}
+    assert set(known) <= {f"Bonsai{name}" for name in model_types().values()}
     assert "BonsaiLlamaForCausalLM" in known
     (target,) = set(known.values())
     module, _, name = target.partition(":")

@@ -121,7 +121,7 @@ def test_shapes_of_the_result_are_built_before_the_search(monkeypatch: pytest.Mo
     """Whatever the surgery refuses, it is asked about uneven layers and removed sub-layers."""
     asked = []
 
-    def refuses(model: Any, kept: Any) -> None:
+    def refuses(model: Any, decoder: Any, kept: Any) -> None:
         asked.append(kept)
         if len(asked) == 2:
             raise ValueError("no such shape")

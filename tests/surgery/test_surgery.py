@@ -340,16 +340,30 @@ def test_errors_about_the_model() -> None:
         remove_units(model, layout, keep)
 
 
-def test_families_without_a_class_of_their_own() -> None:
-    """What the stock configuration can express is fine; anything else is one clear line."""
+def test_what_a_stock_class_expresses_and_what_ours_does() -> None:
     sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6}
     model = OlmoForCausalLM(OlmoConfig(vocab_size=97, num_hidden_layers=2, pad_token_id=0, **sizes))
     layout = Layout.of(model.eval())
     keep = torch.tensor([unit.kind != "channel" or unit.index < 24 for unit in layout])
     child = remove_units(model, layout, keep)
-    assert child.config.intermediate_size == 24
+    assert type(child) is OlmoForCausalLM and child.config.intermediate_size == 24
     expected = masked_logits(model, layout, keep, tokens())
     assert difference(logits_of(child, tokens()), expected) < TOLERANCE
     keep[0] = False
-    with pytest.raises(ValueError, match=r"OlmoForCausalLM.*own configuration.*llama, mistral"):
+    child = remove_units(model, layout, keep)
+    assert type(child).__name__ == "BonsaiOlmoForCausalLM"
+    expected = masked_logits(model, layout, keep, tokens())
+    assert difference(logits_of(child, tokens()), expected) < TOLERANCE
+
+
+def test_classes_that_transformers_does_not_have() -> None:
+    class Mine(OlmoForCausalLM):
+        pass
+
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6}
+    model = Mine(OlmoConfig(vocab_size=97, num_hidden_layers=2, pad_token_id=0, **sizes))
+    layout = Layout.of(model)
+    keep = torch.ones(len(layout), dtype=torch.bool)
+    keep[0] = False
+    with pytest.raises(ValueError, match=r"Mine.*own configuration.*transformers itself"):
         remove_units(model, layout, keep)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import takes_output_biases
+from bonsai_fast.hub import HeterogeneousConfig
 from bonsai_fast.methods.allocation import standardised
 from bonsai_fast.methods.importance.prior import column_importance
 from bonsai_fast.methods.importance.statistics import collect_statistics
@@ -25,7 +25,7 @@ from bonsai_fast.methods.session import Search
 from bonsai_fast.methods.task import Plan, Task
 from bonsai_fast.methods.units.one_shot import ONE_SHOT_PRESETS, cut
 from bonsai_fast.methods.units.unit_options import SparingOptions
-from bonsai_fast.models import family_of
+from bonsai_fast.surgery.skeleton import has_bonsai_class
 
 
 class Flap:
@@ -48,9 +48,8 @@ class Flap:
     ) -> None:
         """Add the mean output of the removed columns to the bias of every output projection."""
         measured, layout, parent = _measured(search), search.task.layout, search.task.model
-        model_type = smaller.config.model_type
-        if family_of(model_type) != model_type and takes_output_biases(model_type):
-            cast(Any, smaller.base_model).add_output_biases()
+        if isinstance(smaller.config, HeterogeneousConfig):
+            cast(Any, smaller).add_output_biases()
         without: list[str] = []
         for block, kept in layout.keep_by_block(keep):
             gone = ~kept.repeat_interleave(block.part_width)
@@ -91,7 +90,7 @@ def _measured(search: Search[SparingOptions]) -> dict[str, torch.Tensor]:
 
 def _num_new_biases(task: Task[SparingOptions]) -> int:
     """Parameters that compensation adds, if the result's class takes them."""
-    if task.options.uniform or not takes_output_biases(task.model.config.model_type):
+    if task.options.uniform or not has_bonsai_class(task.model):
         return 0
     outputs = [
         cast(nn.Linear, task.model.get_submodule(block.output))
