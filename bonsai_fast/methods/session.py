@@ -106,7 +106,6 @@ class Search(Generic[O_co]):
     ) -> torch.Tensor:
         """Divergence of sub-models from the parent, recorded too; see `MaskScorer.divergence`.
 
-        For a model whose divergence cannot be measured, its loss, which ranks sub-models too.
         Arguments as for `losses`.
         """
         session = self._damage_session
@@ -115,8 +114,6 @@ class Search(Generic[O_co]):
             # kept: it holds what the parent predicts for this text
             session = self.task.scorer.session(input_ids, output_weights=output_weights)
             self._damage_session, self._damage_outputs = session, output_weights
-        if not session.has_divergence:
-            return self.losses(stage, keep, input_ids, output_weights=output_weights)
         measure = "divergence " if output_weights is None else "compensated divergence "
         return self.evaluations(measure, Chunk.divergence, stage, keep, session)
 

@@ -1,4 +1,7 @@
-"""KL divergence of sub-models from their parent, without a second set of logits."""
+"""KL divergence of sub-models from their parent.
+
+Where logits are linear in the last hidden states, no second set of logits is computed.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ class ParentReference:
     """What the parent predicts for a text, reduced to what a divergence from it needs.
 
     Attributes:
-        mean_weight: float32 [B, T - 1, D], the LM head's rows averaged with the parent's
-            probabilities.
-        constant: float32 [B, T - 1], sum of p log p, minus the head's bias averaged likewise.
+        states: float32 [B, T - 1, D], the LM head's rows averaged with the parent's probabilities;
+            if the model caps its logits, the parent's last hidden states in its dtype.
+        constant: float32 [B, T - 1], sum of p log p, minus the head's bias averaged likewise; if
+            the model caps its logits, the sum alone.
     """
 
-    mean_weight: Tensor
+    states: Tensor
     constant: Tensor
 
     @classmethod
@@ -34,31 +38,34 @@ class ParentReference:
             states: [B, T, D], after the final norm.
         """
         weight, bias = nll.head.weight.float(), getattr(nll.head, "bias", None)
-        means, constants = [], []
-        for hidden in predicting_states(states).split(max(MIN_LOGIT_ROWS, nll.logit_rows // 4)):
+        found, constants = [], []
+        for hidden in predicting_states(states).split(_rows_of_two(nll)):
             log_p = nll.logits(hidden).float().log_softmax(dim=-1)
             p = log_p.exp()
-            means.append(nll.scale * (p @ weight))
             constant = (p * log_p).nan_to_num(0.0).sum(dim=-1)
-            if bias is not None:
-                constant = constant - nll.scale * (p @ bias.float())
+            if not nll.is_linear:
+                found.append(hidden)
+            else:
+                found.append(nll.scale * (p @ weight))
+                if bias is not None:
+                    constant = constant - nll.scale * (p @ bias.float())
             constants.append(constant)
         shape = (states.shape[0], states.shape[1] - 1)
-        return cls(torch.cat(means).view(*shape, -1), torch.cat(constants).view(shape))
+        return cls(torch.cat(found).view(*shape, -1), torch.cat(constants).view(shape))
 
     def rows(self, sequences: Tensor) -> ParentReference:
         """The sequences with these numbers, int64 [R]."""
-        return ParentReference(self.mean_weight[sequences], self.constant[sequences])
+        return ParentReference(self.states[sequences], self.constant[sequences])
 
     def to(self, device: torch.device) -> ParentReference:
         """The same on another device."""
-        return ParentReference(self.mean_weight.to(device), self.constant.to(device))
+        return ParentReference(self.states.to(device), self.constant.to(device))
 
     @classmethod
     def cat(cls, parts: list[ParentReference]) -> ParentReference:
         """Join references of consecutive sequences, on the CPU."""
         return cls(
-            torch.cat([part.mean_weight.cpu() for part in parts]),
+            torch.cat([part.states.cpu() for part in parts]),
             torch.cat([part.constant.cpu() for part in parts]),
         )
 
@@ -69,7 +76,8 @@ class Divergence:
 
         KL(p || q) = sum p log p - sum p z_q + log sum exp z_q
 
-    The middle sum needs no second set of logits: z_q is linear in the hidden state.
+    Where z_q is linear in the hidden state, the middle sum needs no second set of logits. A cap
+    makes it need the parent's, which costs as much as the sub-model's own.
 
     Attributes:
         nll: the parent's LM head.
@@ -85,12 +93,24 @@ class Divergence:
         parent = self.reference.rows(sequences).to(states.device)
         rows, length = input_ids.shape
         hidden, labels = predicting_states(states), input_ids[:, 1:].reshape(-1)
-        step, log_sums = self.nll.logit_rows, []
-        for part, targets in zip(hidden.split(step), labels.split(step), strict=True):
+        of_parent, linear = parent.states.flatten(0, 1), self.nll.is_linear
+        step = self.nll.logit_rows if linear else _rows_of_two(self.nll)
+        costs = []
+        for part, other, targets in zip(
+            hidden.split(step), of_parent.split(step), labels.split(step), strict=True
+        ):
             logits = self.nll.logits(part)
-            log_sums.append(
-                ops.token_nll(logits, targets) + logits.gather(1, targets[:, None])[:, 0].float()
-            )
-        expected = torch.einsum("nd,nd->n", hidden.float(), parent.mean_weight.flatten(0, 1))
-        tokens = parent.constant.flatten() - expected + torch.cat(log_sums)
+            log_sum = ops.token_nll(logits, targets) + logits.gather(1, targets[:, None])[:, 0]
+            if linear:
+                expected = torch.einsum("nd,nd->n", part.float(), other)
+            else:
+                p = self.nll.logits(other).float().softmax(dim=-1)
+                expected = torch.einsum("nv,nv->n", p, logits.float())
+            costs.append(log_sum - expected)
+        tokens = parent.constant.flatten() + torch.cat(costs)
         return tokens.view(rows, length - 1).mean(dim=1, dtype=torch.float64).float()
+
+
+def _rows_of_two(nll: SequenceNLL) -> int:
+    """Number of tokens for which two float32 sets of logits are held at once."""
+    return max(MIN_LOGIT_ROWS, nll.logit_rows // 4)

@@ -190,14 +190,15 @@ class MaskScorer:
 
         It says more than a loss where text is scarce: it counts every change of the predictions,
         also one that happens to help on these tokens. The parent runs once per call; a `session`
-        runs it once per text.
+        runs it once per text. A model that caps its logits needs the parent's logits again for
+        every sub-model.
 
         Args:
             keep, input_ids, output_weights, progress: as for `score`.
         Returns:
             float32 [S, B] on the CPU, mean nats per predicted token.
         Raises:
-            TypeError, ValueError: as `score`, or the model caps its logits.
+            TypeError, ValueError: as `score`.
         """
         session = self.session(input_ids, output_weights=output_weights)
         return session.whole(keep).divergence(progress)

@@ -56,21 +56,9 @@ class ScoringSession:
         own_outputs = self.output_weights is not None
         return self.engine.submodels_per_chunk(*self.input_ids.shape, own_outputs=own_outputs)
 
-    @property
-    def has_divergence(self) -> bool:
-        """Whether a divergence can be measured: not for models that cap their logits."""
-        return self._nll.is_linear
-
     @cached_property
     def divergence_measure(self) -> Divergence:
-        """Measures the divergence from the parent, which runs over the text once.
-
-        Raises:
-            ValueError: the model caps its logits.
-        """
-        if not self.has_divergence:
-            name = type(self._nll.model).__name__
-            raise ValueError(f"{name} caps its logits: its divergence cannot be measured")
+        """Measures the divergence from the parent, which runs over the text once."""
         return Divergence(self._nll, self.engine.parent_reference(self.input_ids))
 
     def chunks(self, keep: Tensor) -> list[Chunk]:
@@ -133,11 +121,7 @@ class Chunk:
         return self._score(self.session.loss_measure, progress)
 
     def divergence(self, progress: Progress | None = None) -> Tensor:
-        """KL divergence of every sub-model from the parent on every sequence; as `losses`.
-
-        Raises:
-            ValueError: the model caps its logits.
-        """
+        """KL divergence of every sub-model from the parent on every sequence; as `losses`."""
         return self._score(self.session.divergence_measure, progress)
 
     def _score(self, measure: Measure, progress: Progress | None) -> Tensor:

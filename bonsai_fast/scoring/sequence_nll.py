@@ -85,7 +85,7 @@ class SequenceNLL:
 
     @property
     def is_linear(self) -> bool:
-        """Whether logits are linear in the hidden states, as a divergence needs."""
+        """Whether logits are linear in the hidden states."""
         return self.softcap is None
 
     @torch.inference_mode()

@@ -71,6 +71,14 @@ class Rotary:
     interleaved: bool
 
 
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + beta * log(1 + floor(position / length)), as in Ministral 3."""
+
+    beta: float
+    length: int
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention:
     """One attention sub-layer.
@@ -89,6 +97,7 @@ class Attention:
         softcap: scores are softcap * tanh(scores / softcap); None: they have no bound.
         window: number of tokens that a token attends to, including itself; None: all before it.
         rotary: None: positions are not encoded.
+        query_growth: None: queries are not multiplied by what depends on their position.
     """
 
     block: AttentionBlock
@@ -108,6 +117,7 @@ class Attention:
     softcap: float | None
     window: int | None
     rotary: Rotary | None
+    query_growth: QueryGrowth | None
 
     @property
     def num_parts(self) -> int:

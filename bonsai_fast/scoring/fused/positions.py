@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bonsai_fast.scoring.fused.parent import Rotary, Structure, UnsupportedStructureError
+from bonsai_fast.scoring.fused.parent import (
+    QueryGrowth,
+    Rotary,
+    Structure,
+    UnsupportedStructureError,
+)
 
 
 class Positions:
@@ -49,6 +54,14 @@ class Positions:
             cos, sin = self.angles(rotary)
             self._exact_angles[rotary.kind] = cos.float(), sin.float()
         return self._exact_angles[rotary.kind]
+
+    def query_factors(self, growth: QueryGrowth | None) -> Tensor | None:
+        """[T] in the model's dtype, the factor of the queries of each token; None: all are 1."""
+        if growth is None or self.length <= growth.length:
+            return None
+        places = torch.arange(self.length, device=self._device)
+        factors = 1 + growth.beta * torch.log(1 + torch.floor(places / growth.length))
+        return factors.to(self._structure.like.dtype)
 
     def of_rows(self, rows: int) -> Tensor:
         """int64 [R * T], the position of every token of R consecutive rows."""

@@ -12,14 +12,15 @@ from bonsai_fast.scoring.fused.parent import (
     Attention,
     Norm,
     Projection,
+    QueryGrowth,
     UnsupportedStructureError,
 )
-from bonsai_fast.scoring.fused.read_rotary import read_rotary
+from bonsai_fast.scoring.fused.read_rotary import function_of, read_rotary
 
 # names of the norms of q, and of k
 HEAD_NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))
-# what changes attention on long texts only, where no check on a few tokens sees it
-LONG_TEXT_OPTIONS = ("llama_4_scaling_beta",)
+# its module has this function if queries grow with their position
+GROWTH_FUNCTION = "get_llama_4_attn_scale"
 
 
 def read_attention(
@@ -55,7 +56,6 @@ def read_attention(
         raise UnsupportedStructureError(f"{block.module} has no scaling")
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedStructureError(f"{block.module} clips q, k and v")
-    _check_long_texts(block, config)
     kinds = getattr(config, "layer_types", None)
     kind = str(kinds[block.layer]) if rotary_kinds and kinds is not None else ""
     return Attention(
@@ -76,6 +76,7 @@ def read_attention(
         softcap=getattr(module, "attn_logit_softcapping", None),
         window=_window(config, module, block),
         rotary=read_rotary(module, block.module, kind),
+        query_growth=_query_growth(module, config),
     )
 
 
@@ -150,13 +151,13 @@ def _head_norms(
     return found[0], found[1], True
 
 
-def _check_long_texts(block: AttentionBlock, config: Any) -> None:
+def _query_growth(module: nn.Module, config: Any) -> QueryGrowth | None:
+    """Of long texts only: no check on a few tokens sees it."""
     rope = getattr(config, "rope_parameters", None) or {}
-    for option in LONG_TEXT_OPTIONS:
-        if rope.get(option) is not None:
-            raise UnsupportedStructureError(
-                f"{block.module} scales queries by their position ({option})"
-            )
+    beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    if beta is None or length is None or function_of(type(module), GROWTH_FUNCTION) is None:
+        return None
+    return QueryGrowth(float(beta), int(length))
 
 
 def _window(config: Any, module: nn.Module, block: AttentionBlock) -> int | None:

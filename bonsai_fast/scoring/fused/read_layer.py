@@ -61,6 +61,8 @@ ARRANGEMENTS = (
         "post_attention_layernorm",
         "post_mlp_layernorm",
     ),
+    # HyperCLOVA X
+    _Norms("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
     # VaultGemma
     _Norms("input_layernorm", None, "pre_feedforward_layernorm", None),
     # Cohere

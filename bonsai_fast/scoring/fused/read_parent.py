@@ -34,7 +34,8 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, *, rotary_kinds: bool) -> None:
         self._layers = model.get_submodule(layout.decoder.path)
-        self._layout, self._config, self._kinds = layout, model.config, rotary_kinds
+        self._layout, self._kinds = layout, rotary_kinds
+        self._config = model.config.get_text_config(decoder=True)
 
     def __call__(self, index: int) -> LayerParts:
         layer = self._layers.get_submodule(str(index))
@@ -62,12 +63,13 @@ def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
     Raises:
         UnsupportedStructureError: the model is not a decoder as in `parent`.
     """
-    decoder = layout.decoder
-    backbone = model.base_model
-    path, _, name = decoder.path.rpartition(".")
-    parent = model.get_submodule(path)
-    if name != "layers" or parent is not backbone:
-        raise UnsupportedStructureError(f"expected the layers in {type(backbone).__name__}.layers")
+    path, _, name = layout.decoder.path.rpartition(".")
+    # of a model that reads images, too, the part that reads text
+    backbone = model.get_submodule(path)
+    if name != "layers":
+        raise UnsupportedStructureError(
+            f"expected the layers in {type(backbone).__name__}.layers, found {name}"
+        )
     stream = stream_of(model)
     _check_devices(model, stream)
     rotary = getattr(backbone, "rotary_emb", None)
@@ -75,7 +77,7 @@ def read_structure(model: PreTrainedModel, layout: Layout) -> Structure:
         raise UnsupportedStructureError(f"{type(backbone).__name__} has no rotary_emb")
     rotary_kinds = takes_kind(rotary)
     reader = _Reader(model, layout, rotary_kinds=rotary_kinds)
-    layers = [reader(index) for index in range(decoder.num_layers)]
+    layers = [reader(index) for index in range(layout.decoder.num_layers)]
     sublayers: list[SubLayer] = [each for layer in layers for each in layer[:2]]
     blocks: list[Block | None] = [
         None if isinstance(each, Removed) else each.block for each in sublayers

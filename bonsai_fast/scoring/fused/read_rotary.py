@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from inspect import signature
 from typing import Any, cast
@@ -63,6 +63,12 @@ def _turns(module: nn.Module) -> bool:
     return True
 
 
+def function_of(module_class: type, name: str) -> Callable[..., Any] | None:
+    """A function of the file that defines a class of modules, or the class that it extends."""
+    found = (getattr(sys.modules.get(each.__module__), name, None) for each in module_class.__mro__)
+    return next((function for function in found if function is not None), None)
+
+
 @cache
 def _interleaved(attention: Any) -> bool | None:
     """Which columns of a head this class turns together, found by turning one by 90 degrees.
@@ -70,11 +76,8 @@ def _interleaved(attention: Any) -> bool | None:
     Returns:
         True: 2i and 2i + 1; False: i and i + R / 2; None: others.
     """
-    for each in attention.__mro__:
-        function = getattr(sys.modules.get(each.__module__), FUNCTION, None)
-        if function is not None:
-            break
-    else:
+    function = function_of(attention, FUNCTION)
+    if function is None:
         return None
     head = torch.arange(1.0, 5.0).view(1, 1, 1, 4)
     cos, sin = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)

@@ -42,6 +42,9 @@ def attend(
         key = arithmetic.normalize(spec.key_norm, key, "normed key")
     query = _turn("first", query, spec.rotary, positions, arithmetic)
     key = _turn("rotated key", key, spec.rotary, positions, arithmetic)
+    factors = positions.query_factors(spec.query_growth)
+    if factors is not None:
+        query.mul_(factors[:, None])
     value = value.transpose(1, 2)
     if not operands.is_regular:
         heads = torch.tensor(operands.kv_of_head, device=key.device)

@@ -30,7 +30,7 @@ def check_structure(model: PreTrainedModel, layout: Layout, structure: Structure
         UnsupportedStructureError: the embedding, a layer or the final norm differs.
     """
     backbone, weight = model.base_model, structure.like
-    tokens = torch.arange(NUM_TOKENS, device=weight.device)[None] % model.config.vocab_size
+    tokens = torch.arange(NUM_TOKENS, device=weight.device)[None] % len(weight)
     everything = torch.ones(1, len(layout), dtype=torch.bool)
     wave = Wave(
         structure=structure,

@@ -24,6 +24,8 @@ from transformers import (
     Glm4ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     PreTrainedModel,
     SmolLM3Config,
     SmolLM3ForCausalLM,
@@ -112,6 +114,15 @@ def glm4(**changes: Any) -> PreTrainedModel:
     return randomised(Glm4ForCausalLM(config), 37)
 
 
+def ministral3(**changes: Any) -> PreTrainedModel:
+    """Queries grow with their position, from the fifth token on."""
+    growth = {"llama_4_scaling_beta": 0.7, "original_max_position_embeddings": 4}
+    rope = {"rope_type": "default", "rope_theta": 100.0, **growth, **changes}
+    config = Ministral3Config(**SIZES | {"rope_parameters": rope})
+    return randomised(Ministral3ForCausalLM(config), 38)
+
+
 SCORED_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    build.__name__: build for build in (gemma2, gemma3, granite, smollm3, cohere, cohere2, glm4)
+    build.__name__: build
+    for build in (gemma2, gemma3, granite, smollm3, cohere, cohere2, glm4, ministral3)
 }

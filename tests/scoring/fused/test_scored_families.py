@@ -7,7 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from compensated_cases import Refit
-from scored_families import SCORED_FAMILIES, cohere, cohere2, gemma2, gemma3, glm4, granite, smollm3
+from scored_families import (
+    SCORED_FAMILIES,
+    cohere,
+    cohere2,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    ministral3,
+    smollm3,
+)
 from scoring_cases import OpCalls, assert_errs_as_hooks, related_masks, scorer_on_ops
 from surgery_cases import tokens
 from transformers import PreTrainedModel
@@ -18,6 +28,7 @@ from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.read_parent import read_structure
 from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
+from bonsai_fast.scoring.hooks_engine import masked
 
 ROUTES = ["dense", "slice", "gather", "pack", "tail", "split"]
 # heads that the kernels do not turn or normalise run densely
@@ -93,13 +104,31 @@ def test_divergence_and_streaming(family: str) -> None:
     layout = Layout.of(model, sublayers=True)
     masks = related_masks(layout)
     scorer, hooks = (MaskScorer(model, layout=layout, engine=e) for e in ("fused", "hooks"))
-    if scorer._nll.is_linear:
-        expected = hooks.divergence(masks, tokens(3))
-        found = scorer.divergence(masks, tokens(3))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected = hooks.divergence(masks, tokens(3))
+    found = scorer.divergence(masks, tokens(3))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     streamed = stream_layers(SCORED_FAMILIES[family](), device="cpu")
     found = MaskScorer(streamed, layout=layout, engine="fused").score(masks, tokens(3))
     assert torch.equal(found, scorer.score(masks, tokens(3)))
+
+
+@pytest.mark.parametrize("logit_bytes", [2**20, 1])
+def test_divergence_of_capped_logits(logit_bytes: int) -> None:
+    """In one chunk of tokens and in many, against all logits of both models."""
+    model, input_ids = gemma2(), tokens(3)
+    scorer = MaskScorer(model)
+    scorer._nll._logit_bytes = logit_bytes
+    masks = related_masks(scorer.layout)[:4]
+    masks[0] = True
+    found = scorer.divergence(masks, input_ids)
+    with torch.no_grad():
+        log_p = model(input_ids=input_ids).logits[:, :-1].double().log_softmax(-1)
+        for keep, divergence in zip(masks, found, strict=True):
+            with masked(model, scorer.layout, keep.expand(3, -1)):
+                log_q = model(input_ids=input_ids).logits[:, :-1].double().log_softmax(-1)
+            expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+            torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    assert found[0].abs().max() < 1e-5 < found[1:].min()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "cohere"])
@@ -127,6 +156,7 @@ def test_low_precision_errs_as_hooks_do(family: str) -> None:
         (cohere, {"logit_scale": 1.0}),
         (cohere2, {"sliding_window": 30}),
         (cohere2, {"layer_types": ["sliding_attention"] * 3}),
+        (ministral3, {"original_max_position_embeddings": 64}),
         (glm4, {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 100.0}}),
     ],
 )
@@ -145,7 +175,11 @@ def test_what_makes_the_families_special_matters(
 
 
 @pytest.mark.parametrize(
-    "name", ["ernie4_5", "exaone4", "glm", "helium", "olmo", "seed_oss", "stablelm", "vaultgemma"]
+    "name",
+    [
+        *("ernie4_5", "exaone4", "glm", "got_ocr2", "helium", "hyperclovax", "olmo", "seed_oss"),
+        *("stablelm", "vaultgemma"),
+    ],
 )
 def test_others_are_read_likewise(name: str) -> None:
     model = tiny_model(name).eval()

@@ -124,8 +124,12 @@ class GatherOperands:
             )
             return found
 
+        query = project(spec.query, self.query, spec.query_norm, *angles)
+        factors = positions.query_factors(spec.query_growth)
+        if factors is not None:
+            query.unflatten(0, (rows, length)).mul_(factors[:, None, None])
         found: Tensor = ops.grouped_attention(
-            project(spec.query, self.query, spec.query_norm, *angles),
+            query,
             project(spec.key, self.kv, spec.key_norm, *angles),
             project(spec.value, self.kv, None),
             self.query.count,
