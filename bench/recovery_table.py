@@ -66,7 +66,10 @@ def cut(cell: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     state = json.loads((cell / "run.json").read_text())
     config = config_of_record({**state["config"], "target": state["request"]["target"]})
     layout = Layout.of(
-        model, attention=config.options.attention, sublayers=config.options.sublayers
+        model,
+        attention=config.options.attention,
+        experts=config.options.experts,
+        sublayers=config.options.sublayers,
     )
     length = config.sequence_length or longest_window(model)
     calibration = calibration_text(config, tokenizer, model, length)

@@ -157,6 +157,31 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def without_channels(
+    model: PreTrainedModel, kept: Mapping[str, list[int]], returns_tuple: bool = False
+) -> PreTrainedModel:
+    """The same for channels inside the experts of each mixture."""
+    smaller = copy.deepcopy(model)
+    smaller.config._experts_implementation = "eager"  # it takes any width
+    for path, channels in kept.items():
+        owner, _, name = path.rpartition(".")
+        if not channels:
+            setattr(smaller.get_submodule(owner), name, Nothing(returns_tuple))
+            continue
+        experts = smaller.get_submodule(path).experts
+        if experts.is_transposed:  # gpt-oss: [E, D, 2I], gate and up in turns
+            both = [2 * channel + half for channel in channels for half in (0, 1)]
+            experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[..., both])
+            experts.gate_up_proj_bias = nn.Parameter(experts.gate_up_proj_bias[:, both])
+            experts.down_proj = nn.Parameter(experts.down_proj[:, channels])
+            continue
+        width = experts.down_proj.shape[2]
+        both = [*channels, *(width + channel for channel in channels)]
+        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:, both])
+        experts.down_proj = nn.Parameter(experts.down_proj[..., channels])
+    return smaller
+
+
 class Nothing(nn.Module):
     """In the place of a mixture that is removed as a whole."""
 

@@ -34,7 +34,7 @@ def new_search(
     """A start of a run in `output` on random tokens."""
     config = resolve(configure(**options))
     own = config.options
-    layout = Layout.of(model, attention=own.attention, sublayers=own.sublayers)
+    layout = Layout.of(model, attention=own.attention, experts=own.experts, sublayers=own.sublayers)
     text = Sequences(tokens(12) if input_ids is None else input_ids, "random", "random tokens")
     scorer = MaskScorer(model, layout=layout, route=own.route, memory_budget=config.memory_budget)
     budget = Target.parse(config.target_text).removal_budget(layout)

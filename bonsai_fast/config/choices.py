@@ -23,6 +23,7 @@ PresetName = Literal["default", "paper"]
 
 # what is removed
 AttentionUnit = Literal["head", "kv-group"]
+ExpertUnit = Literal["expert", "channel"]
 HeadLayout = Literal["rectangular", "free"]
 CompareWithin = Literal["layer", "input", "input-128", "output", "output-128"]
 

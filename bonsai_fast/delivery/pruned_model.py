@@ -200,6 +200,7 @@ class SlicedModel(PrunedModel):
             self.keep,
             directory,
             attention=self.layout.attention,
+            experts=self.layout.experts,
             sublayers=self.layout.sublayers,
             dtype=self.parent.dtype,
             trust_remote_code=self.origin.trust_remote_code,

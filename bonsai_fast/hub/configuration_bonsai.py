@@ -23,6 +23,8 @@ WITHOUT_KEYS = ("linear_attention", "conv", NO_ATTENTION)
 CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 # The same for the number of experts.
 EXPERTS_ATTRIBUTES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# The same for the channels inside experts.
+EXPERT_CHANNELS_ATTRIBUTES = ("moe_intermediate_size", "intermediate_size")
 # mapping from model types to classes, by the auto class that uses it
 AUTO_CLASSES = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
@@ -42,12 +44,14 @@ class LayerShape:
         alibi_heads: the dense model's numbers of the query heads, for families whose ALiBi slopes
             depend on them.
         experts: int, how many a mixture of experts has; 0 if it is removed; None as above.
+        expert_channels: int, width of each of its experts; None as above.
     """
 
     q_heads_per_kv: Any
     channels: Any
     alibi_heads: tuple[int, ...] | None = None
     experts: Any = None
+    expert_channels: Any = None
 
     @property
     def num_heads(self):
@@ -113,7 +117,8 @@ class HeterogeneousConfig:
             modules, output: the sub-layer's modules and its output projection;
             norms: what is removed with it;
             returns: length of the tuple that it returns, None for a tensor;
-            heads, kv_heads, channels or experts: how many there are in the dense model;
+            heads, kv_heads, channels, experts, expert_channels: how many there are in the dense
+                model;
             sizes: for each parameter and dimension, how much of it belongs to each of them;
             counts: the same for numbers that are attributes of modules;
             limits: attributes that may not be larger than the number of these;
@@ -125,6 +130,7 @@ class HeterogeneousConfig:
 
     channels_attribute = CHANNELS_ATTRIBUTES[0]
     experts_attribute = EXPERTS_ATTRIBUTES[0]
+    expert_channels_attribute = EXPERT_CHANNELS_ATTRIBUTES[0]
     # bonsai_fast puts a function here: the table of a directory that an earlier version saved
     earlier_cut_table = None
 
@@ -194,6 +200,8 @@ class HeterogeneousConfig:
             entry[cls.channels_attribute] = shape.channels
         if shape.experts:
             entry[cls.experts_attribute] = shape.experts
+        if shape.expert_channels:
+            entry[cls.expert_channels_attribute] = shape.expert_channels
         return entry
 
     def layer_view(self, index):
@@ -286,14 +294,20 @@ class HeterogeneousConfig:
             groups = self._groups(layer, self._dense(index, "attention"))
             alibi_heads = getattr(layer, "alibi_heads", None)
         mlp = self._dense(index, "mlp")
-        experts = channels = None
-        if "experts" in mlp:
-            experts = _number(layer, self.experts_attribute, mlp["experts"])
-        elif self.cut_table is None or "channels" in mlp:
-            channels = _number(layer, self.channels_attribute, mlp.get("channels"))
+        names = {"channels": self.channels_attribute} if self.cut_table is None else {}
+        for part, name in (
+            ("channels", self.channels_attribute),
+            ("experts", self.experts_attribute),
+            ("expert_channels", self.expert_channels_attribute),
+        ):
+            if part in mlp:
+                names[part] = name
+        widths = {part: _number(layer, name, mlp.get(part)) for part, name in names.items()}
         if "mlp" in skip:
-            channels, experts = (None, 0) if "experts" in mlp else (0, None)
-        return LayerShape(groups, channels, alibi_heads and tuple(alibi_heads), experts)
+            # with experts the output projection is None
+            widths = {"experts" if mlp and mlp["output"] is None else "channels": 0}
+        widths = {"channels": None} | widths
+        return LayerShape(groups, alibi_heads=alibi_heads and tuple(alibi_heads), **widths)
 
     def _dense(self, index, sublayer):
         """A sub-layer's entry of the table; empty if there is none."""
@@ -378,9 +392,9 @@ def bonsai_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def _make(name: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     known = stock.__dataclass_fields__
-    width, experts = (
+    width, experts, inside = (
         next((field for field in names if field in known), names[0])
-        for names in (CHANNELS_ATTRIBUTES, EXPERTS_ATTRIBUTES)
+        for names in (CHANNELS_ATTRIBUTES, EXPERTS_ATTRIBUTES, EXPERT_CHANNELS_ATTRIBUTES)
     )
     fields = _FIELDS | {width: (int | None, None)}
     new = {field: value for field, value in fields.items() if field not in known}
@@ -392,6 +406,7 @@ def _make(name: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "model_type": f"bonsai_{stock.model_type}",
         "channels_attribute": width,
         "experts_attribute": experts,
+        "expert_channels_attribute": inside,
         "stock_has_head_dim": "head_dim" in known,
         "_auto_class": "AutoConfig",
     }

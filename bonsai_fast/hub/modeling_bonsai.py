@@ -24,7 +24,7 @@ from .configuration_bonsai import (
 )
 
 # what the sizes of a sub-layer depend on
-PARTS = ("heads", "kv_heads", "channels", "experts")
+PARTS = ("heads", "kv_heads", "channels", "experts", "expert_channels")
 
 # What is left of a removed sub-layer -------------------------------------------------------------
 
@@ -265,8 +265,8 @@ class HeterogeneousModel:
                 fit_attention(
                     layer.get_submodule(kind["attention"]["modules"][0]), kind["attention"], shape
                 )
-            if shape.channels or shape.experts:
-                numbers = {"channels": shape.channels, "experts": shape.experts}
+            numbers = {part: getattr(shape, part) for part in PARTS[2:]}
+            if any(numbers.values()):
                 fit_sublayer(layer, kind["mlp"], numbers, config.layer_view(index))
             if index == counting:
                 own = config.per_layer_config[index]

@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from bonsai_fast.config.choices import ExpertUnit
+
 SubLayer = Literal["attention", "mlp"]
 
 
@@ -127,11 +129,13 @@ class MLPBlock:
 
 @dataclass(frozen=True, eq=False)
 class ExpertsBlock:
-    """One mixture of experts. Its parts are the experts 0..E-1.
+    """One mixture of experts. Its parts are the experts 0..E-1, or the channels 0..I-1 inside them.
 
     A removed expert is one that the router cannot choose: its logit is -inf, and the router chooses
     among the others as if it had never been there. A mixture that keeps fewer than `fewest` experts
     is removed as a whole, with its shared experts (those that every token passes).
+
+    A channel is removed from all experts of the mixture at once.
 
     Attributes:
         layer: index of the decoder layer.
@@ -142,12 +146,14 @@ class ExpertsBlock:
         num_channels: intermediate size I of an expert.
         transposed: whether an expert's part of the output projections is [I, D], not [D, I].
         top_k: how many experts a token passes.
-        fewest: experts that the router needs to work at all, mostly 1.
-        cuts: the weights of each expert, along the dimension that counts experts.
-        buffers: the same for buffers, such as the bias that only corrects the router's choice.
+        fewest_experts: experts that the router needs to work at all, mostly 1.
+        by_expert: the weights of each expert, along the dimension that counts experts.
+        by_channel: the weights of each channel.
+        buffers: like `by_expert`, for buffers such as the bias that only corrects the choice.
         norms: paths of the norms that only this sub-layer uses; they are removed with it.
-        whole: why its experts cannot be removed one by one, in a few words; None where they can.
-            Such a sub-layer has no cuts.
+        experts_refused, channels_refused: why experts, or channels, cannot be removed one by one,
+            in a few words; None where they can.
+        unit: what its parts are.
     """
 
     layer: int
@@ -158,11 +164,31 @@ class ExpertsBlock:
     num_channels: int
     transposed: bool
     top_k: int
-    fewest: int
-    cuts: tuple[Cut, ...]
+    fewest_experts: int
+    by_expert: tuple[Cut, ...]
+    by_channel: tuple[Cut, ...]
     buffers: tuple[Cut, ...]
     norms: tuple[str, ...]
-    whole: str | None = None
+    experts_refused: str | None = None
+    channels_refused: str | None = None
+    unit: ExpertUnit = "expert"
+
+    @property
+    def whole(self) -> str | None:
+        """Why its parts cannot be removed one by one; None where they can."""
+        return self.experts_refused if self.unit == "expert" else self.channels_refused
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The weights of each part; none if its parts cannot be removed one by one."""
+        if self.whole is not None:
+            return ()
+        return self.by_expert if self.unit == "expert" else self.by_channel
+
+    @property
+    def fewest(self) -> int:
+        """With fewer parts than this, the sub-layer is removed as a whole."""
+        return self.fewest_experts if self.unit == "expert" else 1
 
     @property
     def output(self) -> str:
@@ -174,20 +200,20 @@ class ExpertsBlock:
 
     @property
     def part_width(self) -> int:
-        """Columns of the output projections that one expert feeds."""
-        return self.num_channels
+        """Columns of the output projections that one part feeds."""
+        return self.num_channels if self.unit == "expert" else self.num_experts
 
     @property
     def num_parts(self) -> int:
-        return self.num_experts
+        return self.num_experts if self.unit == "expert" else self.num_channels
 
     @property
     def modules(self) -> tuple[str, ...]:
         return (self.module,)
 
-    def kept_parts(self, keep_experts: torch.Tensor) -> torch.Tensor:
-        """bool [E] -> bool [E]; an expert is its own part."""
-        return keep_experts
+    def kept_parts(self, keep_parts: torch.Tensor) -> torch.Tensor:
+        """bool [E] -> bool [E], or [I] -> [I]; an expert or channel is its own part."""
+        return keep_parts
 
 
 Block = AttentionBlock | MLPBlock | ExpertsBlock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,11 @@ from bonsai_fast.models.blocks import Cut, ExpertsBlock
 from bonsai_fast.models.projections import mlp_cuts
 from bonsai_fast.models.router_mask import UnfitRouterError, chosen_by, expert_dim, probe_router
 
+# channels inside experts come in multiples of this: `torch.nn.functional.grouped_mm`, by which
+# transformers runs experts, takes rows of 16, 32, 48, ... bytes alone
+CHANNEL_MULTIPLE = 8
+# input columns of a gate that are tried, to see which channel each belongs to
+PROBED_COLUMNS = 8
 OUTPUT, INPUTS = "down_proj", ("gate_up_proj", "up_proj")
 
 # what `probe_router` said of routers that are alike
@@ -51,40 +57,52 @@ def find_experts(
         ),
         None,
     )
-    reason: str | None = None
-    cuts: list[Cut] = []
+    inside = name[len(owner) + 1 :]
+    by_expert: list[Cut] = []
     buffers: list[Cut] = []
     fewest, top_k = 1, 1
+    no_experts, no_channels = None, None
+    by_channel = tuple(_channel_cuts(experts, f"{path}.{name}", num_channels))
     if not hasattr(experts, "has_gate"):
-        reason = "its experts do not run by the interface that transformers has for experts"
-    elif router is None:
-        reason = "no module with a row for each expert was found beside the experts"
-    elif stray := _stray(mixture, router, name[len(owner) + 1 :], num_experts):
-        reason = f"{stray} has an index for each expert and belongs neither to them nor the router"
+        no_channels = "its experts do not run by the interface that transformers has for experts"
+    elif not _gates_as(experts, by_channel, num_channels):
+        no_channels = "its experts mix channels in an unknown order"
+    if router is None:
+        no_experts = "no module with a row for each expert was found beside the experts"
+    elif no_channels is not None and not hasattr(experts, "has_gate"):
+        no_experts = no_channels
+    elif stray := _stray(mixture, router, inside, num_experts):
+        no_experts = (
+            f"{stray} has an index for each expert and belongs neither to them nor the router"
+        )
     else:
         found = _probe(mixture.get_submodule(router), num_experts, verdicts)
         if isinstance(found, str):
-            reason = found
+            no_experts = found
         else:
-            fewest, top_k = found, chosen_by(mixture.get_submodule(router)) or 1
-            for child in (router, name[len(owner) + 1 :]):
+            fewest = found
+            for child in (router, inside):
                 module, where = mixture.get_submodule(child), f"{prefix}.{child}"
-                cuts += _cuts(module.named_parameters(), where, num_experts)
-                buffers += _cuts(module.named_buffers(), where, num_experts)
+                by_expert += _expert_cuts(module.named_parameters(), where, num_experts)
+                buffers += _expert_cuts(module.named_buffers(), where, num_experts)
+    if router is not None:
+        top_k = chosen_by(mixture.get_submodule(router)) or 1
     return ExpertsBlock(
-        index,
-        prefix,
-        f"{prefix}.{router}",
-        f"{path}.{name}",
-        num_experts,
-        num_channels,
-        transposed,
-        top_k,
-        fewest,
-        tuple(cuts),
-        tuple(buffers),
-        norms,
-        reason,
+        layer=index,
+        module=prefix,
+        router=f"{prefix}.{router}",
+        experts=f"{path}.{name}",
+        num_experts=num_experts,
+        num_channels=num_channels,
+        transposed=transposed,
+        top_k=top_k,
+        fewest_experts=fewest,
+        by_expert=tuple(by_expert),
+        by_channel=by_channel,
+        buffers=tuple(buffers),
+        norms=norms,
+        experts_refused=no_experts,
+        channels_refused=no_channels,
     )
 
 
@@ -132,10 +150,46 @@ def _probe(router: nn.Module, num_experts: int, verdicts: Verdicts) -> int | str
     return verdicts[key]
 
 
-def _cuts(tensors: Iterator[tuple[str, torch.Tensor]], path: str, num_experts: int) -> list[Cut]:
+def _expert_cuts(
+    tensors: Iterator[tuple[str, torch.Tensor]], path: str, num_experts: int
+) -> list[Cut]:
     owner = torch.arange(num_experts)
     return [
         Cut(f"{path}.{name}", dim, owner)
         for name, tensor in tensors
         if (dim := expert_dim(tensor, num_experts)) is not None
     ]
+
+
+def _channel_cuts(experts: nn.Module, path: str, channels: int) -> Iterator[Cut]:
+    """Cuts of the dimension that counts channels; fused gates own two indices of each."""
+    owner = torch.arange(channels)
+    if getattr(experts, "is_concatenated", True):
+        fused = torch.cat([owner, owner])
+    else:
+        fused = owner.repeat_interleave(2)
+    inputs = {"gate_up_proj": fused, "up_proj": owner}
+    transposed = getattr(experts, "is_transposed", False)
+    for name, parameter in experts.named_parameters():
+        weight = name.removesuffix("_bias")
+        if weight in inputs:
+            last = transposed or weight != name
+            yield Cut(f"{path}.{name}", parameter.dim() - 1 if last else 1, inputs[weight])
+        elif name == OUTPUT:
+            yield Cut(f"{path}.{name}", 1 if transposed else 2, owner)
+
+
+def _gates_as(experts: Any, cuts: tuple[Cut, ...], channels: int) -> bool:
+    """Whether a gate's input c changes no other channel than the owner of c."""
+    owner = next(cut.owner for cut in cuts if cut.parameter.rpartition(".")[2] in INPUTS)
+    generator = torch.Generator().manual_seed(0)
+    width = len(owner)
+    changed = torch.randperm(width, generator=generator)[:PROBED_COLUMNS]
+    states = torch.rand(1, width, generator=generator).repeat(len(changed) + 1, 1) - 0.5
+    states[torch.arange(len(changed)), changed] += 0.25
+    found = experts._apply_gate(states) if experts.has_gate else experts.act_fn(states)
+    if found.shape != (len(states), channels):
+        return False
+    places = (found[:-1] != found[-1:]).nonzero().tolist()
+    wanted = [[row, int(owner[column])] for row, column in enumerate(changed)]
+    return bool(places == wanted)

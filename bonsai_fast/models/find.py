@@ -42,7 +42,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             mlp[index] = found_mlp
         if found_experts is not None:
             experts[index] = found_experts
-    whole = [block.whole for block in experts.values() if block.whole is not None]
+    whole = [block.experts_refused for block in experts.values() if block.experts_refused]
     refused = {"expert": whole[0]} if whole else {}
     return Decoder(
         model.config.model_type, path, len(layers), attention, mlp, refused, experts=experts

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.config.choices import AttentionUnit
+from bonsai_fast.config.choices import AttentionUnit, ExpertUnit
 from bonsai_fast.models import AttentionBlock, Block, Decoder, ExpertsBlock, find_decoder
 
 Kind = Literal[AttentionUnit, "channel", "expert", "attention", "mlp"]
@@ -64,11 +64,14 @@ class Group:
         """Averages over the columns of the output projection that each unit owns.
 
         Args:
-            columns: float [in_features] of the block's output projection.
+            columns: float [in_features] of the block's output projection; [E * I] of a mixture.
         Returns:
             float64 [units of this group].
         """
-        per_part = columns.double().view(len(self.part_of_unit), -1).mean(dim=1)
+        columns = columns.double()
+        if isinstance(self.block, ExpertsBlock) and self.block.unit == "channel":
+            columns = columns.view(self.block.num_experts, -1).T.reshape(-1)
+        per_part = columns.view(len(self.part_of_unit), -1).mean(dim=1)
         totals = torch.zeros(len(self), dtype=torch.float64)
         totals.index_add_(0, self.part_of_unit, per_part)
         return totals / torch.bincount(self.part_of_unit, minlength=len(self))
@@ -82,10 +85,18 @@ class Layout(Sequence[Unit]):
     """
 
     def __init__(
-        self, decoder: Decoder, sizes: dict[str, int], *, attention: AttentionUnit, sublayers: bool
+        self,
+        decoder: Decoder,
+        sizes: dict[str, int],
+        *,
+        attention: AttentionUnit,
+        experts: ExpertUnit,
+        sublayers: bool,
     ) -> None:
-        self.decoder = decoder
+        mixtures = {n: replace(block, unit=experts) for n, block in decoder.experts.items()}
+        self.decoder = replace(decoder, experts=mixtures)
         self.attention = attention
+        self.experts = experts
         self.sublayers = sublayers
         self._sizes = sizes  # parameters of the model by name
         self.groups = tuple(self._groups())
@@ -100,7 +111,12 @@ class Layout(Sequence[Unit]):
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, *, attention: AttentionUnit = "head", sublayers: bool = False
+        cls,
+        model: PreTrainedModel,
+        *,
+        attention: AttentionUnit = "head",
+        experts: ExpertUnit = "expert",
+        sublayers: bool = False,
     ) -> Layout:
         """Find the units of a loaded model.
 
@@ -109,6 +125,8 @@ class Layout(Sequence[Unit]):
             attention: "head" removes query heads one by one, and a KV head with its last one;
                 "kv-group" removes a KV head with all its query heads. Both are the same where every
                 query head has its own KV head.
+            experts: of a mixture of experts: "expert" removes whole ones, "channel" the same
+                channels of all experts of a layer.
             sublayers: also list whole attention and MLP sub-layers as units.
         Raises:
             ValueError: the model is not supported, or an argument is not one of the above.
@@ -117,8 +135,12 @@ class Layout(Sequence[Unit]):
             raise ValueError(
                 f"attention: expected one of {get_args(AttentionUnit)}, got {attention!r}"
             )
+        if experts not in get_args(ExpertUnit):
+            raise ValueError(f"experts: expected one of {get_args(ExpertUnit)}, got {experts!r}")
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        return cls(find_decoder(model), sizes, attention=attention, sublayers=sublayers)
+        return cls(
+            find_decoder(model), sizes, attention=attention, experts=experts, sublayers=sublayers
+        )
 
     # Sequence -------------------------------------------------------------------------------------
 
@@ -154,6 +176,11 @@ class Layout(Sequence[Unit]):
     def refused(self) -> Mapping[str, str]:
         """Kinds of units that this model cannot lose one by one, each with the reason."""
         return self.decoder.refused
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether some units are experts, or channels inside them."""
+        return any(isinstance(group.block, ExpertsBlock) for group in self.groups)
 
     @property
     def num_by_kind(self) -> dict[Kind, int]:
@@ -270,7 +297,7 @@ class Layout(Sequence[Unit]):
             if mlp is not None and mlp.whole is None:
                 wanted.append(("channel", mlp, torch.arange(mlp.num_channels)))
             if experts is not None and experts.whole is None:
-                wanted.append(("expert", experts, torch.arange(experts.num_experts)))
+                wanted.append((experts.unit, experts, torch.arange(experts.num_parts)))
             if self.sublayers and attention is not None:
                 wanted.append(
                     ("attention", attention, torch.zeros(attention.num_heads, dtype=torch.int64))
@@ -316,6 +343,7 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
     """
     return {
         "attention": recorded_kind(layout.attention),
+        "experts": layout.experts,
         "sublayers": layout.sublayers,
         "num_layers": layout.decoder.num_layers,
         "num_decoder_parameters": layout.num_decoder_parameters,

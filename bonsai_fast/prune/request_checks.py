@@ -18,6 +18,7 @@ from bonsai_fast.evaluation.text import (
     longest_window,
 )
 from bonsai_fast.methods import EXPERT_METHODS, WEIGHT_METHODS
+from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery.save import check_savable
 
@@ -47,10 +48,17 @@ def check_units(layout: Layout, config: ResolvedConfig[Any]) -> None:
     Raises:
         ValueError: there are experts, and the method or its prior knows none.
     """
-    if "expert" not in layout.kinds:
+    if not layout.has_mixtures:
         return
     if getattr(config.options, "prior", None) == "obs":
         raise ValueError("prior obs: it refits one projection, and experts have one each; use reap")
+    multiple = config.options.width_multiple
+    by_channel = layout.experts == "channel"
+    if by_channel and multiple != "auto" and multiple % CHANNEL_MULTIPLE:
+        raise ValueError(
+            f"round_to: channels inside experts are kept in multiples of {CHANNEL_MULTIPLE}, "
+            f"got {multiple}"
+        )
     if config.method not in EXPERT_METHODS:
         raise ValueError(
             f"method {config.method}: it cannot say what an expert is worth; for a mixture of "

@@ -44,7 +44,9 @@ def prepare(
     config = resolve(request)
     options = config.options
     check_model(model, tokenizer, config)
-    layout = Layout.of(model, attention=options.attention, sublayers=options.sublayers)
+    layout = Layout.of(
+        model, attention=options.attention, experts=options.experts, sublayers=options.sublayers
+    )
     check_not_empty(model, layout)
     check_units(layout, config)
     budget = Target.parse(config.target_text).removal_budget(layout)  # refuses the impossible

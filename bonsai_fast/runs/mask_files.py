@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bonsai_fast.config.choices import AttentionUnit
+from bonsai_fast.config.choices import AttentionUnit, ExpertUnit
 from bonsai_fast.files import write_atomically
 from bonsai_fast.models.layout import Layout, read_kind, recorded_kind
 from bonsai_fast.models.submodels import pack, unpack
@@ -24,12 +24,14 @@ class SavedMask:
 
     Attributes:
         keep: bool [P], True = kept.
-        attention, sublayers: the arguments of `Layout.of` that give the layout of these P units.
+        attention, experts, sublayers: the arguments of `Layout.of` that give the layout of these P
+            units.
         removed: number of parameters removed.
     """
 
     keep: torch.Tensor
     attention: AttentionUnit
+    experts: ExpertUnit
     sublayers: bool
     removed: int
 
@@ -49,6 +51,7 @@ def save_mask(path: str | os.PathLike[str], layout: Layout, keep: torch.Tensor) 
     about = {
         "num_units": len(layout),
         "attention": recorded_kind(layout.attention),
+        **({"experts": layout.experts} if layout.experts != "expert" else {}),
         "sublayers": layout.sublayers,
         "removed": layout.num_removed_parameters(keep),
     }
@@ -70,9 +73,13 @@ def load_mask(path: str | os.PathLike[str]) -> SavedMask:
             attention = read_kind(about["attention"])
             if attention not in get_args(AttentionUnit):
                 raise ValueError(f"attention {about['attention']!r} is unknown")
+            experts = about.get("experts", "expert")
+            if experts not in get_args(ExpertUnit):
+                raise ValueError(f"experts {experts!r} is unknown")
             return SavedMask(
                 keep,
                 cast(AttentionUnit, attention),
+                cast(ExpertUnit, experts),
                 bool(about["sublayers"]),
                 int(about["removed"]),
             )

@@ -11,23 +11,27 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.models import ExpertsBlock
 from bonsai_fast.models.router_mask import router_masked
+from bonsai_fast.scoring.expert_calls import channels_masked
 
 
 @contextmanager
 def experts_masked(model: PreTrainedModel, block: ExpertsBlock, keep: Tensor) -> Iterator[None]:
     """Inside, the router chooses for each row among the experts that the row keeps.
 
-    A row without experts gets zeros from the whole mixture, shared experts included.
+    Or, where a block's parts are channels, all experts have the channels that the row keeps. A row
+    without any part gets zeros from the whole mixture, shared experts included.
 
     Args:
         model: the parent.
         block: one of its mixtures of experts.
-        keep: bool [R, E] on its device.
+        keep: bool [R, E] or [R, I] on its device.
     """
     some = keep.any(dim=1, keepdim=True)
     removed = ~keep & some
     with ExitStack() as stack:
-        if bool(removed.any()):
+        if bool(removed.any()) and block.unit == "channel":
+            stack.enter_context(channels_masked(model.get_submodule(block.experts), removed))
+        elif bool(removed.any()):
             stack.enter_context(router_masked(model.get_submodule(block.router), removed))
         if not bool(some.all()):
             hook = _zero_rows(~some[:, 0])

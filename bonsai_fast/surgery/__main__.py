@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             mask.keep,
             places["output"],
             attention=mask.attention,
+            experts=mask.experts,
             sublayers=mask.sublayers,
             max_shard_size=options.max_shard_size,
             trust_remote_code=options.trust_remote_code,

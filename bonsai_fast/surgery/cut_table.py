@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.hub import HeterogeneousConfig
-from bonsai_fast.models import AttentionBlock, Block, Decoder, ExpertsBlock
+from bonsai_fast.models import AttentionBlock, Block, Cut, Decoder, ExpertsBlock, MLPBlock
 from bonsai_fast.models.router_mask import CHOSEN, COUNTS
 from bonsai_fast.surgery.calls import returned_values
 
@@ -23,6 +22,7 @@ QUERY_WIDTHS = frozenset(
 )
 KV_WIDTHS = frozenset({"kv_dim"})
 CHANNELS = frozenset({"intermediate_size", "intermediate_dim", "ffn_dim", "inner_dim"})
+EXPERT_CHANNELS = frozenset({"intermediate_size", "intermediate_dim", "expert_dim", "ffn_dim"})
 # arguments that bring an attention one bias for each of the dense model's heads
 ALIBI_ARGUMENTS = ("alibi", "position_bias")
 
@@ -84,40 +84,52 @@ def _sublayer(
         "norms": inside(block.norms),
         "returns": returns.get(block.modules[0], 2 if attention else None),
     }
-    if not block.cuts:
+    groups = [group for group in _groups(block) if group.cuts]
+    if not groups:
         return entry
-    if isinstance(block, AttentionBlock):
-        entry |= {"heads": block.num_heads, "kv_heads": block.num_kv_heads}
-        if (argument := alibi_argument(model, block)) is not None:
-            entry["alibi"] = argument
-    else:
-        entry[_part(block)] = block.num_parts
-    buffers = block.buffers if isinstance(block, ExpertsBlock) else ()
+    if isinstance(block, AttentionBlock) and (argument := alibi_argument(model, block)):
+        entry["alibi"] = argument
     sizes: dict[str, dict[str, dict[str, int]]] = {}
-    for cut in (*block.cuts, *buffers):
-        share = _shares(cut.parameter, cut.owner, block)
-        sizes.setdefault(cut.parameter.removeprefix(prefix), {})[str(cut.dim)] = share
+    for group in groups:
+        entry |= group.parts
+        for cut in group.cuts:
+            name = cut.parameter.removeprefix(prefix)
+            sizes.setdefault(name, {})[str(cut.dim)] = _shares(cut, group.parts)
     entry |= {"sizes": sizes, "counts": _counts(model, prefix, block)}
     if isinstance(block, ExpertsBlock):
         entry["limits"] = _limits(model, prefix, block)
     return entry
 
 
-def _part(block: Block) -> str:
-    return "experts" if isinstance(block, ExpertsBlock) else "channels"
+class _Group(NamedTuple):
+    """Cuts, and what their owners are, in the order of their numbers."""
+
+    cuts: tuple[Cut, ...]
+    parts: dict[str, int]
 
 
-def _shares(parameter: str, owner: torch.Tensor, block: Block) -> dict[str, int]:
-    """How many indices belong to each query head, KV head, channel or expert."""
-    owned = owner.bincount(minlength=block.num_parts)
+def _groups(block: Block) -> list[_Group]:
     if isinstance(block, AttentionBlock):
-        parts = {"heads": owned[: block.num_heads], "kv_heads": owned[block.num_heads :]}
-    else:
-        parts = {_part(block): owned}
+        return [_Group(block.cuts, {"heads": block.num_heads, "kv_heads": block.num_kv_heads})]
+    if isinstance(block, MLPBlock):
+        return [_Group(block.cuts, {"channels": block.num_channels})]
+    by_expert = () if block.experts_refused else (*block.by_expert, *block.buffers)
+    by_channel = () if block.channels_refused else block.by_channel
+    return [
+        _Group(by_expert, {"experts": block.num_experts}),
+        _Group(by_channel, {"expert_channels": block.num_channels}),
+    ]
+
+
+def _shares(cut: Cut, parts: dict[str, int]) -> dict[str, int]:
+    """How many indices belong to each query head, KV head, channel or expert."""
+    owned = cut.owner.bincount(minlength=sum(parts.values()))
     shares = {}
-    for name, each in parts.items():
+    for name, each in zip(parts, owned.split(list(parts.values())), strict=True):
         if len(different := set(each.tolist())) > 1:
-            raise ValueError(f"{parameter}: {name} own different numbers of rows: {different}")
+            raise ValueError(
+                f"{cut.parameter}: {name} own different numbers of indices: {sorted(different)}"
+            )
         if (share := different.pop()) > 0:
             shares[name] = share
     return shares
@@ -135,7 +147,11 @@ def _counts(model: PreTrainedModel, prefix: str, block: Block) -> dict[str, dict
             (frozenset({"num_key_value_groups"}), heads // kv_heads, {"groups": 1}),
         ]
     elif isinstance(block, ExpertsBlock):
-        known = [(frozenset(COUNTS), block.num_experts, {"experts": 1})]
+        known = []
+        if block.experts_refused is None:
+            known.append((frozenset(COUNTS), block.num_experts, {"experts": 1}))
+        if block.channels_refused is None:
+            known.append((EXPERT_CHANNELS, block.num_channels, {"expert_channels": 1}))
     else:
         known = [(CHANNELS, block.num_channels, {"channels": 1})]
     found = {}
@@ -150,6 +166,8 @@ def _counts(model: PreTrainedModel, prefix: str, block: Block) -> dict[str, dict
 
 def _limits(model: PreTrainedModel, prefix: str, block: ExpertsBlock) -> dict[str, str]:
     """The numbers in a mixture's modules that may not be larger than the number of experts."""
+    if block.experts_refused is not None:
+        return {}
     modules = model.get_submodule(block.module).named_modules(prefix=block.module)
     return {
         f"{path}.{attribute}".removeprefix(prefix): "experts"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from bonsai_fast.hub import HeterogeneousConfig, LayerShape
 from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock
+from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery.cut_table import alibi_argument
 
@@ -52,7 +53,11 @@ class Kept:
 
 
 def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> Kept:
-    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU."""
+    """What is kept of `model`, the model of `layout`; `keep_mask` is bool [P] on the CPU.
+
+    Raises:
+        ValueError: a number of channels inside experts that these cannot have.
+    """
     shapes = _shapes_before(model, layout)
     slices: dict[str, tuple[int, torch.Tensor]] = {}
     removed: list[str] = []
@@ -64,8 +69,10 @@ def kept_by(model: PreTrainedModel, layout: Layout, keep_mask: torch.Tensor) -> 
             spared.append(f"{block.output}.bias")
         elif not bool(keep_parts.all()):
             kept_parts = block.kept_parts(keep_parts)
-            buffers = block.buffers if isinstance(block, ExpertsBlock) else ()
-            for cut in (*block.cuts, *buffers):
+            cuts = block.cuts
+            if isinstance(block, ExpertsBlock) and block.unit == "expert":
+                cuts += block.buffers
+            for cut in cuts:
                 slices[cut.parameter] = (cut.dim, kept_parts[cut.owner].nonzero().flatten())
         if block.cuts or not bool(keep_parts.any()):
             change = _change(model, block, keep_parts)
@@ -79,7 +86,17 @@ def _change(model: PreTrainedModel, block: Block, keep_parts: torch.Tensor) -> d
         if bool(keep_parts.any()):
             return _kept_heads(model, block, keep_parts)
         return {"q_heads_per_kv": (), "alibi_heads": None}
-    return {POSITIONS[type(block)]: int(keep_parts.sum())}
+    count = int(keep_parts.sum())
+    if not isinstance(block, ExpertsBlock):
+        return {"channels": count}
+    if count == 0 or block.unit == "expert":
+        return {"experts": count}
+    if count < len(keep_parts) and count % CHANNEL_MULTIPLE:
+        raise ValueError(
+            f"layer {block.layer}: expected a multiple of {CHANNEL_MULTIPLE} channels in each "
+            f"expert, which PyTorch's grouped products need, got {count}"
+        )
+    return {"expert_channels": count}
 
 
 def _shapes_before(model: PreTrainedModel, layout: Layout) -> list[LayerShape]:
@@ -89,10 +106,17 @@ def _shapes_before(model: PreTrainedModel, layout: Layout) -> list[LayerShape]:
         return found
     shapes = [LayerShape(None, None)] * layout.decoder.num_layers
     for block in layout.decoder.blocks():
-        if block.cuts:
+        if isinstance(block, ExpertsBlock):
+            change: dict[str, Any] = {
+                "experts": None if block.experts_refused else block.num_experts,
+                "expert_channels": None if block.channels_refused else block.num_channels,
+            }
+        elif block.cuts:
             count = block.num_heads if isinstance(block, AttentionBlock) else block.num_parts
             change = _change(model, block, torch.ones(count, dtype=torch.bool))
-            shapes[block.layer] = replace(shapes[block.layer], **change)
+        else:
+            continue
+        shapes[block.layer] = replace(shapes[block.layer], **change)
     return shapes
 
 
@@ -129,5 +153,7 @@ def kept_positions(layout: Layout, keep_mask: torch.Tensor) -> list[dict[str, li
     ]
     for block, keep_parts in layout.keep_by_block(keep_mask.cpu()):
         kind = POSITIONS[type(block)]
+        if isinstance(block, ExpertsBlock) and block.unit == "channel":
+            kind = "channels"
         layers[block.layer][kind] = keep_parts.nonzero().flatten().tolist()
     return layers

@@ -11,7 +11,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bonsai_fast.hub import HeterogeneousConfig, LayerShape, hub_classes, model_types
-from bonsai_fast.hub.configuration_bonsai import CHANNELS_ATTRIBUTES, EXPERTS_ATTRIBUTES, PREFIX
+from bonsai_fast.hub.configuration_bonsai import (
+    CHANNELS_ATTRIBUTES,
+    EXPERT_CHANNELS_ATTRIBUTES,
+    EXPERTS_ATTRIBUTES,
+    PREFIX,
+)
 from bonsai_fast.models import Decoder, family_of
 from bonsai_fast.surgery.cut_table import cut_table
 from bonsai_fast.surgery.kept import Kept
@@ -84,7 +89,7 @@ def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | N
     """A model of the parent's stock class, if it can have exactly the kept shapes."""
     if not kept.slices and not kept.removed and not _is_bonsai(parent.config):
         return _on_meta(type(parent), copy.deepcopy(parent.config))
-    fields = ("q_heads_per_kv", "channels", "experts")
+    fields = ("q_heads_per_kv", "channels", "experts", "expert_channels")
     alike = {name: {getattr(shape, name) for shape in kept.shapes} - {None} for name in fields}
     renumbered = any(shape.alibi_heads is not None for shape in kept.shapes)
     gone = any(shape.removed for shape in kept.shapes)
@@ -131,18 +136,18 @@ def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConf
         widths["num_attention_heads"] = shape.num_heads
         if getattr(dense, "num_key_value_heads", None) is not None:
             widths["num_key_value_heads"] = shape.num_kv_heads
-    if shape.channels is not None:
-        for name in CHANNELS_ATTRIBUTES:
-            if getattr(dense, name, None) is not None:
-                widths[name] = shape.channels
-                break
-    if shape.experts is not None:
-        name = next(n for n in EXPERTS_ATTRIBUTES if getattr(dense, n, None) is not None)
-        widths[name] = shape.experts
-        for name in CHOSEN_ATTRIBUTES:
-            if getattr(dense, name, None) is not None:
-                # a token passes at most as many as there are
-                widths[name] = min(getattr(dense, name), shape.experts)
+    for names, width in (
+        (CHANNELS_ATTRIBUTES, shape.channels),
+        (EXPERTS_ATTRIBUTES, shape.experts),
+        (EXPERT_CHANNELS_ATTRIBUTES, shape.expert_channels),
+    ):
+        own = next((name for name in names if getattr(dense, name, None) is not None), None)
+        if width is not None and own is not None:
+            widths[own] = width
+    for name in CHOSEN_ATTRIBUTES:
+        if shape.experts is not None and getattr(dense, name, None) is not None:
+            # a token passes at most as many as there are
+            widths[name] = min(getattr(dense, name), shape.experts)
     for name, width in widths.items():
         setattr(dense, name, width)
     if _head_dim(dense) != head_dim:

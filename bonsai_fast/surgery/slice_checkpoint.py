@@ -22,7 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from bonsai_fast.checkpoints.meta_model import ParentOnDisk, names_on_disk, open_parent
 from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
 from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE, write_model_weights
-from bonsai_fast.config.choices import AttentionUnit
+from bonsai_fast.config.choices import AttentionUnit, ExpertUnit
 from bonsai_fast.console import Reporter
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.ops.native import take
@@ -66,6 +66,7 @@ def slice_checkpoint(
     output_dir: str | os.PathLike[str],
     *,
     attention: AttentionUnit = "head",
+    experts: ExpertUnit = "expert",
     sublayers: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     dtype: torch.dtype | None = None,
@@ -83,9 +84,9 @@ def slice_checkpoint(
 
     Args:
         parent_dir: a model in safetensors, sharded or not, dense or pruned.
-        keep_mask: bool [P], True = kept, of `Layout.of(model, attention=..., sublayers=...)`.
+        keep_mask: bool [P], True = kept, of `Layout.of` with the three arguments below.
         output_dir: a new or empty directory.
-        attention, sublayers: which layout the mask belongs to.
+        attention, experts, sublayers: which layout the mask belongs to.
         max_shard_size: largest weight file, such as "5GB"; a larger tensor gets its own.
         dtype: of the result; the parent's own if None.
         trust_remote_code: build the model from code that the parent carries.
@@ -101,7 +102,7 @@ def slice_checkpoint(
     """
     started = time.perf_counter()
     parent = open_parent(Path(parent_dir), dtype=dtype, trust_remote_code=trust_remote_code)
-    layout = Layout.of(parent.model, attention=attention, sublayers=sublayers)
+    layout = Layout.of(parent.model, attention=attention, experts=experts, sublayers=sublayers)
     layout.check_mask(keep_mask, dims=1)
     kept = kept_by(parent.model, layout, keep_mask.cpu())
     child = build_structure(parent.model, layout.decoder, kept)

@@ -16,6 +16,7 @@ from bonsai_fast.delivery import pruned_model
 from bonsai_fast.methods import EXPERT_METHODS
 from bonsai_fast.prune.units import prepare
 from bonsai_fast.report import write_report
+from bonsai_fast.runs.mask_files import load_mask
 
 QUIET = Reporter(quiet=True)
 SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 512, "recover": "none"}
@@ -81,6 +82,19 @@ def test_methods_that_value_experts(method: str, tmp_path: Path) -> None:
     assert 0 < layout.num_removed_parameters(keep) <= search.task.budget
     experts = torch.tensor([unit.kind == "expert" for unit in layout])
     assert not bool(keep[experts].all())
+
+
+def test_channels_inside_experts(tmp_path: Path) -> None:
+    """Widths that grouped products take; other multiples are refused before any work."""
+    options = {"method": "wanda-sp", "experts": "channel", "sparsity": 0.4}
+    result = prune(tmp_path / "run", **options, uniform=True)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    assert type(model) is Qwen3MoeForCausalLM and model.num_parameters() == result.parameters
+    assert model.config.num_experts == 8 and model.config.moe_intermediate_size in (8, 16, 24)
+    assert load_mask(tmp_path / "run" / "masks" / "final.safetensors").experts == "channel"
+    config = bf.configure(**SMALL, **options, round_to="4")
+    with pytest.raises(ValueError, match=r"round_to: channels inside experts .* multiples of 8"):
+        prepare(tiny_mixture(), byte_tokenizer(), config)
 
 
 def test_prior_obs_is_refused() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from mixtures import MIXTURES, without_experts
+from mixtures import MIXTURES, without_channels, without_experts
 from surgery_cases import logits_of, tokens
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def expert_masks(layout: Layout, seed: int = 0) -> torch.Tensor:
     return masks
 
 
-def kept_experts(layout: Layout, keep: torch.Tensor) -> dict[str, list[int]]:
+def kept_parts_of_mixtures(layout: Layout, keep: torch.Tensor) -> dict[str, list[int]]:
     return {
         block.module: kept.nonzero().flatten().tolist()
         for block, kept in layout.keep_by_block(keep)
@@ -60,7 +60,7 @@ def test_masked_experts_are_removed_experts(family: str) -> None:
     alike = any(block.fewest > 1 for block in mixtures(layout))
     assert len({round(float(loss), 4) for loss in scored[:, 0]}) == len(masks) - alike
     for keep, losses in zip(masks, scored, strict=True):
-        smaller = without_experts(model, kept_experts(layout, keep), family == "gpt_oss")
+        smaller = without_experts(model, kept_parts_of_mixtures(layout, keep), family == "gpt_oss")
         wanted = slow_losses(smaller, input_ids)
         torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-5)
 
@@ -73,10 +73,31 @@ def test_logits_of_a_mask(family: str) -> None:
     keep = expert_masks(layout, seed=1)[2]
     with masked(model, layout, keep.expand(len(input_ids), -1)):
         found = logits_of(model, input_ids)
-    smaller = without_experts(model, kept_experts(layout, keep), family == "gpt_oss")
+    smaller = without_experts(model, kept_parts_of_mixtures(layout, keep), family == "gpt_oss")
     wanted = logits_of(smaller, input_ids)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits_of(model, input_ids), logits_of(MIXTURES[family](), input_ids))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_masked_channels_are_removed_channels(family: str) -> None:
+    """The same channels of all experts of a layer, others in each row of the batch."""
+    model, input_ids = MIXTURES[family](), tokens()
+    layout = Layout.of(model, experts="channel")
+    groups = [g for g in layout.groups if isinstance(g.block, ExpertsBlock)]
+    assert len(groups) == len(layout.decoder.experts) and layout.has_mixtures
+    masks = torch.ones(4, len(layout), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        shares = torch.tensor([1.0, 0.7, 0.3, 0.0])[:, None]
+        draw = torch.rand(4, len(group), generator=generator) < shares
+        masks[:, group.start : group.stop] = draw
+    scored = MaskScorer(model, layout=layout).score(masks, input_ids)
+    assert len({round(float(loss), 4) for loss in scored[:, 0]}) == len(masks)
+    for keep, losses in zip(masks, scored, strict=True):
+        kept = kept_parts_of_mixtures(layout, keep)
+        wanted = slow_losses(without_channels(model, kept, family == "gpt_oss"), input_ids)
+        torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_router_with_few_experts_left_chooses_no_removed_one() -> None:

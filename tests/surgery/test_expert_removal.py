@@ -7,6 +7,7 @@ import torch
 from mixtures import MIXTURES
 from surgery_cases import difference, logits_of, tokens
 
+from bonsai_fast.models import ExpertsBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.scoring import masked
 from bonsai_fast.surgery import kept_positions, remove_units
@@ -47,3 +48,34 @@ def test_equal_counts_stay_in_the_stock_class(family: str, count: int) -> None:
     assert all(len(kept) == count for kept in experts) and len(experts) == len(
         layout.decoder.experts
     )
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_equal_widths_of_experts_stay_in_the_stock_class(family: str) -> None:
+    """Not where the width of shared experts follows from that of the others."""
+    model, input_ids = MIXTURES[family](), tokens()
+    layout = Layout.of(model, experts="channel")
+    keep = torch.ones(len(layout), dtype=torch.bool)
+    for group in layout.groups:
+        if isinstance(group.block, ExpertsBlock):
+            gone = torch.randperm(len(group), generator=torch.Generator().manual_seed(group.layer))
+            keep[group.start + gone[:4]] = False
+    smaller = remove_units(model, layout, keep)
+    if family == "glm4_moe":
+        assert type(smaller).__name__ == "BonsaiGlm4MoeForCausalLM"
+    else:
+        assert type(smaller) is type(model)
+    with masked(model, layout, keep.expand(len(input_ids), -1)):
+        wanted = logits_of(model, input_ids)
+    assert difference(logits_of(smaller, input_ids), wanted) < 1e-5 * float(wanted.abs().max())
+    removed = model.num_parameters() - smaller.num_parameters()
+    assert removed == layout.num_removed_parameters(keep)
+
+
+def test_widths_that_grouped_products_cannot_have_are_refused() -> None:
+    model = MIXTURES["mixtral"]()
+    layout = Layout.of(model, experts="channel")
+    keep = torch.ones(len(layout), dtype=torch.bool)
+    keep[next(g.start for g in layout.groups if g.kind == "channel" and g.layer == 2)] = False
+    with pytest.raises(ValueError, match=r"layer 2: expected a multiple of 8 channels .* got 19"):
+        remove_units(model, layout, keep)

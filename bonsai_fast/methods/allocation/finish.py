@@ -30,8 +30,8 @@ class Achieved:
         num_parameters: parameters of the pruned model.
         sparsity: removed fraction of the decoder's parameters.
         heads: (query heads, KV heads) kept, by layer.
-        widths: channels kept, by layer; 0 where the layer is a mixture of experts.
-        experts: experts kept, by layer; 0 where there are none.
+        widths: channels kept, by layer; 0 where experts are removed as a whole.
+        experts: experts kept, by layer; 0 where these are no units.
     """
 
     asked: int
@@ -52,7 +52,7 @@ class Achieved:
             if isinstance(block, AttentionBlock):
                 parts = block.kept_parts(kept)
                 heads[block.layer] = int(kept.sum()), int(parts[block.num_heads :].sum())
-            elif isinstance(block, ExpertsBlock):
+            elif isinstance(block, ExpertsBlock) and block.unit == "expert":
                 experts[block.layer] = int(kept.sum())
             else:
                 widths[block.layer] = int(kept.sum())

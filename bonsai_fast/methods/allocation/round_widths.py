@@ -9,6 +9,7 @@ import torch
 
 from bonsai_fast.methods.allocation.parameter_count import channel_groups, drop_empty
 from bonsai_fast.methods.allocation.select import check_relevance, check_within
+from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Group, Layout
 
 MULTIPLES = (256, 128, 64, 32)
@@ -24,11 +25,11 @@ def auto_multiple(layout: Layout) -> int:
 
     The largest of 256, 128, 64 and 32 that divides every layer's width and moves none by more than
     2 %; 32 if there is none; 1, no rounding, if a layer has fewer than 128 channels, where steps of
-    32 would matter more than relevance.
+    32 would matter more than relevance; 8 in mixtures of experts, which need that.
     """
     widths = [len(group) for group in channel_groups(layout)]
     if not widths or min(widths) < 4 * MULTIPLES[-1]:
-        return 1
+        return CHANNEL_MULTIPLE if layout.has_mixtures else 1
     for multiple in MULTIPLES:
         if multiple / 2 <= LARGEST_SHIFT * min(widths) and all(
             width % multiple == 0 for width in widths

@@ -94,7 +94,7 @@ def _check_alike(layout: Layout, attention: list[Group], mlp: list[Group]) -> No
     layers = layout.decoder.num_layers
     forms = {tuple(group.part_of_unit.tolist()) for group in attention}
     widths = {len(group) for group in mlp}
-    wanted = len(layout.decoder.experts) or layers
+    wanted = len(layout.decoder.experts) if expert_groups(layout) else layers
     # a model whose heads cannot be removed one by one has none of their groups
     if (
         len(attention) not in (0, layers)

@@ -149,12 +149,13 @@ def unreached_experts(layout: Layout, keep: torch.Tensor, statistics: Statistics
     for block, kept in layout.keep_by_block(keep):
         if not isinstance(block, ExpertsBlock):
             continue
-        experts = [e for e in statistics.experts[block.output].unreached if bool(kept[e])]
+        there = kept if block.unit == "expert" else kept.any().expand(block.num_experts)
+        experts = [e for e in statistics.experts[block.output].unreached if bool(there[e])]
         if experts:
             listed = ", ".join(map(str, experts[:SHOWN])) + (", ..." if experts[SHOWN:] else "")
             found.append(
                 f"layer {block.layer}: no calibration token reached {len(experts)} of "
-                f"{int(kept.sum())} experts ({listed}); more text may tell what they are worth"
+                f"{int(there.sum())} experts ({listed}); more text may tell what they are worth"
             )
     return found
 

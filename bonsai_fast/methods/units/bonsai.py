@@ -32,5 +32,5 @@ class Bonsai:
         if options.regression != "groups":
             return PaperBonsai()
         own_order = options.prior in ("auto", "obs") and options.rounds is None
-        own_order &= "expert" not in task.layout.kinds  # they have no projection to refit
+        own_order &= not task.layout.has_mixtures  # they have no projection to refit
         return CompensatedBonsai() if task.compensates and own_order else GroupedBonsai()

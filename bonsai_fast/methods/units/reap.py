@@ -60,7 +60,8 @@ def _check_room(layout: Layout, budget: int) -> None:
     """Refuse a target that removing experts alone cannot reach."""
     groups = [group for group in layout.groups if group.kind == "expert"]
     if not groups:
-        raise ValueError(f"method reap removes experts, and {layout.decoder.model_type} has none")
+        why = layout.refused.get("expert", f"{layout.decoder.model_type} has none of these units")
+        raise ValueError(f"method reap removes experts: {why}")
     keep = torch.ones(len(layout), dtype=torch.bool)
     for group in groups:
         assert isinstance(group.block, ExpertsBlock)

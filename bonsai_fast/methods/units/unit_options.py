@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bonsai_fast.config.choices import AttentionUnit, HeadLayout, Precision, Route
+from bonsai_fast.config.choices import AttentionUnit, ExpertUnit, HeadLayout, Precision, Route
 from bonsai_fast.config.options import DEVICE, REMOVED, SEARCH, MethodOptions, option
 
 
@@ -18,6 +18,12 @@ class UnitOptions(MethodOptions):
         "kv-group",
         "Remove single query heads (head), or key-value heads with all their query heads "
         "(kv-group).",
+        group=REMOVED,
+    )
+    experts: ExpertUnit = option(
+        "expert",
+        "In mixtures of experts, remove whole experts (expert), or the same channels of all "
+        "experts of a layer (channel).",
         group=REMOVED,
     )
     sublayers: bool = option(False, "Also remove whole attention or MLP blocks.", group=REMOVED)
