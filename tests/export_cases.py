@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from families import FAMILIES, VOCABULARY
+from families import COMMON, FAMILIES, SIZES, VOCABULARY, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+)
 
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import kept_positions, remove_units, save_pretrained
 
-GGUF_FAMILIES = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3")
+
+def granite(*, tied: bool) -> PreTrainedModel:
+    """Multipliers far from 1."""
+    config = GraniteConfig(
+        **COMMON, **SIZES, num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=True,
+        embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2,
+        logits_scaling=1.7, rms_norm_eps=0.01,
+    )  # fmt: skip
+    return random_model(GraniteForCausalLM, config, 31)
+
+
+def ernie4_5() -> PreTrainedModel:
+    """The rotary embedding rotates neighbours."""
+    config = Ernie4_5Config(**COMMON, **SIZES, num_key_value_heads=2, head_dim=10, use_bias=True)
+    return random_model(Ernie4_5ForCausalLM, config, 32)
+
+
+def helium() -> PreTrainedModel:
+    """The same."""
+    config = HeliumConfig(**COMMON, **SIZES, num_key_value_heads=3, head_dim=8)
+    return random_model(HeliumForCausalLM, config, 33)
+
+
+def seed_oss() -> PreTrainedModel:
+    """Biases of q, k and v, but not of the output."""
+    config = SeedOssConfig(**COMMON, **SIZES, num_key_value_heads=2, head_dim=8)
+    return random_model(SeedOssForCausalLM, config, 34)
+
+
+LLAMA_LIKE: dict[str, Callable[[], PreTrainedModel]] = {
+    "granite": partial(granite, tied=False),
+    "granite_tied": partial(granite, tied=True),
+    "ernie4_5": ernie4_5,
+    "helium": helium,
+    "seed_oss": seed_oss,
+}
+PARENTS = {**FAMILIES, **LLAMA_LIKE}
+GGUF_FAMILIES = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", *LLAMA_LIKE)
 # rarely typed, so that all others fit the tiny vocabulary
 LEFT_OUT = set("~^|\\`@$%&{}#;")
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n")]
@@ -81,7 +131,7 @@ def save_pruned(
     directory: Path, family: str, case: str = "widths", *, tokenizer: bool = True
 ) -> PreTrainedModel:
     """Prune a tiny model by whole KV groups, save it, and return it."""
-    parent = windowless(FAMILIES[family]())
+    parent = windowless(PARENTS[family]())
     layout = Layout.of(parent, attention="kv-group")
     keep = keep_mask(layout, case)
     return save_masked(directory, parent, layout, keep, tokenizer=tokenizer)
@@ -109,14 +159,14 @@ def save_masked(
 
 def save_dense(directory: Path, family: str) -> PreTrainedModel:
     """The parent of `save_pruned`'s models."""
-    parent = windowless(FAMILIES[family]())
+    parent = windowless(PARENTS[family]())
     layout = Layout.of(parent, attention="kv-group")
     return save_masked(directory, parent, layout, torch.ones(len(layout), dtype=torch.bool))
 
 
 def save_biased(directory: Path, family: str, case: str = "widths") -> PreTrainedModel:
     """The same with random biases in its output projections, also of removed sub-layers."""
-    parent = windowless(FAMILIES[family]())
+    parent = windowless(PARENTS[family]())
     layout = Layout.of(parent, attention="kv-group")
     smaller = remove_units(parent, layout, keep_mask(layout, case))
     smaller.add_output_biases()

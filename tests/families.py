@@ -37,7 +37,7 @@ from transformers import (
 
 VOCABULARY = 97
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": 3,
     "max_position_embeddings": 64,
@@ -45,10 +45,10 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_SIZES: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6}
+SIZES: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6}
 
 
-def _build(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
+def random_model(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def _build(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTra
 
 
 def llama() -> PreTrainedModel:
-    return _build(LlamaForCausalLM, LlamaConfig(**_COMMON, **_SIZES), 1)
+    return random_model(LlamaForCausalLM, LlamaConfig(**COMMON, **SIZES), 1)
 
 
 def llama3() -> PreTrainedModel:
@@ -76,65 +76,67 @@ def llama3() -> PreTrainedModel:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
-    sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 10}
-    config = LlamaConfig(**_COMMON, **sizes, rope_parameters=rope, tie_word_embeddings=True)
-    return _build(LlamaForCausalLM, config, 2)
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}
+    config = LlamaConfig(**COMMON, **sizes, rope_parameters=rope, tie_word_embeddings=True)
+    return random_model(LlamaForCausalLM, config, 2)
 
 
 def llama_bias() -> PreTrainedModel:
     config = LlamaConfig(
-        **_COMMON, **_SIZES, num_key_value_heads=3, attention_bias=True, mlp_bias=True
+        **COMMON, **SIZES, num_key_value_heads=3, attention_bias=True, mlp_bias=True
     )
-    return _build(LlamaForCausalLM, config, 3)
+    return random_model(LlamaForCausalLM, config, 3)
 
 
 def mistral() -> PreTrainedModel:
-    config = MistralConfig(**_COMMON, **_SIZES, num_key_value_heads=2, sliding_window=5)
-    return _build(MistralForCausalLM, config, 4)
+    config = MistralConfig(**COMMON, **SIZES, num_key_value_heads=2, sliding_window=5)
+    return random_model(MistralForCausalLM, config, 4)
 
 
 def qwen2() -> PreTrainedModel:
     """Biases on q, k and v alone; the last layer attends within a window."""
     config = Qwen2Config(
-        **_COMMON,
-        **_SIZES,
+        **COMMON,
+        **SIZES,
         num_key_value_heads=2,
         use_sliding_window=True,
         sliding_window=5,
         max_window_layers=2,
     )
-    return _build(Qwen2ForCausalLM, config, 5)
+    return random_model(Qwen2ForCausalLM, config, 5)
 
 
 def qwen3() -> PreTrainedModel:
     """Norms on q and k; 5 heads of 12 do not add up to the hidden size."""
-    sizes = {**_SIZES, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12}
-    return _build(Qwen3ForCausalLM, Qwen3Config(**_COMMON, **sizes, tie_word_embeddings=True), 6)
+    sizes = {**SIZES, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12}
+    return random_model(
+        Qwen3ForCausalLM, Qwen3Config(**COMMON, **sizes, tie_word_embeddings=True), 6
+    )
 
 
 def gemma() -> PreTrainedModel:
     """One KV head for all; tied."""
-    sizes = {**_SIZES, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8}
-    return _build(GemmaForCausalLM, GemmaConfig(**_COMMON, **sizes), 7)
+    sizes = {**SIZES, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8}
+    return random_model(GemmaForCausalLM, GemmaConfig(**COMMON, **sizes), 7)
 
 
 def phi3() -> PreTrainedModel:
-    config = Phi3Config(**_COMMON, **_SIZES, num_key_value_heads=3, sliding_window=6)
-    return _build(Phi3ForCausalLM, config, 8)
+    config = Phi3Config(**COMMON, **SIZES, num_key_value_heads=3, sliding_window=6)
+    return random_model(Phi3ForCausalLM, config, 8)
 
 
 def phi() -> PreTrainedModel:
-    return _build(PhiForCausalLM, PhiConfig(**_COMMON, **_SIZES), 9)
+    return random_model(PhiForCausalLM, PhiConfig(**COMMON, **SIZES), 9)
 
 
 def phi_gqa() -> PreTrainedModel:
-    config = PhiConfig(**_COMMON, **_SIZES, num_key_value_heads=2, qk_layernorm=True)
-    return _build(PhiForCausalLM, config, 10)
+    config = PhiConfig(**COMMON, **SIZES, num_key_value_heads=2, qk_layernorm=True)
+    return random_model(PhiForCausalLM, config, 10)
 
 
 def _opt(seed: int, **changes: Any) -> PreTrainedModel:
     sizes = {"hidden_size": 40, "ffn_dim": 36, "num_attention_heads": 5, "dropout": 0.0}
-    return _build(OPTForCausalLM, OPTConfig(**_COMMON, **sizes, **changes), seed)
+    return random_model(OPTForCausalLM, OPTConfig(**COMMON, **sizes, **changes), seed)
 
 
 def opt() -> PreTrainedModel:
@@ -147,28 +149,28 @@ def opt_post() -> PreTrainedModel:
 
 
 def bloom() -> PreTrainedModel:
-    config = BloomConfig(**_COMMON, hidden_size=48, num_attention_heads=6)
-    return _build(BloomForCausalLM, config, 13)
+    config = BloomConfig(**COMMON, hidden_size=48, num_attention_heads=6)
+    return random_model(BloomForCausalLM, config, 13)
 
 
 def bloom_post() -> PreTrainedModel:
     """The residual is the norm's output."""
     config = BloomConfig(
-        **_COMMON,
+        **COMMON,
         hidden_size=40,
         num_attention_heads=5,
         apply_residual_connection_post_layernorm=True,
     )
-    return _build(BloomForCausalLM, config, 14)
+    return random_model(BloomForCausalLM, config, 14)
 
 
 def gpt_neox() -> PreTrainedModel:
-    return _build(GPTNeoXForCausalLM, GPTNeoXConfig(**_COMMON, **_SIZES), 15)
+    return random_model(GPTNeoXForCausalLM, GPTNeoXConfig(**COMMON, **SIZES), 15)
 
 
 def gpt_neox_sequential() -> PreTrainedModel:
-    config = GPTNeoXConfig(**_COMMON, **_SIZES, use_parallel_residual=False, attention_bias=False)
-    return _build(GPTNeoXForCausalLM, config, 16)
+    config = GPTNeoXConfig(**COMMON, **SIZES, use_parallel_residual=False, attention_bias=False)
+    return random_model(GPTNeoXForCausalLM, config, 16)
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {

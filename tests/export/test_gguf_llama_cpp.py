@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from export_cases import CASES, GGUF_FAMILIES, save_biased, save_dense, save_pruned
+from export_cases import CASES, GGUF_FAMILIES, LLAMA_LIKE, save_biased, save_dense, save_pruned
 
 from bonsai_fast.export import check_llama_cpp, reference_of, to_gguf
 
@@ -36,7 +36,7 @@ def test_biases_that_pruning_adds(family: str, case: str, tmp_path: Path) -> Non
     runs(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_bias", "qwen2", "qwen3", *LLAMA_LIKE])
 def test_uniform_models_run_as_their_parents_do(family: str, tmp_path: Path) -> None:
     save_dense(tmp_path / "model", family)
     runs(tmp_path)

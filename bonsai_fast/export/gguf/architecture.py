@@ -11,7 +11,11 @@ from bonsai_fast.export.gguf.plan import GGUFLayer, is_uniform, plan_layers
 from bonsai_fast.hub import LayerShape
 
 # Families whose blocks llama.cpp computes with layers of different widths.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "ernie4_5", "helium", "seed_oss",
+)  # fmt: skip
+# transformers rotates neighbours (2i, 2i+1) in these families, too
+ROTATES_PAIRS = ("ernie4_5", "helium")
 ROPE_TYPES = ("default", "llama3", "linear")
 
 
@@ -97,7 +101,7 @@ def choose(
         ValueError: no architecture has such layers.
     """
     normalised = family == "qwen3"
-    own = {"mistral": "llama", "phi3": "llama"}.get(family, family)
+    own = family if family in ARCHITECTURES else "llama"
     wide = ARCHITECTURES["openelm" if normalised else "deci"]
     layers = plan_layers(
         shapes,

@@ -6,6 +6,7 @@ from typing import Any
 
 from bonsai_fast.checkpoints.saved_model import SavedModel
 from bonsai_fast.export.gguf.architecture import GGUFPlan, context_length, rope_of
+from bonsai_fast.export.gguf.multipliers import multipliers_of
 from bonsai_fast.export.gguf.write import Fields, number, real, text, widths
 
 
@@ -13,6 +14,7 @@ def hyperparameters(model: SavedModel, plan: GGUFPlan) -> Fields:
     """All entries for a model directory, except the tokenizer's."""
     config: Any = model.config
     rope = rope_of(config)
+    epsilon = config.rms_norm_eps * multipliers_of(model.family, config, model.head_dim).epsilon
     fields = {
         "general.type": text("model"),
         "general.name": text(model.directory.resolve().name),
@@ -20,7 +22,7 @@ def hyperparameters(model: SavedModel, plan: GGUFPlan) -> Fields:
         "context_length": number(context_length(config)),
         "embedding_length": number(config.hidden_size),
         "vocab_size": number(config.vocab_size),
-        "attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": real(epsilon),
         "rope.freq_base": real(rope["rope_theta"]),
     }
     if rope["rope_type"] == "linear":

@@ -9,7 +9,8 @@ import gguf
 import torch
 
 from bonsai_fast.checkpoints.saved_model import SavedModel
-from bonsai_fast.export.gguf.architecture import rope_of
+from bonsai_fast.export.gguf.architecture import ROTATES_PAIRS, rope_of
+from bonsai_fast.export.gguf.multipliers import multipliers_of
 
 # The block that has every tensor of those written here: SwiGLU, with norms of q and k.
 BLOCK = gguf.MODEL_ARCH.QWEN3
@@ -25,15 +26,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 class SavedTensors:
     """`TensorSource` over a model directory."""
 
-    rotates_pairs = False
-
     def __init__(self, model: SavedModel) -> None:
         self.model = model
         self.head_dim = model.head_dim
+        self.rotates_pairs = model.family in ROTATES_PAIRS
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
         self.has_head_norms = model.family == "qwen3"
         self._stored, self._unnamed = _stored(model)
+        self._multipliers = multipliers_of(model.family, model.config, model.head_dim)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -44,9 +45,12 @@ class SavedTensors:
         return name in self._stored
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor, as it is stored."""
+        """The tensor, with the model's multipliers."""
         if name == ROPE_FACTORS:
             return rope_factors(self.model)
+        return self._multipliers.applied(name, self._plain(name))
+
+    def _plain(self, name: str) -> torch.Tensor:
         stored, part = self._stored[name]
         tensor = self.model.tensor(stored)
         if part is None:
