@@ -13,7 +13,8 @@ from bonsai_fast.files import check_room
 from bonsai_fast.methods import Task
 from bonsai_fast.methods.allocation import auto_multiple, make_uniform
 from bonsai_fast.methods.units.unit_options import UnitOptions
-from bonsai_fast.models import AttentionBlock
+from bonsai_fast.models import AttentionBlock, ExpertsBlock
+from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery.kept import kept_by
 from bonsai_fast.surgery.remove_units import check_removable
@@ -68,8 +69,10 @@ def _shapes(layout: Layout, options: UnitOptions, budget: int) -> list[torch.Ten
     uneven, without = everything.clone(), everything.clone()
     for group in layout.groups:
         # one unit less, two less, ...: no two layers are alike
-        gone = min(1 + group.layer, len(group) - 1)
-        uneven[group.stop - gone : group.stop] = False
+        kept = max(1, len(group) - 1 - group.layer)
+        if isinstance(group.block, ExpertsBlock) and group.kind == "channel":
+            kept = max(1, kept // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+        uneven[group.start + kept : group.stop] = False
         if isinstance(group.block, AttentionBlock) == (group.layer % 2 == 0):
             without[group.start : group.stop] = False
     return [uneven, without]
