@@ -11,14 +11,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from bonsai_fast.checkpoints.joined_tensor import JoinedTensor
 from bonsai_fast.checkpoints.safetensors_reader import Checkpoint, StoredTensor, open_checkpoint
+from bonsai_fast.checkpoints.saved_names import SavedFrom, saved_names
 from bonsai_fast.hub import register
 
 # buffers that old versions of transformers saved; new ones compute them
 OUTDATED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 COMPARED_BYTES = 1 << 24
+
+AnyStored = StoredTensor | JoinedTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class ParentOnDisk:
 
     model: PreTrainedModel
     checkpoint: Checkpoint
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, AnyStored]
     unknown: tuple[str, ...]
 
 
@@ -82,55 +85,66 @@ def open_parent(
     return ParentOnDisk(model, checkpoint, tensors, unknown)
 
 
-def names_on_disk(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Name in a model's state -> name in the saved files, in the order of saving.
-
-    Raises:
-        ValueError: saving changes more than the names of tensors.
-    """
-    saved = revert_weight_conversion(model, dict(state))
-    own = {id(tensor): name for name, tensor in state.items()}
-    if {id(tensor) for tensor in saved.values()} != own.keys():
-        raise ValueError(
-            f"{type(model).__name__} is saved with other tensors than it has in memory: load the "
-            "model and use remove_units"
-        )
-    return {own[id(tensor)]: name for name, tensor in saved.items()}
-
-
 def _locate(
     model: PreTrainedModel, checkpoint: Checkpoint, directory: Path
-) -> tuple[dict[str, StoredTensor], set[str]]:
+) -> tuple[dict[str, AnyStored], set[str]]:
     """The stored tensors of the model's state, and the stored names that are used."""
     state = model.state_dict()
-    stored_names = names_on_disk(model, state)
-    found: dict[str, str] = {}
+    parts: dict[str, dict[str, SavedFrom]] = {name: {} for name in state}
+    for stored, part in saved_names(model, state).items():
+        parts[part.name][stored] = part
+    found: dict[str, AnyStored] = {}
+    used: set[str] = set()
     for name in state:
-        for candidate in _spellings(model, stored_names[name], name):
-            if candidate in checkpoint.tensors:
-                found[name] = candidate
-                break
-    tensors: dict[str, StoredTensor] = {}
+        own = _stored(model, checkpoint, parts[name], name)
+        if own is not None:
+            found[name] = own[0]
+            used |= own[1]
+    tensors: dict[str, AnyStored] = {}
     for names in _tied(model, state):
         present = [name for name in names if name in found]
         if not present:
-            raise ValueError(f"{directory}: expected a tensor {stored_names[names[0]]}, found none")
-        source = checkpoint.tensors[found[present[0]]]
+            raise ValueError(
+                f"{directory}: expected a tensor {next(iter(parts[names[0]]))}, found none"
+            )
+        source = found[present[0]]
         for name in names:
             tensors[name] = source
         # like loading: entries with different values in the checkpoint are not tied
         for name in present[1:]:
-            other = checkpoint.tensors[found[name]]
+            other = found[name]
             if not _equal(source, other):
                 tensors[name] = other
                 _untie(model, name)
     for name, source in tensors.items():
         if source.shape != tuple(state[name].shape):
             raise ValueError(
-                f"{directory}: {found.get(name, name)} has shape {source.shape}, expected "
+                f"{directory}: {next(iter(parts[name]))} has shape {source.shape}, expected "
                 f"{tuple(state[name].shape)} by the configuration"
             )
-    return tensors, set(found.values())
+    return tensors, used
+
+
+def _stored(
+    model: PreTrainedModel, checkpoint: Checkpoint, parts: dict[str, SavedFrom], name: str
+) -> tuple[AnyStored, set[str]] | None:
+    """The stored tensor of an entry of the state, or its parts joined, and the names of these."""
+
+    def spelled(*names: str) -> str | None:
+        return next((n for n in _spellings(model, *names) if n in checkpoint.tensors), None)
+
+    whole = [stored for stored, part in parts.items() if part.expert is None]
+    if (single := spelled(*whole, name)) is not None:
+        return checkpoint.tensors[single], {single}
+    by_expert: dict[int, list[tuple[int, str]]] = {}
+    for stored, part in parts.items():
+        spelling = spelled(stored)
+        if spelling is None:
+            return None
+        by_expert.setdefault(part.expert or 0, []).append((part.first_row, spelling))
+    experts = [[spelling for _, spelling in sorted(by_expert[e])] for e in sorted(by_expert)]
+    joined = JoinedTensor(tuple(tuple(checkpoint.tensors[n] for n in each) for each in experts))
+    return joined, {spelling for each in experts for spelling in each}
 
 
 def _spellings(model: PreTrainedModel, *names: str) -> Iterator[str]:
@@ -155,7 +169,7 @@ def _untie(model: PreTrainedModel, name: str) -> None:
     setattr(model.get_submodule(module), attribute, nn.Parameter(tensor))
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def _equal(one: AnyStored, other: AnyStored) -> bool:
     if one.shape != other.shape:
         return False
     pairs = zip(one.blocks(COMPARED_BYTES), other.blocks(COMPARED_BYTES), strict=False)

@@ -70,19 +70,31 @@ class StoredTensor:
             yield 0, torch.empty(self.shape, dtype=self.dtype)
             return
         rows = self.shape[0] if self.shape else 1
-        row_bytes = self.num_bytes // rows
-        step = max(1, max_bytes // row_bytes)
+        step = max(1, max_bytes // (self.num_bytes // rows))
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            start = self.start + first * row_bytes
-            flat = torch.frombuffer(
-                self.file,
-                dtype=self.dtype,
-                count=count * (row_bytes // self.dtype.itemsize),
-                offset=start,
-            )
-            yield first, flat.view(count, *self.shape[1:]) if self.shape else flat.view(())
-            _give_back(self.file, start, start + count * row_bytes)
+            block, start, stop = self._rows(first, count)
+            yield first, block if self.shape else block.view(())
+            _give_back(self.file, start, stop)
+
+    def row(self, index: int, max_bytes: int) -> torch.Tensor:
+        """One index of the first dimension: a copy, whose pages are released."""
+        block, start, stop = self._rows(index, 1)
+        found = block[0].clone()
+        _give_back(self.file, start, stop)
+        return found
+
+    def _rows(self, first: int, count: int) -> tuple[torch.Tensor, int, int]:
+        """A view of some rows, and where their bytes are."""
+        row_bytes = self.num_bytes // (self.shape[0] if self.shape else 1)
+        start = self.start + first * row_bytes
+        flat = torch.frombuffer(
+            self.file,
+            dtype=self.dtype,
+            count=count * (row_bytes // self.dtype.itemsize),
+            offset=start,
+        )
+        return flat.view(count, *self.shape[1:]), start, start + count * row_bytes
 
     def mapped(self) -> torch.Tensor:
         """A view of the whole tensor in the file; the operating system reads pages on use."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from bonsai_fast.checkpoints.meta_model import names_on_disk
 from bonsai_fast.checkpoints.safetensors_writer import write_model_weights
+from bonsai_fast.checkpoints.saved_names import saved_names
 from bonsai_fast.checkpoints.streaming import weight
 
 
@@ -28,16 +28,16 @@ def write_streamed(model: PreTrainedModel, directory: Path) -> None:
     # on the meta device, where all layers are alike, ties are known by their parameters
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     state = remove_tied_weights_from_state_dict(state, model)
-    own_names = {stored: name for name, stored in names_on_disk(model, state).items()}
+    parts = saved_names(model, state)
 
     def blocks(stored: str) -> Iterator[Tensor]:
-        yield _tensor(model, own_names[stored]).cpu()
+        yield parts[stored].of(_tensor(model, parts[stored].name)).cpu()
 
     # configuration, generation configuration and Python files
     model.save_pretrained(directory, state_dict={})
     write_model_weights(
         directory,
-        {stored: state[name] for stored, name in own_names.items()},
+        {stored: part.of(state[part.name]) for stored, part in parts.items()},
         blocks,
         num_parameters=model.num_parameters(),
         metadata={"format": "pt"},

@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from bonsai_fast.checkpoints.meta_model import ParentOnDisk, names_on_disk, open_parent
-from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
+from bonsai_fast.checkpoints.meta_model import AnyStored, ParentOnDisk, open_parent
 from bonsai_fast.checkpoints.safetensors_writer import MAX_SHARD_SIZE, write_model_weights
+from bonsai_fast.checkpoints.saved_names import SavedFrom, saved_names
 from bonsai_fast.config.choices import AttentionUnit, ExpertUnit
 from bonsai_fast.console import Reporter
 from bonsai_fast.models.layout import Layout
@@ -136,15 +136,22 @@ def slice_checkpoint(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A tensor of the result, on the meta device; its source, and the (dim, index) that is kept."""
+    """A tensor of the result, on the meta device; its source, and the (dim, index) that is kept.
+
+    `part` says which part of the kept tensor is saved under the result's name.
+    """
 
     result: torch.Tensor
-    source: StoredTensor
+    source: AnyStored
     cut: tuple[int, torch.Tensor] | None
+    part: SavedFrom | None = None
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Rows of the result, in order."""
         dim, index = self.cut or (0, None)
+        if self.part is not None and self.part.expert is not None:
+            yield self._expert(dim, index)
+            return
         for first, block in self.source.blocks(BLOCK_BYTES):
             if index is not None and dim == 0:
                 inside = (index >= first) & (index < first + len(block))
@@ -153,13 +160,27 @@ class _Part:
                 block = take(block, index, dim)
             yield block.to(self.result.dtype)
 
+    def _expert(self, dim: int, index: torch.Tensor | None) -> torch.Tensor:
+        """Some rows of the matrix of one kept expert."""
+        assert self.part is not None and self.part.expert is not None
+        expert = self.part.expert
+        if index is not None and dim == 0:
+            expert = int(index[expert])
+        matrix = self.source.row(expert, BLOCK_BYTES)
+        if index is not None and dim > 0:
+            matrix = take(matrix, index, dim - 1)
+        rows = slice(self.part.first_row, self.part.first_row + self.part.num_rows)
+        return matrix[rows].to(self.result.dtype)
+
 
 def _plan(parent: ParentOnDisk, child: PreTrainedModel, kept: Kept) -> dict[str, _Part]:
     """Every tensor of the result by its name on disk, in the order of saving."""
     state = remove_tied_weights_from_state_dict(child.state_dict(), child)
     plan = {
-        stored: _Part(state[name], parent.tensors[name], kept.slices.get(name))
-        for name, stored in names_on_disk(child, state).items()
+        stored: _Part(
+            part.of(state[part.name]), parent.tensors[part.name], kept.slices.get(part.name), part
+        )
+        for stored, part in saved_names(child, state).items()
     }
     for name in parent.unknown:
         source = parent.checkpoint.tensors[name]

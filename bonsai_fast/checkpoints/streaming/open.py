@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bonsai_fast.checkpoints.meta_model import ParentOnDisk, open_parent
+from bonsai_fast.checkpoints.meta_model import AnyStored, ParentOnDisk, open_parent
 from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
 from bonsai_fast.checkpoints.streaming.access import ATTRIBUTE, stream_of
 from bonsai_fast.checkpoints.streaming.layer_stream import LayerStream, Origin, layer_tensors
@@ -141,10 +141,10 @@ def _take_buffers(
                 setattr(module, name, value.to(device))
 
 
-def _resident(stored: StoredTensor, empty: Tensor, device: torch.device) -> Tensor:
+def _resident(stored: AnyStored, empty: Tensor, device: torch.device) -> Tensor:
     """A tensor that stays in memory; on a CPU mapped from its file if dtype and alignment allow."""
-    aligned = stored.start % stored.dtype.itemsize == 0
-    if device.type == "cpu" and stored.dtype == empty.dtype and aligned:
+    is_one = isinstance(stored, StoredTensor) and stored.dtype == empty.dtype
+    if device.type == "cpu" and is_one and stored.start % stored.dtype.itemsize == 0:
         return stored.mapped()
     tensor = torch.empty_like(empty, device=device)
     copy_stored(stored, tensor)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from bonsai_fast.checkpoints.joined_tensor import JoinedTensor
 from bonsai_fast.checkpoints.safetensors_reader import StoredTensor
 from bonsai_fast.checkpoints.streaming.packing import Packing, host_buffer
 
@@ -37,7 +38,7 @@ class StoredLayers:
 
     needs_room = True
 
-    def __init__(self, tensors: Sequence[Mapping[str, StoredTensor]]) -> None:
+    def __init__(self, tensors: Sequence[Mapping[str, StoredTensor | JoinedTensor]]) -> None:
         self._tensors = tensors
 
     def read(self, layer: int, packing: Packing, room: Tensor | None) -> Tensor:
@@ -73,7 +74,7 @@ class HostLayers:
         return self._layers[layer]
 
 
-def copy_stored(stored: StoredTensor, target: Tensor) -> None:
+def copy_stored(stored: StoredTensor | JoinedTensor, target: Tensor) -> None:
     """Copy a tensor from its file into one of the same shape, block by block."""
     if not stored.shape:
         target.copy_(next(iter(stored.blocks(BLOCK_BYTES)))[1])
