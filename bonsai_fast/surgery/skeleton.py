@@ -189,10 +189,7 @@ def _on_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel
 
 def _expresses(child: PreTrainedModel, parent: PreTrainedModel, kept: Kept) -> bool:
     """Whether the child's parameters and buffers are exactly the kept ones of the parent."""
-    wanted = {
-        name: kept.shape_of(name, parameter)
-        for name, parameter in parent.named_parameters(remove_duplicate=False)
-        if kept.keeps(name)
-    } | {name: kept.shape_of(name, buffer) for name, buffer in parent.named_buffers()}
+    own = (*parent.named_parameters(remove_duplicate=False), *parent.named_buffers())
+    wanted = {name: kept.shape_of(name, tensor) for name, tensor in own if kept.keeps(name)}
     found = [*child.named_parameters(remove_duplicate=False), *child.named_buffers()]
     return wanted == {name: tuple(tensor.shape) for name, tensor in found}

@@ -76,5 +76,7 @@ def test_streamed_from_files_of_single_experts(saved: tuple[PreTrainedModel, Pat
     scores = [MaskScorer(each).score(masks, tokens()) for each in (model, streamed)]
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-6)
     save_pretrained(streamed, path.parent / "again")
-    files = [(folder / "model.safetensors").read_bytes() for folder in (path, path.parent / "again")]
+    files = [
+        (folder / "model.safetensors").read_bytes() for folder in (path, path.parent / "again")
+    ]
     assert files[0] == files[1]

@@ -143,8 +143,12 @@ def _take_buffers(
 
 def _resident(stored: AnyStored, empty: Tensor, device: torch.device) -> Tensor:
     """A tensor that stays in memory; on a CPU mapped from its file if dtype and alignment allow."""
-    is_one = isinstance(stored, StoredTensor) and stored.dtype == empty.dtype
-    if device.type == "cpu" and is_one and stored.start % stored.dtype.itemsize == 0:
+    if (
+        isinstance(stored, StoredTensor)
+        and device.type == "cpu"
+        and stored.dtype == empty.dtype
+        and stored.start % stored.dtype.itemsize == 0
+    ):
         return stored.mapped()
     tensor = torch.empty_like(empty, device=device)
     copy_stored(stored, tensor)
