@@ -1,11 +1,10 @@
 """The prunable structure of a loaded Hugging Face model."""
 
 from bonsai_fast.models.blocks import AttentionBlock, Block, Cut, Decoder, ExpertsBlock, MLPBlock
-from bonsai_fast.models.families import FAMILIES, family_of
+from bonsai_fast.models.families import family_of
 from bonsai_fast.models.find import UnsupportedModelError, find_decoder
 
 __all__ = [
-    "FAMILIES",
     "AttentionBlock",
     "Block",
     "Cut",

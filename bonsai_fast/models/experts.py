@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from bonsai_fast.models.blocks import Cut, ExpertsBlock
-from bonsai_fast.models.projections import mlp_cuts
 from bonsai_fast.models.router_mask import UnfitRouterError, chosen_by, expert_dim, probe_router
 
 # channels inside experts come in multiples of this: `torch.nn.functional.grouped_mm`, by which
@@ -114,9 +113,14 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module, num_experts: int) -> bool:
-    return mlp_cuts(module, "") is None and any(
+    return not _is_mlp(module) and any(
         parameter.dim() == 2 and len(parameter) == num_experts for parameter in module.parameters()
     )
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a module has projections of its own, as shared experts do."""
+    return sum(isinstance(child, nn.Linear) for child in module.children()) > 1
 
 
 def _stray(mixture: nn.Module, router: str, experts: str, num_experts: int) -> str | None:
@@ -125,7 +129,7 @@ def _stray(mixture: nn.Module, router: str, experts: str, num_experts: int) -> s
         child, _, rest = name.partition(".")
         if child in (router, experts):
             continue
-        if rest and mlp_cuts(mixture.get_submodule(child), "") is not None:
+        if rest and _is_mlp(mixture.get_submodule(child)):
             continue
         if expert_dim(tensor, num_experts) is not None:
             return name

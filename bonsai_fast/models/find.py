@@ -1,174 +1,378 @@
-"""Find the decoder of a loaded Hugging Face model by its structure."""
+"""Find the decoder of a loaded Hugging Face model and everything in it that can be pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+import json
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.models.blocks import AttentionBlock, Decoder, ExpertsBlock, MLPBlock
+from bonsai_fast.models.attention_parts import HeadsFound, find_heads
+from bonsai_fast.models.blocks import (
+    AttentionBlock,
+    Block,
+    Cut,
+    Decoder,
+    ExpertsBlock,
+    MLPBlock,
+)
 from bonsai_fast.models.experts import Verdicts, find_experts
-from bonsai_fast.models.families import Norms, norms_of
-from bonsai_fast.models.projections import ATTENTION_PATTERNS, MLP_PATTERNS, mlp_cuts, output_name
+from bonsai_fast.models.families import PREFIX
+from bonsai_fast.models.find_sublayers import (
+    LayerTracer,
+    SubLayerFound,
+    exclusive_norms,
+    find_sublayers,
+)
+from bonsai_fast.models.graph_walk import origins
+from bonsai_fast.models.layer_runs import TOKENS, DecoderRun, LayerRun, traced
+from bonsai_fast.models.mlp_parts import find_channels
+from bonsai_fast.models.parts import MixedPartsError, Names
+from bonsai_fast.models.text_decoder import UnsupportedModelError, refuse, run_text_decoder
 
+__all__ = ["UnsupportedModelError", "find_decoder"]
 
-class UnsupportedModelError(ValueError):
-    """The model has no decoder that can be pruned; the message names what was looked for."""
+# What was found in models that were asked about before, by all that it depends on.
+_FOUND: OrderedDict[Hashable, Decoder] = OrderedDict()
+_MAX_FOUND = 32
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find the decoder layers of a causal language model and the parts of every sub-layer.
 
+    A cheap copy of the decoder runs on random numbers; what depends on what in it tells which
+    weights belong to which head or channel. Weights are not looked at, so that the model may be on
+    the meta device.
+
     Raises:
-        UnsupportedModelError: no list of layers with known projections, or a layer lacks one of its
-            sub-layers.
+        UnsupportedModelError: no decoder, or nothing in it that can be pruned.
     """
-    path, layers = _layer_list(model)
-    norms = norms_of(model.config)
-    attention, mlp, experts = {}, {}, {}
-    verdicts: Verdicts = {}
-    for index, layer in enumerate(layers):
-        try:
-            found_attention = _attention(model, layer, f"{path}.{index}", index, norms)
-            found_experts = _experts(layer, f"{path}.{index}", index, norms, verdicts)
-            found_mlp = None if found_experts else _mlp(layer, f"{path}.{index}", index, norms)
-        except ValueError as error:
-            raise UnsupportedModelError(f"{_describe(model)} cannot be pruned: {error}") from error
-        if found_attention is not None:
-            attention[index] = found_attention
-        if found_mlp is not None:
-            mlp[index] = found_mlp
-        if found_experts is not None:
-            experts[index] = found_experts
-    whole = [block.experts_refused for block in experts.values() if block.experts_refused]
-    refused = {"expert": whole[0]} if whole else {}
-    return Decoder(
-        model.config.model_type, path, len(layers), attention, mlp, refused, experts=experts
-    )
+    key = _key(model)
+    if key not in _FOUND:
+        _FOUND[key] = _find(model)
+        while len(_FOUND) > _MAX_FOUND:
+            _FOUND.popitem(last=False)
+    _FOUND.move_to_end(key)
+    return _FOUND[key]
 
 
-def _describe(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} (model type {model.config.model_type!r})"
-
-
-def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(_is_decoder_layer(layer) for layer in module)
+def _key(model: PreTrainedModel) -> Hashable:
+    """All that the decoder of a model depends on: its code, configuration, shapes and ties."""
+    places: dict[int, int] = {}
+    tensors = [
+        (name, tuple(tensor.shape), places.setdefault(id(tensor), len(places)))
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
     ]
-    if not candidates:
-        attention = "; ".join(ATTENTION_PATTERNS)
-        mlp = "; ".join(" + ".join((*inputs, output)) for inputs, output in MLP_PATTERNS)
-        raise UnsupportedModelError(
-            f"{_describe(model)} cannot be pruned: looked for a ModuleList whose layers hold "
-            f"nn.Linear projections named [{attention}] with an output projection o_proj, out_proj "
-            f"or dense, and an MLP of [{mlp}]; found none"
-        )
-    return max(candidates, key=lambda candidate: len(candidate[1]))
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return tuple(modules), tuple(tensors), config
 
 
-def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A layer's sub-layers: its children, or the layer itself (OPT keeps fc1 and fc2 there)."""
-    yield from layer.named_children()
-    yield "", layer
+@dataclass
+class _Layer:
+    """What one layer holds.
+
+    Attributes:
+        reasons: kind of unit -> why the layer does not offer it.
+        mixture_norms: names, in the layer, of the norms that only a mixture of experts reads; None
+            if it has no experts.
+    """
+
+    attention: AttentionBlock | None
+    mlp: MLPBlock | ExpertsBlock | None
+    reasons: dict[str, str]
+    mixture_norms: tuple[str, ...] | None = None
 
 
-def _is_decoder_layer(layer: nn.Module) -> bool:
-    if hasattr(layer, "removed_sublayers"):  # pruned before, perhaps of all its attention
-        return True
-    return any(
-        output_name(child) is not None and _head_dim(child) is not None
-        for _, child in _children(layer)
+def _find(model: PreTrainedModel) -> Decoder:
+    prefix, list_path, run = run_text_decoder(model)
+    names = Names(prefix, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    runs = run.lists[list_path]
+    with traced():
+        layers = _layers(model, run, runs, names)
+        _add_experts(model, names, runs, layers)
+        _drop_shared(model, names, runs, layers)
+    attention = {i: layer.attention for i, layer in layers.items() if layer.attention is not None}
+    mlp = {i: layer.mlp for i, layer in layers.items() if isinstance(layer.mlp, MLPBlock)}
+    experts = {i: layer.mlp for i, layer in layers.items() if isinstance(layer.mlp, ExpertsBlock)}
+    blocks: list[Block] = [*attention.values(), *mlp.values(), *experts.values()]
+    refused = _refused(layers, blocks)
+    is_new = not model.config.model_type.startswith(PREFIX)
+    if is_new and not any(block.whole is None for block in blocks):
+        reasons = "; ".join(dict.fromkeys(refused.values())) or "none were found"
+        raise refuse(model, f"expected heads, channels or experts that can be removed: {reasons}")
+    return Decoder(
+        model.config.model_type,
+        names.full(list_path),
+        len(runs),
+        attention,
+        mlp,
+        refused,
+        experts=experts,
     )
 
 
-def _is_removed(layer: nn.Module, sublayer: str) -> bool:
-    return sublayer in getattr(layer, "removed_sublayers", ())
+def _add_experts(
+    model: PreTrainedModel, names: Names, runs: dict[int, LayerRun], layers: dict[int, _Layer]
+) -> None:
+    """Put mixtures of experts in the place of MLPs."""
+    verdicts: Verdicts = {}
+    for index, layer in layers.items():
+        path = names.full(runs[index].path)
+        if layer.mixture_norms is None:
+            continue
+        norms = tuple(path + norm for norm in layer.mixture_norms)
+        try:
+            layer.mlp = find_experts(model.get_submodule(path), path, index, norms, verdicts)
+        except ValueError as error:
+            _give_reasons(layer, "mlp", str(error))
+            continue
+        if layer.mlp is not None:
+            layer.reasons = {k: r for k, r in layer.reasons.items() if k not in KINDS["mlp"]}
+            refused = {"expert": layer.mlp.experts_refused, "channel": layer.mlp.channels_refused}
+            layer.reasons |= {kind: reason for kind, reason in refused.items() if reason}
 
 
-def _head_dim(attention: nn.Module) -> int | None:
-    value = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    return int(value) if value else None
+def _is_causal(run: LayerRun) -> bool:
+    assert run.output is not None
+    if not run.output.requires_grad:
+        return True
+    (read,) = torch.autograd.grad(
+        run.output[:, : TOKENS // 2].sum(), run.states, retain_graph=True, allow_unused=True
+    )
+    return read is None or not bool(read[:, TOKENS // 2 :].any())
 
 
-def _num_kv_heads(attention: nn.Module, heads: int, head_dim: int) -> int:
-    if isinstance(k_proj := getattr(attention, "k_proj", None), nn.Linear):
-        return k_proj.out_features // head_dim
-    if isinstance(qkv_proj := getattr(attention, "qkv_proj", None), nn.Linear):
-        return (qkv_proj.out_features // head_dim - heads) // 2
-    return heads
+def _layers(
+    model: PreTrainedModel, run: DecoderRun, runs: dict[int, LayerRun], names: Names
+) -> dict[int, _Layer]:
+    """Look into one layer of each sort."""
+    found: dict[int, _Layer] = {}
+    examples: dict[Hashable, int] = {}
+    for index, layer in sorted(runs.items()):
+        tracer = LayerTracer(run.stand_in, layer)
+        sort = _sort(tracer)
+        if sort not in examples:
+            if not _is_causal(layer):
+                raise refuse(model, "its layers read later tokens; expected a causal decoder")
+            examples[sort] = index
+            found[index] = _look_into(tracer, index, names)
+        else:
+            example = examples[sort]
+            found[index] = _moved(found[example], names, runs[example].path, layer.path, index)
+    return found
 
 
-def _kv_of_head(attention: nn.Module, heads: int, kv_heads: int) -> tuple[int, ...]:
-    groups = getattr(attention, "q_heads_per_kv", None)
-    if groups is None:
-        if kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
-        groups = [heads // kv_heads] * kv_heads
-    return tuple(kv for kv, count in enumerate(groups) for _ in range(count))
+def _sort(tracer: LayerTracer) -> Hashable:
+    """Layers of one sort have the same modules and compute the same."""
+    run = tracer.run
+    assert run.output is not None
+    start = len(run.path)
+    matrices = [
+        (p[start:], m.in_features, m.out_features, m.has_bias) for p, m in tracer.matrices.items()
+    ]
+    tensors = [(name[start:], tuple(tensor.shape)) for name, tensor in tracer.tensors.items()]
+    modules = [type(module) for module in run.layer.modules()]
+    operations = origins(run.output, through_matrices=True).operations
+    return tuple(matrices), tuple(tensors), tuple(modules), tuple(operations)
+
+
+def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
+    sublayers = find_sublayers(tracer)
+    mixers = [s for s in sublayers if s.mixes_tokens]
+    attentions = [s for s in mixers if s.has_softmax]
+    mlps = [s for s in sublayers if not s.mixes_tokens]
+    if len(mlps) > 1:  # Gemma 4 mixes in an embedding of each layer by projections of its own
+        mlps = [s for s in mlps if s.module != tracer.run.path] or mlps
+    layer = _Layer(None, None, {})
+    if len(attentions) == 1 or (not attentions and len(mixers) == 1):
+        layer.attention = _attention(tracer, (attentions or mixers)[0], index, names, layer.reasons)
+    elif mixers:
+        _give_reasons(layer, "attention", "its layers hold several mixers of tokens")
+    if (mixture := _mixture(tracer)) is not None:
+        layer.mixture_norms = _mixture_norms(tracer, mixture)
+        _give_reasons(layer, "mlp", "its experts are not stored as transformers stores experts")
+    elif len(mlps) == 1:
+        layer.mlp = _mlp(tracer, mlps[0], index, names, layer.reasons)
+    elif mlps:
+        _give_reasons(layer, "mlp", "its layers hold several MLPs")
+    return layer
+
+
+KINDS = {"attention": ("head", "kv-group", "attention"), "mlp": ("channel", "mlp")}
+
+
+def _give_reasons(layer: _Layer, kind: str, reason: str) -> None:
+    layer.reasons |= dict.fromkeys(KINDS[kind], reason)
+
+
+def _mixture(tracer: LayerTracer) -> str | None:
+    """Path of the module that holds experts."""
+    paths = (f"{path}.".partition(".experts.") for path in tracer.matrices)
+    return next((owner for owner, found, _ in paths if found), None)
+
+
+def _mixture_norms(tracer: LayerTracer, mixture: str) -> tuple[str, ...]:
+    matrices = [path for path in tracer.matrices if path.startswith(f"{mixture}.")]
+    found = exclusive_norms(tracer, matrices, mixture)
+    return tuple(norm[len(tracer.run.path) :] for norm in found)
 
 
 def _attention(
-    model: PreTrainedModel, layer: nn.Module, path: str, index: int, norms: Norms
+    tracer: LayerTracer, found: SubLayerFound, index: int, names: Names, reasons: dict[str, str]
 ) -> AttentionBlock | None:
-    if _is_removed(layer, "attention"):
+    obstacle = found.obstacle
+    if found.module == tracer.run.path:
+        obstacle = "its attention has no module of its own"
+    if obstacle is not None:
+        reasons |= dict.fromkeys(KINDS["attention"], obstacle)
         return None
-    for name, child in layer.named_children():
-        output, head_dim = output_name(child), _head_dim(child)
-        if output is None or head_dim is None:
-            continue
-        width = cast(nn.Linear, child.get_submodule(output)).in_features
-        heads, rest = divmod(width, head_dim)
-        if rest:
-            raise ValueError(
-                f"{path}.{name}.{output} has {rest} input columns "
-                f"beyond {heads} heads of {head_dim}"
-            )
-        kv_heads = _num_kv_heads(child, heads, head_dim)
-        for pattern in ATTENTION_PATTERNS.values():
-            cuts = pattern(child, f"{path}.{name}", heads, kv_heads, head_dim)
-            if cuts is not None:
-                own = (f"{path}.{norms.attention}",) if norms.attention else ()
-                kv_of_head = _kv_of_head(child, heads, kv_heads)
-                return AttentionBlock(
-                    index,
-                    f"{path}.{name}",
-                    f"{path}.{name}.{output}",
-                    head_dim,
-                    kv_of_head,
-                    cuts,
-                    own,
-                )
-    raise ValueError(
-        f"{path} holds no attention with projections named [{'; '.join(ATTENTION_PATTERNS)}]"
+    whole = None
+    heads = HeadsFound(tracer.matrices[found.output].in_features, (0,), ())
+    if not found.has_softmax:
+        name = type(_module(tracer, found.module)).__name__
+        whole = f"{name} is no softmax attention"
+    else:
+        try:
+            heads = find_heads(tracer, found, names)
+        except MixedPartsError as error:
+            whole = str(error)
+    if whole is not None:
+        reasons |= {"head": whole, "kv-group": whole}
+    return AttentionBlock(
+        index,
+        names.full(found.module),
+        names.full(found.output),
+        heads.head_dim,
+        heads.kv_of_head,
+        heads.cuts,
+        tuple(names.full(norm) for norm in found.norms),
+        whole,
     )
 
 
-def _experts(
-    layer: nn.Module, path: str, index: int, norms: Norms, verdicts: Verdicts
-) -> ExpertsBlock | None:
-    if _is_removed(layer, "mlp"):
+def _mlp(
+    tracer: LayerTracer, found: SubLayerFound, index: int, names: Names, reasons: dict[str, str]
+) -> MLPBlock | None:
+    if found.obstacle is not None:
+        reasons |= dict.fromkeys(KINDS["mlp"], found.obstacle)
         return None
-    own = (f"{path}.{norms.mlp}",) if norms.mlp else ()
-    return find_experts(layer, path, index, own, verdicts)
+    whole, cuts = None, tuple[Cut, ...]()
+    try:
+        cuts = find_channels(tracer, found, names)
+    except MixedPartsError as error:
+        whole = str(error)
+        reasons["channel"] = whole
+    at_layer = found.module == tracer.run.path
+    return MLPBlock(
+        index,
+        tuple(map(names.full, found.matrices if at_layer else (found.module,))),
+        names.full(found.output),
+        tracer.matrices[found.output].in_features,
+        cuts,
+        tuple(names.full(norm) for norm in found.norms),
+        whole,
+    )
 
 
-def _mlp(layer: nn.Module, path: str, index: int, norms: Norms) -> MLPBlock | None:
-    if _is_removed(layer, "mlp"):
-        return None
-    for name, child in _children(layer):
-        child_path = f"{path}.{name}" if name else path
-        if (found := mlp_cuts(child, child_path)) is not None:
-            output, projections, channels, cuts = found
-            modules = (
-                (child_path,)
-                if name
-                else tuple(f"{path}.{projection}" for projection in projections)
-            )
-            own = (f"{path}.{norms.mlp}",) if norms.mlp else ()
-            return MLPBlock(index, modules, f"{child_path}.{output}", channels, cuts, own)
-    wanted = "; ".join(" + ".join((*inputs, output)) for inputs, output in MLP_PATTERNS)
-    raise ValueError(f"{path} holds no MLP with projections named [{wanted}]")
+def _module(tracer: LayerTracer, path: str) -> torch.nn.Module:
+    return tracer.run.layer.get_submodule(path[len(tracer.run.path) + 1 :])
+
+
+def _moved(example: _Layer, names: Names, old: str, new: str, index: int) -> _Layer:
+    """The same parts in another layer."""
+    before, after = names.full(old), names.full(new)
+
+    def moved(path: str) -> str:
+        return after + path[len(before) :]
+
+    def cuts(block: Block) -> tuple[Cut, ...]:
+        return tuple(Cut(moved(cut.parameter), cut.dim, cut.owner) for cut in block.cuts)
+
+    attention, mlp = example.attention, example.mlp
+    assert not isinstance(mlp, ExpertsBlock)  # these are added last
+    if attention is not None:
+        attention = replace(
+            attention,
+            layer=index,
+            module=moved(attention.module),
+            output=moved(attention.output),
+            cuts=cuts(attention),
+            norms=tuple(map(moved, attention.norms)),
+        )
+    if mlp is not None:
+        mlp = replace(
+            mlp,
+            layer=index,
+            modules=tuple(map(moved, mlp.modules)),
+            output=moved(mlp.output),
+            cuts=cuts(mlp),
+            norms=tuple(map(moved, mlp.norms)),
+        )
+    return _Layer(attention, mlp, dict(example.reasons), example.mixture_norms)
+
+
+def _drop_shared(
+    model: PreTrainedModel,
+    names: Names,
+    runs: dict[int, LayerRun],
+    layers: dict[int, _Layer],
+) -> None:
+    """Take back what other layers use too: shared weights, and keys and values read elsewhere."""
+    users: dict[int, set[int]] = {}
+    for index, run in runs.items():
+        module = model.get_submodule(names.full(run.path))
+        for parameter in module.parameters():
+            users.setdefault(id(parameter), set()).add(index)
+    for layer in layers.values():
+        for kind in KINDS:
+            block = layer.attention if kind == "attention" else layer.mlp
+            if block is not None and any(
+                len(users.get(id(parameter), ())) > 1
+                for path in (block.modules)
+                for parameter in model.get_submodule(path).parameters()
+            ):
+                _take_back(layer, kind, "its weights are shared between layers")
+    for index, run in runs.items():
+        assert run.output is not None
+        met = origins(run.output, through_matrices=True)
+        others = {
+            other
+            for other, reached in runs.items()
+            if other != index and any(mark.startswith(f"{reached.path}.") for mark in met.marks)
+        }
+        for other in (index, *others) if others else ():
+            _take_back(layers[other], "attention", "layers share keys and values")
+
+
+def _take_back(layer: _Layer, kind: str, reason: str) -> None:
+    if kind == "attention":
+        layer.attention = None
+    else:
+        layer.mlp = None
+    _give_reasons(layer, kind, reason)
+
+
+def _refused(layers: dict[int, _Layer], blocks: Sequence[Block]) -> dict[str, str]:
+    """For the kinds of units that no layer offers, the first reason."""
+    offered: set[str] = set()
+    for block in blocks:
+        if isinstance(block, AttentionBlock):
+            offered |= {"attention"} if block.whole else {"attention", "head", "kv-group"}
+        elif isinstance(block, MLPBlock):
+            offered |= {"mlp"} if block.whole else {"mlp", "channel"}
+        else:
+            refused = {"expert": block.experts_refused, "channel": block.channels_refused}
+            offered |= {"mlp", *(kind for kind, reason in refused.items() if reason is None)}
+    reasons: dict[str, str] = {}
+    for _, layer in sorted(layers.items()):
+        for kind, reason in layer.reasons.items():
+            if kind not in offered:
+                reasons.setdefault(kind, reason)
+    return reasons
