@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from bonsai_fast.hub import HeterogeneousConfig, LayerShape, register
+from bonsai_fast.hub import LayerShape, pruned_config, register
 from bonsai_fast.models import family_of
 
 REPORT_NAME = "bonsai_report.json"
@@ -66,8 +66,8 @@ class SavedModel:
     def shapes(self) -> tuple[LayerShape, ...]:
         """What every decoder layer keeps."""
         config: Any = self.config
-        if isinstance(config, HeterogeneousConfig):
-            found: list[LayerShape] = cast(Any, config).layer_shapes()
+        if (pruned := pruned_config(config)) is not None:
+            found: list[LayerShape] = pruned.layer_shapes()
             return tuple(found)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bonsai_fast.checkpoints.saved_model import open_saved
 from bonsai_fast.export.exported import Exported
-from bonsai_fast.hub import HeterogeneousConfig, LayerShape
+from bonsai_fast.hub import LayerShape, pruned_config
 from bonsai_fast.models import AttentionBlock
 from bonsai_fast.models.layout import Layout
 from bonsai_fast.surgery import save_pretrained
@@ -62,9 +62,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the stock class has no place for biases that the model got.
     """
-    config = cast(Any, model.config)
-    assert isinstance(config, HeterogeneousConfig)
-    shapes: list[LayerShape] = cast(Any, config).layer_shapes()
+    shapes: list[LayerShape] = pruned_config(model.config).layer_shapes()
     child, shape = _narrowest(model, shapes)
     extra = sorted({name for name, _ in model.named_parameters()} - _parameter_names(child))
     if extra:
@@ -106,10 +104,11 @@ def _narrowest(
     model: PreTrainedModel, shapes: list[LayerShape]
 ) -> tuple[PreTrainedModel, LayerShape]:
     """The smallest stock model that holds all shapes, on the meta device, and its layer shape."""
-    for groups in _candidates(cast(Any, model.config), shapes):
+    config = pruned_config(model.config)
+    for groups in _candidates(config, shapes):
         shape = LayerShape(groups, max(1, *(layer.channels or 1 for layer in shapes)))
         child = stock_structure(model, shape)
-        if child is not None and _has_head_dim(child, cast(Any, model.config).head_dim):
+        if child is not None and _has_head_dim(child, config.head_dim):
             return child, shape
     raise ValueError(f"the stock class of {type(model).__name__} cannot hold its widest layer")
 

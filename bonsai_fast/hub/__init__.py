@@ -8,7 +8,7 @@ package, so nothing in them may import the rest of bonsai_fast.
 from __future__ import annotations
 
 from bonsai_fast.hub.auto_classes import HubClasses, hub_classes, model_types, register
-from bonsai_fast.hub.configuration_bonsai import HeterogeneousConfig, LayerShape
+from bonsai_fast.hub.configuration_bonsai import HeterogeneousConfig, LayerShape, pruned_config
 
 __all__ = [
     "HeterogeneousConfig",
@@ -16,5 +16,6 @@ __all__ = [
     "LayerShape",
     "hub_classes",
     "model_types",
+    "pruned_config",
     "register",
 ]

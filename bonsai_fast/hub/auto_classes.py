@@ -21,17 +21,37 @@ from bonsai_fast.hub.modeling_bonsai import bonsai_model
 
 
 class HubClasses(NamedTuple):
-    """The classes of one family."""
+    """The classes of one family.
 
-    config: type[HeterogeneousConfig]
-    model: type[PreTrainedModel]
-    causal_lm: type[PreTrainedModel]
+    Attributes:
+        config: of the model; for a text model inside a wrapper, of the wrapper.
+        models: for each auto class that loads such a model, its class.
+    """
+
+    config: type[PreTrainedConfig]
+    models: dict[str, type[PreTrainedModel]]
+
+    @property
+    def model(self) -> type[PreTrainedModel]:
+        """The base model."""
+        return self.models["AutoModel"]
+
+    @property
+    def causal_lm(self) -> type[PreTrainedModel]:
+        """The model with its LM head."""
+        return next(model for auto, model in self.models.items() if auto != "AutoModel")
 
 
 def model_types() -> dict[str, str]:
-    """Every stock model type that a pruned model can be made from, with its causal LM's name."""
-    causal = AUTO_CLASSES["AutoModelForCausalLM"]
-    return {kind: name for kind, name in causal.items() if kind in CONFIG_MAPPING_NAMES}
+    """Every stock model type that a pruned model can be made from, with its class's name."""
+    found: dict[str, str] = {}
+    for auto in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
+        found |= {
+            kind: name
+            for kind, name in AUTO_CLASSES[auto].items()
+            if kind in CONFIG_MAPPING_NAMES and isinstance(name, str)
+        }
+    return found
 
 
 @cache
@@ -41,16 +61,18 @@ def hub_classes(model_type: str) -> HubClasses:
     Args:
         model_type: the stock model type, e.g. "llama".
     Raises:
-        KeyError: transformers has no causal language model of this type.
+        KeyError: transformers has no such language model.
     """
     config = bonsai_config(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]))
-    found: dict[str, Any] = {}
+    models: dict[str, type[PreTrainedModel]] = {}
     for auto, names in AUTO_CLASSES.items():
         name = names.get(model_type)
         if isinstance(name, str):
-            found[auto] = bonsai_model(getattr(transformers, name))
-            getattr(transformers, auto).register(config, found[auto], exist_ok=True)
-    return HubClasses(config, found.get("AutoModel"), found["AutoModelForCausalLM"])
+            models[auto] = bonsai_model(getattr(transformers, name))
+            # not by `register`: some stock classes serve several configuration classes
+            mapping = getattr(transformers, auto)._model_mapping
+            mapping.register(config, models[auto], exist_ok=True)
+    return HubClasses(config, models)
 
 
 class _LazyConfig:

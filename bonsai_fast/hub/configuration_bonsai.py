@@ -4,7 +4,7 @@
 `__getattr__` at the end. This file travels with saved models.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 PREFIX = "Bonsai"
 SUBLAYERS = ("attention", "mlp")
@@ -29,6 +30,7 @@ EXPERT_CHANNELS_ATTRIBUTES = ("moe_intermediate_size", "intermediate_size")
 AUTO_CLASSES = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 
 
@@ -123,7 +125,8 @@ class HeterogeneousConfig:
             counts: the same for numbers that are attributes of modules;
             limits: attributes that may not be larger than the number of these;
             alibi: argument of the attention that brings a bias for each head, if there is one.
-        kind_of_layer: the kind of each layer, if there are several.
+        kind_of_layer: the kind of each layer, if there are several;
+        dense_layers: the dense model's own `per_layer_config`, if it has one.
 
     A sub-layer without `sizes` is never cut: it stays as it is or is removed as a whole.
     """
@@ -139,9 +142,11 @@ class HeterogeneousConfig:
         if self.cut_table is None and per_layer_config is not None:
             self._read_earlier_layer_types(kwargs, per_layer_config)
         if not _is_ours(kwargs.get("auto_map")):
-            kwargs["auto_map"] = self.default_auto_map()
+            kwargs["auto_map"] = default_auto_map(type(self))
         if not self.stock_has_head_dim:
             self._fill_head_dim()
+        if (dense := (self.cut_table or {}).get("dense_layers")) is not None:
+            kwargs["per_layer_config"] = dense
         super().__post_init__(**kwargs)
         self._fill_head_dim()
         if per_layer_config is not None:
@@ -150,26 +155,27 @@ class HeterogeneousConfig:
             if self.cut_table is None and self.earlier_cut_table is not None:
                 self.cut_table = self.earlier_cut_table()
 
-    @classmethod
-    def default_auto_map(cls):
-        """Where `trust_remote_code=True` finds the classes, by the file names in this folder."""
-        stock_type = cls.model_type.removeprefix("bonsai_")
-        names = {auto: mapping.get(stock_type) for auto, mapping in AUTO_CLASSES.items()}
-        return {"AutoConfig": f"configuration_bonsai.{cls.__name__}"} | {
-            auto: f"modeling_bonsai.{PREFIX}{name}"
-            for auto, name in names.items()
-            if isinstance(name, str)
-        }
-
     @contextmanager
     def as_dense(self):
         """While this holds, the configuration is the dense model's, as stock code expects it."""
         spec = self.__dict__.pop("_heterogeneity_spec", None)
+        was_dense = self.__dict__.get("_is_dense", False)
+        self.__dict__["_is_dense"] = True
         try:
+            self.per_layer_config = (self.cut_table or {}).get("dense_layers")
             yield self
         finally:
+            self.__dict__.pop("_is_dense")
+            if was_dense:
+                self.__dict__["_is_dense"] = True
+            self.__dict__.pop("_heterogeneity_spec", None)
             if spec is not None:
                 self.__dict__["_heterogeneity_spec"] = spec
+
+    @property
+    def is_pruned(self):
+        """Whether layers have shapes of their own, and nobody looks at the dense model now."""
+        return self.is_heterogeneous and not self.__dict__.get("_is_dense", False)
 
     def layer_shapes(self):
         """`LayerShape` of every decoder layer."""
@@ -206,9 +212,9 @@ class HeterogeneousConfig:
 
     def layer_view(self, index):
         """The configuration as the modules of one layer see it."""
-        values = self.layer_overrides(self._shape(index))
-        values.pop("skip", None)
-        return ConfigView(self, **values)
+        layer = self.per_layer_config[index]
+        names = self.per_layer_attributes or ()
+        return ConfigView(self, **{name: getattr(layer, name, None) for name in names})
 
     # Caches ---------------------------------------------------------------------------------------
 
@@ -328,10 +334,11 @@ class HeterogeneousConfig:
         return heads, _number(layer, "num_key_value_heads", otherwise)
 
     def _fill_head_dim(self):
-        heads, width = (
-            getattr(self, name, None) for name in ("num_attention_heads", "hidden_size")
+        names = ("head_dim", "num_attention_heads", "hidden_size")
+        known, heads, width = (
+            self._getattr_without_heterogeneous_validation(n, None) for n in names
         )
-        if self.head_dim is None and isinstance(heads, int) and isinstance(width, int):
+        if known is None and isinstance(heads, int) and isinstance(width, int):
             self.head_dim = width // heads
 
     def _read_earlier_layer_types(self, kwargs, per_layer_config):
@@ -353,10 +360,66 @@ class HeterogeneousConfig:
             ]
 
 
+class HeterogeneousWrapperConfig:
+    """Mixin in front of a stock configuration class that holds a text model's configuration.
+
+    The latter is a `HeterogeneousConfig`; whatever else the model has is as in the dense one.
+    """
+
+    def __post_init__(self, **kwargs):
+        if not _is_ours(kwargs.get("auto_map")):
+            kwargs["auto_map"] = default_auto_map(type(self))
+        for name in self.sub_configs:
+            values = getattr(self, name, None)
+            if isinstance(values, dict):
+                stock_type = str(values.get("model_type")).removeprefix("bonsai_")
+                if stock_type != values.get("model_type"):
+                    stock = getattr(transformers, CONFIG_MAPPING_NAMES[stock_type])
+                    setattr(self, name, bonsai_config(stock)(**values))
+        super().__post_init__(**kwargs)
+        if self.pruned is not None:
+            vars(self.pruned).pop("auto_map", None)  # it is loaded as a part of this one
+
+    @property
+    def pruned(self):
+        """The text model's configuration; None in one that transformers makes by default."""
+        inner = (getattr(self, name, None) for name in self.sub_configs)
+        return next((part for part in inner if isinstance(part, HeterogeneousConfig)), None)
+
+    @contextmanager
+    def as_dense(self):
+        """As of the text model's configuration."""
+        with nullcontext() if self.pruned is None else self.pruned.as_dense():
+            yield self
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As the stock class, but caches learn which layers need no slot."""
+        found = super().get_text_config(decoder=decoder, encoder=encoder)
+        return found.for_caches() if decoder and found is self.pruned else found
+
+
+def pruned_config(config: Any) -> Any:
+    """The `HeterogeneousConfig` of a model's configuration: it or its part; None if it has none."""
+    if isinstance(config, HeterogeneousWrapperConfig):
+        return config.pruned
+    return config if isinstance(config, HeterogeneousConfig) else None
+
+
 def _number(layer, name, otherwise):
     """A width of a layer; `otherwise` if the configuration has no such number."""
     value = getattr(layer, name, None)
     return value if isinstance(value, int) else otherwise
+
+
+def default_auto_map(config_class):
+    """Where `trust_remote_code=True` finds the classes, by the file names in their folder."""
+    stock_type = config_class.model_type.removeprefix("bonsai_")
+    names = {auto: mapping.get(stock_type) for auto, mapping in AUTO_CLASSES.items()}
+    return {"AutoConfig": f"configuration_bonsai.{config_class.__name__}"} | {
+        auto: f"modeling_bonsai.{PREFIX}{name}"
+        for auto, name in names.items()
+        if isinstance(name, str)
+    }
 
 
 def _is_ours(auto_map):
@@ -391,7 +454,9 @@ def bonsai_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def _make(name: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    known = stock.__dataclass_fields__
+    known = {*stock.__dataclass_fields__, *stock.attribute_map}
+    if stock.sub_configs and "num_hidden_layers" not in known:
+        return _make_wrapper(name, stock)
     width, experts, inside = (
         next((field for field in names if field in known), names[0])
         for names in (CHANNELS_ATTRIBUTES, EXPERTS_ATTRIBUTES, EXPERT_CHANNELS_ATTRIBUTES)
@@ -415,6 +480,24 @@ def _make(name: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         if check.startswith("validate_") and check not in vars(HeterogeneousConfig):
             namespace[check] = _dense_check(getattr(stock, check))
     made: type[PreTrainedConfig] = strict(type(name, (HeterogeneousConfig, stock), namespace))
+    return made
+
+
+def _make_wrapper(name: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    namespace: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{stock.__name__} with a pruned text model.",
+        "model_type": f"bonsai_{stock.model_type}",
+        "_auto_class": "AutoConfig",
+    }
+    namespace |= {
+        check: _dense_check(getattr(stock, check))
+        for check in dir(stock)
+        if check.startswith("validate_")
+    }
+    bases = (HeterogeneousWrapperConfig, stock)
+    made: type[PreTrainedConfig] = strict(type(name, bases, namespace))
     return made
 
 

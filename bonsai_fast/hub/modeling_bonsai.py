@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_bonsai import (
     AUTO_CLASSES,
     PREFIX,
     bonsai_config,
+    pruned_config,
 )
 
 # what the sizes of a sub-layer depend on
@@ -237,13 +238,16 @@ class HeterogeneousModel:
     """Mixin in front of a stock model class: builds it dense, then fits each layer to its shape."""
 
     def __init__(self, config, *args, **kwargs):
+        pruned = pruned_config(config)
+        if pruned is not config and pruned is not None:
+            _register_text_model(pruned)
         with config.as_dense():
             super().__init__(config, *args, **kwargs)
-        if config.is_heterogeneous:  # not while a model around this one builds its dense parts
-            self._fit_layers()
+        # not while a model around this one builds its dense parts
+        if pruned is not None and pruned.is_pruned:
+            self._fit_layers(pruned)
 
-    def _fit_layers(self):
-        config = self.config
+    def _fit_layers(self, config):
         if config.cut_table is None:
             raise ValueError(
                 "config.json has no cut_table: an earlier version of bonsai_fast saved this model; "
@@ -251,7 +255,7 @@ class HeterogeneousModel:
             )
         counting = config.counting_layer()
         for index, (layer, shape) in enumerate(
-            zip(self._layers(), config.layer_shapes(), strict=True)
+            zip(self._layers(config), config.layer_shapes(), strict=True)
         ):
             kind = config.kind_of_layer(index)
             layer.removed_sublayers = shape.removed
@@ -276,21 +280,31 @@ class HeterogeneousModel:
         if config.output_bias:
             self.add_output_biases()
 
-    def _layers(self):
-        return self.base_model.get_submodule(self.config.cut_table["layers"])
+    def _layers(self, config):
+        return self.base_model.get_submodule(config.cut_table["layers"])
 
     def add_output_biases(self):
         """Give output projections that have none a bias of zero; also what is left of them."""
+        config = pruned_config(self.config)
         like = next(self.parameters())
-        for index, layer in enumerate(self._layers()):
-            for entry in self.config.kind_of_layer(index).values():
+        for index, layer in enumerate(self._layers(config)):
+            for entry in config.kind_of_layer(index).values():
                 projection = layer.get_submodule(entry["output"] or "")
                 if isinstance(projection, (nn.Linear, RemovedProjection)) and (
                     projection.bias is None
                 ):
                     width = getattr(projection, "out_features", None) or projection.width
                     projection.bias = nn.Parameter(like.new_zeros(width))
-                    self.config.output_bias = True
+                    config.output_bias = True
+
+
+def _register_text_model(config):
+    """Let `AutoModel`, by which some stock classes build their text model, know a pruned one."""
+    stock_type = config.model_type.removeprefix("bonsai_")
+    name = AUTO_CLASSES["AutoModel"].get(stock_type)
+    if isinstance(name, str):
+        model_class = bonsai_model(getattr(transformers, name))
+        AutoModel._model_mapping.register(type(config), model_class, exist_ok=True)
 
 
 # The classes --------------------------------------------------------------------------------------

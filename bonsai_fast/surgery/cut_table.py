@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import HeterogeneousConfig
+from bonsai_fast.hub import pruned_config
 from bonsai_fast.models import AttentionBlock, Block, Cut, Decoder, ExpertsBlock, MLPBlock
 from bonsai_fast.models.router_mask import CHOSEN, COUNTS
 from bonsai_fast.surgery.calls import returned_values
@@ -33,9 +33,8 @@ def cut_table(parent: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
     Raises:
         ValueError: heads or channels own different numbers of rows.
     """
-    config = parent.config
-    if isinstance(config, HeterogeneousConfig):
-        found: dict[str, Any] = cast(Any, config).cut_table
+    if (pruned := pruned_config(parent.config)) is not None:
+        found: dict[str, Any] = pruned.cut_table
         return found
     returns = returned_values(parent, decoder)
     kinds: list[dict[str, Any]] = []
@@ -50,12 +49,18 @@ def cut_table(parent: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
         kind_of_layer.append(kinds.index(kind))
     prefix = f"{parent.base_model_prefix}."
     table: dict[str, Any] = {"layers": decoder.path.removeprefix(prefix), "kinds": kinds}
-    return table | ({"kind_of_layer": kind_of_layer} if len(kinds) > 1 else {})
+    if len(kinds) > 1:
+        table["kind_of_layer"] = kind_of_layer
+    text = parent.config.get_text_config()
+    if text.is_heterogeneous:
+        own = text.to_dict()["per_layer_config"]
+        table["dense_layers"] = {str(int(layer)): entry for layer, entry in own.items()}
+    return table
 
 
 def alibi_argument(model: PreTrainedModel, block: AttentionBlock) -> str | None:
     """Argument of an attention that brings a bias for each head of the dense model, if any."""
-    if not getattr(model.config, "alibi", True):
+    if not getattr(model.config.get_text_config(), "alibi", True):
         return None
     forward = cast(Any, model.get_submodule(block.module).forward)
     names = inspect.signature(forward).parameters

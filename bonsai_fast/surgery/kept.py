@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import HeterogeneousConfig, LayerShape
+from bonsai_fast.hub import LayerShape, pruned_config
 from bonsai_fast.models import AttentionBlock, Block, ExpertsBlock, MLPBlock
 from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
@@ -101,8 +101,8 @@ def _change(model: PreTrainedModel, block: Block, keep_parts: torch.Tensor) -> d
 
 def _shapes_before(model: PreTrainedModel, layout: Layout) -> list[LayerShape]:
     """What every layer has now."""
-    if isinstance(model.config, HeterogeneousConfig):
-        found: list[LayerShape] = cast(Any, model.config).layer_shapes()
+    if (config := pruned_config(model.config)) is not None:
+        found: list[LayerShape] = config.layer_shapes()
         return found
     shapes = [LayerShape(None, None)] * layout.decoder.num_layers
     for block in layout.decoder.blocks():

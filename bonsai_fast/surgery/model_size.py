@@ -31,8 +31,10 @@ def layer_widths(directory: Path) -> tuple[list[Widths], Widths | None]:
         shapes = cast(Any, config).layer_shapes()
         layers = [(shape.num_heads, shape.num_kv_heads, shape.channels) for shape in shapes]
         with config.as_dense():
-            return layers, _layer(config, (config.channels_attribute,))
-    return [_layer(config, CHANNELS_ATTRIBUTES)] * getattr(config, "num_hidden_layers", 0), None
+            return layers, _layer(config.per_layer_config[0], (config.channels_attribute,))
+    if not hasattr(config, "num_hidden_layers"):
+        return [], None
+    return [_layer(layer, CHANNELS_ATTRIBUTES) for layer in config.per_layer_config], None
 
 
 def _layer(config: Any, channels_attributes: tuple[str, ...]) -> Widths:

@@ -10,12 +10,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bonsai_fast.hub import HeterogeneousConfig, LayerShape, hub_classes, model_types
+from bonsai_fast.hub import (
+    HeterogeneousConfig,
+    LayerShape,
+    hub_classes,
+    model_types,
+    pruned_config,
+)
 from bonsai_fast.hub.configuration_bonsai import (
     CHANNELS_ATTRIBUTES,
     EXPERT_CHANNELS_ATTRIBUTES,
     EXPERTS_ATTRIBUTES,
     PREFIX,
+    bonsai_config,
 )
 from bonsai_fast.models import Decoder, family_of
 from bonsai_fast.surgery.cut_table import cut_table
@@ -73,21 +80,35 @@ def bonsai_structure(
         shapes: of all layers.
     """
     classes = hub_classes(family_of(parent.config.model_type))
-    entries = {
-        str(index): entry
-        for index, shape in enumerate(shapes)
-        if (entry := classes.config.layer_overrides(shape))
-    }
-    values = _values(parent.config, drop=("auto_map",))
-    values |= {"cut_table": table, "per_layer_config": entries}
-    if (head_dim := _head_dim(parent.config)) is not None:
+    text = parent.config.get_text_config()
+    config_class: Any = type(text) if _is_bonsai(text) else bonsai_config(type(text))
+    dense = table.get("dense_layers", {})
+    entries = {}
+    for index, shape in enumerate(shapes):
+        entry = dense.get(str(index), {}) | config_class.layer_overrides(shape)
+        if entry:
+            entries[str(index)] = entry
+    values = _values(text, drop=("auto_map",)) | {"cut_table": table, "per_layer_config": entries}
+    if (head_dim := _head_dim(text)) is not None:
         values["head_dim"] = head_dim
-    return _on_meta(classes.causal_lm, cast(Any, classes.config)(**values))
+    config = config_class(**values)
+    if text is not parent.config:
+        config = _around(parent.config, text, config, cast(Any, classes.config))
+    return _on_meta(classes.causal_lm, config)
+
+
+def _around(wrapper: PreTrainedConfig, text: Any, new_text: Any, config_class: Any) -> Any:
+    """A wrapper's configuration with another one for its text model."""
+    place = next(name for name in wrapper.sub_configs if getattr(wrapper, name) is text)
+    values = _values(wrapper, drop=("auto_map",))
+    # the vision tower's and others as they are
+    values |= {name: copy.deepcopy(getattr(wrapper, name)) for name in wrapper.sub_configs}
+    return config_class(**(values | {place: new_text}))
 
 
 def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | None:
     """A model of the parent's stock class, if it can have exactly the kept shapes."""
-    if not kept.slices and not kept.removed and not _is_bonsai(parent.config):
+    if not kept.slices and not kept.removed and pruned_config(parent.config) is None:
         return _on_meta(type(parent), copy.deepcopy(parent.config))
     fields = ("q_heads_per_kv", "channels", "experts", "expert_channels")
     alike = {name: {getattr(shape, name) for shape in kept.shapes} - {None} for name in fields}
@@ -109,26 +130,39 @@ def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedMod
     """
     try:
         return _on_meta(_stock_class(parent), _stock_config(parent.config, shape))
-    except (ValueError, AttributeError, StrictDataclassError):
+    except (ValueError, AttributeError, RuntimeError, StrictDataclassError):
         return None
 
 
 def _stock_class(parent: PreTrainedModel) -> type[PreTrainedModel]:
-    if not _is_bonsai(parent.config):
-        return type(parent)
-    name = type(parent).__name__.removeprefix(PREFIX)
-    return next(base for base in type(parent).__mro__ if base.__name__ == name)
+    found: type[PreTrainedModel] = _stock_base(type(parent))
+    return found
+
+
+def _stock_base(made: type[Any]) -> type[Any]:
+    """The stock class itself, or the one that a bonsai_* class is made from."""
+    if not made.__name__.startswith(PREFIX):
+        return made
+    name = made.__name__.removeprefix(PREFIX)
+    return next(base for base in made.__mro__ if base.__name__ == name)
 
 
 def _stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
     """The stock configuration with the same widths for all layers; None: as they are."""
+    text = config.get_text_config()
+    changed = _stock_text_config(text, shape)
+    if text is config:
+        return changed
+    return cast(PreTrainedConfig, _around(config, text, changed, _stock_base(type(config))))
+
+
+def _stock_text_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
     head_dim = _head_dim(config)
     if _is_bonsai(config):
-        stock_class: Any = next(
-            base for base in type(config).__mro__ if base.__module__.startswith("transformers.")
-        )
+        stock_class = _stock_base(type(config))
         unknown = [name for name in BONSAI_FIELDS if name not in stock_class.__dataclass_fields__]
         dense: PreTrainedConfig = stock_class(**_values(config, drop=unknown))
+        dense.per_layer_config = cast(Any, config).cut_table.get("dense_layers")
     else:
         dense = copy.deepcopy(config)
     widths: dict[str, Any] = {}
@@ -162,9 +196,12 @@ def _is_bonsai(config: PreTrainedConfig) -> bool:
 
 
 def _head_dim(config: PreTrainedConfig) -> int | None:
-    if getattr(config, "head_dim", None) is not None:
-        return int(config.head_dim)
-    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    known, heads, width = (
+        config._getattr_without_heterogeneous_validation(name, None)
+        for name in ("head_dim", "num_attention_heads", "hidden_size")
+    )
+    if known is not None:
+        return int(known)
     return width // heads if isinstance(heads, int) and isinstance(width, int) else None
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import HeterogeneousConfig, LayerShape
+from bonsai_fast.hub import LayerShape, pruned_config
 from bonsai_fast.surgery.skeleton import bonsai_structure
 
 
@@ -21,18 +21,19 @@ def with_stub_attention(model: PreTrainedModel) -> PreTrainedModel:
         a model that shares its other parameters with `model`; `model` itself if every layer has an
         attention.
     """
-    if not isinstance(model.config, HeterogeneousConfig):
+    config = pruned_config(model.config)
+    if config is None:
         return model
-    shapes: list[LayerShape] = cast(Any, model.config).layer_shapes()
+    shapes: list[LayerShape] = config.layer_shapes()
     if not any("attention" in shape.removed for shape in shapes):
         return model
     filled = [
-        replace(shape, q_heads_per_kv=(1,), alibi_heads=_first_head(model.config, index))
+        replace(shape, q_heads_per_kv=(1,), alibi_heads=_first_head(config, index))
         if "attention" in shape.removed
         else shape
         for index, shape in enumerate(shapes)
     ]
-    child = bonsai_structure(model, cast(Any, model.config).cut_table, filled)
+    child = bonsai_structure(model, config.cut_table, filled)
     known = dict(model.named_parameters(remove_duplicate=False))
     like = next(model.parameters())
     for name, empty in list(child.named_parameters(remove_duplicate=False)):

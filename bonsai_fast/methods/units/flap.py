@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bonsai_fast.hub import HeterogeneousConfig
+from bonsai_fast.hub import pruned_config
 from bonsai_fast.methods.allocation import standardised
 from bonsai_fast.methods.importance.prior import column_importance
 from bonsai_fast.methods.importance.statistics import collect_statistics
@@ -48,7 +48,7 @@ class Flap:
     ) -> None:
         """Add the mean output of the removed columns to the bias of every output projection."""
         measured, layout, parent = _measured(search), search.task.layout, search.task.model
-        if isinstance(smaller.config, HeterogeneousConfig):
+        if pruned_config(smaller.config) is not None:
             cast(Any, smaller).add_output_biases()
         without: list[str] = []
         for block, kept in layout.keep_by_block(keep):
