@@ -400,9 +400,10 @@ class HeterogeneousWrapperConfig:
 
 def pruned_config(config: Any) -> Any:
     """The `HeterogeneousConfig` of a model's configuration: it or its part; None if it has none."""
-    if isinstance(config, HeterogeneousWrapperConfig):
-        return config.pruned
-    return config if isinstance(config, HeterogeneousConfig) else None
+    # not by class: with `trust_remote_code` two copies of this file are loaded, from two folders
+    if hasattr(type(config), "layer_shapes"):
+        return config
+    return config.pruned if hasattr(type(config), "pruned") else None
 
 
 def _number(layer, name, otherwise):

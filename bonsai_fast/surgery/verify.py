@@ -16,10 +16,14 @@ _LOAD_AND_RUN = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 directory, inputs, outputs, device, attention = sys.argv[1:]
-model, report = AutoModelForCausalLM.from_pretrained(
+config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+auto = AutoModelForCausalLM
+if auto.__name__ not in getattr(config, "auto_map", {}) and type(config) not in auto._model_mapping:
+    auto = AutoModelForImageTextToText  # a language model inside a wrapper
+model, report = auto.from_pretrained(
     directory,
     dtype="auto",
     trust_remote_code=True,
