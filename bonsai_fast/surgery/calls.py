@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from bonsai_fast.models import Decoder
+from bonsai_fast.models.layer_runs import FAILURES, run_decoder, traced
+from bonsai_fast.models.stand_in import make_stand_in
 
 
 def returned_values(model: PreTrainedModel, decoder: Decoder) -> dict[str, int | None]:
-    """Run two tokens through the model's structure on the meta device.
+    """Run a few tokens through a cheap copy of a model's decoder.
 
     Args:
         model: of a stock class, in memory, streamed or on the meta device; it is not run itself.
@@ -23,20 +23,24 @@ def returned_values(model: PreTrainedModel, decoder: Decoder) -> dict[str, int |
         for the first module of each sub-layer the length of the tuple that it returns, or None for
         a tensor; nothing of what the run did not reach.
     """
-    with torch.device("meta"):
-        structure = type(model)(copy.deepcopy(model.config)).eval()
+    # the outermost module that the finder has run, too
+    whole = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in whole.modules()):
+        whole = model.base_model
+    path = next(name for name, module in model.named_modules() if module is whole)
+    stand_in = make_stand_in(whole)
     found: dict[str, int | None] = {}
 
-    def note(path: str) -> Any:
+    def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = len(output) if isinstance(output, tuple) else None
+            found[name] = len(output) if isinstance(output, tuple) else None
 
         return hook
 
     for block in decoder.blocks():
-        path = block.modules[0]
-        structure.get_submodule(path).register_forward_hook(note(path))
-    # a forward pass may look at values, which are not there; what was reached until then is known
-    with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-        structure(torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
+        name = block.modules[0]
+        inside = name.removeprefix(f"{path}.") if path else name
+        stand_in.decoder.get_submodule(inside).register_forward_hook(note(name))
+    with traced(), suppress(*FAILURES):
+        run_decoder(stand_in)
     return found

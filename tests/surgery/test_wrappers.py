@@ -94,7 +94,7 @@ def test_it_is_saved_inside_its_wrapper(model: PreTrainedModel, mask: str, tmp_p
     assert torch.equal(logits_of(twin, tokens()), logits)
     again = Layout.of(twin)
     assert again.num_model_parameters == child.num_parameters()
-    if mask == "irregular":
+    if mask == "irregular" and model.config.model_type == "llava":
         verify_saved(tmp_path / "model", tokens(), logits, tolerance=TOLERANCE)
 
 
