@@ -112,6 +112,7 @@ def read_layer(
     found_attention: SubLayer
     found_mlp: SubLayer
     if attention is None:
+        norm(names.attention)  # perhaps it was left, but nothing reads it
         bias = modules.left_bias("self_attn")
         found_attention = Removed(bias, norm(names.post_attention), factor)
     else:
@@ -125,6 +126,7 @@ def read_layer(
             rotary_kinds=rotary_kinds,
         )
     if mlp is None:
+        norm(names.mlp)
         found_mlp = Removed(modules.left_bias("mlp"), norm(names.post_mlp), factor)
     else:
         found_mlp = read_mlp(

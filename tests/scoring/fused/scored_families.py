@@ -102,7 +102,9 @@ def cohere(**changes: Any) -> PreTrainedModel:
 def cohere2(**changes: Any) -> PreTrainedModel:
     """Layers without a window have no positions."""
     config = Cohere2Config(
-        **SIZES | {"logit_scale": 0.7, "layer_types": LAYERS, "sliding_window": 5} | changes
+        **SIZES
+        | {"hidden_size": 96, "logit_scale": 0.7, "layer_types": LAYERS, "sliding_window": 5}
+        | changes
     )
     return randomised(Cohere2ForCausalLM(config), 36)
 

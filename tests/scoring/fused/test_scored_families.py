@@ -19,7 +19,7 @@ from scored_families import (
     smollm3,
 )
 from scoring_cases import OpCalls, assert_errs_as_hooks, related_masks, scorer_on_ops
-from surgery_cases import tokens
+from surgery_cases import MASKS, tokens
 from transformers import PreTrainedModel
 from zoo import tiny_model
 
@@ -29,6 +29,7 @@ from bonsai_fast.scoring import MaskScorer
 from bonsai_fast.scoring.fused.read_parent import read_structure
 from bonsai_fast.scoring.fused.schedule import FusedWorkingSet, Schedule
 from bonsai_fast.scoring.hooks_engine import masked
+from bonsai_fast.surgery import remove_units
 
 ROUTES = ["dense", "slice", "gather", "pack", "tail", "split"]
 # heads that the kernels do not turn or normalise run densely
@@ -82,6 +83,18 @@ def test_waves_and_chunks_do_not_change_the_answer(
     for route in ("slice", "gather", "split"):
         scorer = MaskScorer(model, layout=layout, route=route)
         assert_same(scorer.score(masks, tokens(3)), expected)
+
+
+@pytest.mark.parametrize("family", SCORED_FAMILIES)
+def test_parents_that_were_pruned_before(family: str) -> None:
+    """Whether or not the norms of a removed sub-layer were left."""
+    parent = SCORED_FAMILIES[family]()
+    layout = Layout.of(parent)
+    for mask in ("few", "first attention gone"):
+        model = remove_units(parent, layout, MASKS[mask](layout))
+        masks = related_masks(Layout.of(model))[::3]
+        expected = scored_by_hooks(model, Layout.of(model), masks)
+        assert_same(MaskScorer(model, engine="fused").score(masks, tokens(3)), expected)
 
 
 @pytest.mark.parametrize("family", SCORED_FAMILIES)
