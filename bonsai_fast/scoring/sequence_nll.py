@@ -122,10 +122,11 @@ class SequenceNLL:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of last hidden states [N, D], as the model itself computes them."""
         logits: torch.Tensor = self.head(hidden)
+        # in place: the memory budget has room for one such tensor
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
     def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

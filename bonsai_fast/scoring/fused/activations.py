@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,7 +21,9 @@ TOLERANCE = 1e-5
 
 @torch.inference_mode()
 def kernel_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name that ops have for it, or None if they do not have it."""
+    """The name that ops have for it, or None if they do not have it or it has parameters."""
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        return None
     probe = torch.linspace(*PROBE)
     try:
         found = activation(probe.clone())

@@ -40,6 +40,12 @@ class LayerModules:
         self._see(name, module)
         return read_norm(module, f"{self.path}.{name}")
 
+    def whole(self, name: str) -> nn.Module:
+        """A module that is called as it is, so that nothing in it needs to be known."""
+        module = self.layer.get_submodule(name)
+        self._see(name, module)
+        return module
+
     def norms(self) -> set[str]:
         """Names of the norms beside the sub-layers."""
         return {name for name, module in self.layer.named_children() if is_norm(module)}
@@ -73,3 +79,4 @@ class LayerModules:
 
     def _see(self, name: str, module: nn.Module) -> None:
         self._seen.update(f"{name}.{tensor}" for tensor, _ in module.named_parameters())
+        self._seen.update(f"{name}.{tensor}" for tensor, _ in module.named_buffers())

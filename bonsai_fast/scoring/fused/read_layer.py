@@ -61,6 +61,8 @@ ARRANGEMENTS = (
         "post_attention_layernorm",
         "post_mlp_layernorm",
     ),
+    # Apertus
+    _Norms("attention_layernorm", None, "feedforward_layernorm", None),
     # HyperCLOVA X
     _Norms("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
     # VaultGemma

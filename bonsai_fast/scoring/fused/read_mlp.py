@@ -39,11 +39,12 @@ def read_mlp(
     name = output.rpartition(".")[0]
     module = modules.layer.get_submodule(name)
     gate, up = _inputs(modules, name, block)
-    activation = next(
-        (getattr(module, part) for part in ACTIVATION_NAMES if hasattr(module, part)), None
-    )
-    if activation is None:
+    activation_name = next((part for part in ACTIVATION_NAMES if hasattr(module, part)), None)
+    if activation_name is None:
         raise UnsupportedStructureError(f"{modules.path}.{name} has none of {ACTIVATION_NAMES}")
+    activation = getattr(module, activation_name)
+    if isinstance(activation, nn.Module):
+        activation = modules.whole(f"{name}.{activation_name}")
     return MLP(
         block=block,
         norm=norm,

@@ -61,7 +61,7 @@ def _kind(norm: Any) -> _Kind:
     )
     try:
         probe = norm(len(PROBE))
-    except TypeError as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise unknown from error
     x = torch.tensor([PROBE])
     for centred in (False, True):

@@ -100,6 +100,8 @@ class FusedWorkingSet:
         channels = max((block.num_channels for block in mlp), default=0)
         # input rows, their norm and its float32 copy, the output and its norm
         common = (4 * element + 4) * width
+        if parallel:
+            common += element * width  # what the MLP reads
         # query and rotated query; K, V, rotated K; norms of heads; result, K and V per query head
         heads = element * (3 * query + 4 * key + 3 * query) + 4 * max(0, query - width)
         if capped:  # scores and weights of a block; on CUDA copies of rotated heads
