@@ -228,15 +228,21 @@ class Layout(Sequence[Unit]):
     ) -> torch.Tensor:
         """The same for one sub-layer: bool [..., P] -> bool [..., H], [..., I] or [..., E].
 
-        A mixture that would keep fewer experts than its router needs keeps none.
+        A mixture that would keep fewer experts than its router needs keeps none. A sub-layer
+        without units keeps everything.
 
         Args:
             block: the sub-layer.
             keep: bool [..., P].
             rows: int64 [N], which rows of `keep` are wanted, if not all.
         """
+        groups = self._groups_of_block.get(id(block))
+        if groups is None:
+            shape = keep.shape[:-1] if rows is None else rows.shape
+            parts = block.num_heads if isinstance(block, AttentionBlock) else block.num_parts
+            return keep.new_ones(*shape, parts)
         masks = []
-        for group in self._groups_of_block[id(block)]:
+        for group in groups:
             units = keep[..., group.start : group.stop]
             units = units if rows is None else units[rows]
             masks.append(units if group.is_parts else units[..., group.part_of_unit])

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bonsai_fast.scoring.fused.parent import Norm, UnsupportedStructureError
 
 EPS_NAMES = ("variance_epsilon", "eps")
+# what `hub` puts in the place of a norm that was removed with its sub-layer
+REMOVED = "RemovedNorm"
 # every norm must divide this by its deviation or its root mean square, which differ
 PROBE = (3.0, -1.0, 2.0, 5.0, 0.5, -4.0, 1.0, 2.5)
 
@@ -25,8 +27,9 @@ class _Kind(NamedTuple):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module calls itself a norm."""
-    return type(module).__name__.endswith(("Norm", "Norm1P"))
+    """Whether a module calls itself a norm, and was not removed."""
+    name = type(module).__name__
+    return name.endswith(("Norm", "Norm1P")) and name != REMOVED
 
 
 def read_norm(module: nn.Module, name: str) -> Norm:

@@ -26,6 +26,8 @@ from transformers import (
     GraniteForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     SmolLM3Config,
     SmolLM3ForCausalLM,
@@ -124,7 +126,12 @@ def ministral3(**changes: Any) -> PreTrainedModel:
     return randomised(Ministral3ForCausalLM(config), 38)
 
 
+def olmo2(**changes: Any) -> PreTrainedModel:
+    """Norms behind sub-layers only, and of all heads together: these cannot be removed alone."""
+    return randomised(Olmo2ForCausalLM(Olmo2Config(**SIZES | {"head_dim": 8} | changes)), 39)
+
+
 SCORED_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     build.__name__: build
-    for build in (gemma2, gemma3, granite, smollm3, cohere, cohere2, glm4, ministral3)
+    for build in (gemma2, gemma3, granite, smollm3, cohere, cohere2, glm4, ministral3, olmo2)
 }

@@ -19,8 +19,6 @@ from scoring_cases import (
 from surgery_cases import MASKS, tokens
 from torch import nn
 from transformers import (
-    Olmo2Config,
-    Olmo2ForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     PreTrainedModel,
@@ -276,10 +274,6 @@ def clipped() -> PreTrainedModel:
     return OlmoForCausalLM(OlmoConfig(**SMALL, clip_qkv=8.0))
 
 
-def norms_all_heads() -> PreTrainedModel:
-    return Olmo2ForCausalLM(Olmo2Config(**SMALL))
-
-
 def scalar() -> PreTrainedModel:
     model = FAMILIES["llama"]()
     model.model.layers[1].register_buffer("layer_scalar", torch.ones(()))
@@ -315,7 +309,6 @@ def extra() -> PreTrainedModel:
     [
         (scaled, "layer 0 computes something else than expected from its modules"),
         (clipped, r"model\.layers\.0\.self_attn clips q, k and v"),
-        (norms_all_heads, "expected norms of q and k over one head each"),
         (scalar, r"model\.layers\.1 has an unknown buffer layer_scalar"),
         (another_norm, r"model\.layers\.0 has norms in an unknown arrangement: extra_norm, input"),
         (adapted, r"mlp\.up_proj is a Adapter, not an nn\.Linear"),

@@ -33,7 +33,7 @@ from bonsai_fast.surgery import remove_units
 
 ROUTES = ["dense", "slice", "gather", "pack", "tail", "split"]
 # heads that the kernels do not turn or normalise run densely
-DENSE_HEADS = {"cohere", "glm4"}
+DENSE_HEADS = {"cohere", "glm4", "olmo2"}
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +190,9 @@ def test_what_makes_the_families_special_matters(
 @pytest.mark.parametrize(
     "name",
     [
-        *("ernie4_5", "exaone4", "glm", "got_ocr2", "helium", "hyperclovax", "olmo", "seed_oss"),
-        *("stablelm", "vaultgemma"),
+        *("apertus", "arcee", "ernie4_5", "exaone4", "gemma3", "glm", "helium", "hyperclovax"),
+        *("jais2", "nemotron", "olmo", "olmo3", "seed_oss", "stablelm", "starcoder2"),
+        "vaultgemma",
     ],
 )
 def test_others_are_read_likewise(name: str) -> None:
