@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from bonsai_fast.checkpoints.saved_model import REPORT_NAME
 from bonsai_fast.files import write_atomically
 from bonsai_fast.surgery.loading_code import loading_code, needs_our_class
-from bonsai_fast.surgery.model_size import KINDS, layer_widths, weight_size
+from bonsai_fast.surgery.model_size import KINDS, Widths, layer_widths, weight_size
 from bonsai_fast.surgery.parent_card import CARD_NAME, TAG, Parent, find_parent
 
 MEASURED = {"dense_perplexity", "pruned_perplexity", "protocol"}
@@ -178,23 +178,36 @@ def _removed(directory: Path, report: dict[str, Any], parent: Parent) -> Iterato
     if not layers:
         return
     if dense is None and parent.directory is not None:
-        dense = next(iter(layer_widths(parent.directory)[0]), None)
+        found = layer_widths(parent.directory)[0]
+        dense = found if len(found) == len(layers) else None
     yield "## What was removed"
-    rows: list[tuple[str, ...]] = [("layer", *KINDS), ("---",) * 4]
+    everything = [*layers, *(dense or [])]
+    shown = [n for n in range(len(KINDS)) if any(widths[n] is not None for widths in everything)]
+    rows = [("layer", *(KINDS[n] for n in shown)), ("---",) * (1 + len(shown))]
     if dense is not None:
-        kept = [
-            f"{sum(filter(None, column)):,} of {len(layers) * whole:,} {kind}"
-            for kind, whole, column in zip(KINDS, dense, zip(*layers, strict=True), strict=True)
-            if whole is not None
+        totals = [
+            (KINDS[n], *(sum(widths[n] or 0 for widths in each) for each in (layers, dense)))
+            for n in shown
+            if KINDS[n] != "channels in each expert"  # a width, which has no total
         ]
+        kept = [f"{left:,} of {whole:,} {kind}" for kind, left, whole in totals if whole]
         yield f"Kept: {', '.join(kept)}."
-        rows.append(("parent", *map(_count, dense)))
+        alike = len(set(dense)) == 1
+        rows += [
+            ("parent" if alike else f"parent, {where}", *(_width(widths[n]) for n in shown))
+            for where, widths in _runs(dense)
+        ]
+    rows += [(where, *(_width(widths[n]) for n in shown)) for where, widths in _runs(layers)]
+    yield _table(rows)
+
+
+def _runs(layers: list[Widths]) -> Iterator[tuple[str, Widths]]:
+    """Neighbouring layers that are alike: their numbers, and what each has."""
     first = 0
     for widths, run in groupby(layers):
         last = first + len(list(run)) - 1
-        rows.append((f"{first} to {last}" if last > first else f"{first}", *map(_count, widths)))
+        yield f"{first} to {last}" if last > first else f"{first}", widths
         first = last + 1
-    yield _table(rows)
 
 
 def _loading(directory: Path) -> Iterator[str]:
@@ -231,6 +244,10 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def _count(value: int | None) -> str:
     return "unknown" if value is None else f"{value:,}"
+
+
+def _width(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
 
 
 def _megabytes(num_bytes: int | None) -> str:

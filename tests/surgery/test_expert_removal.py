@@ -116,6 +116,8 @@ def test_uneven_mixtures_saved_and_loaded(family: str, experts: str, tmp_path: P
         loaded.generate(input_ids, max_new_tokens=4, do_sample=False, use_cache=True),
         loaded.generate(input_ids, max_new_tokens=4, do_sample=False, use_cache=False),
     )
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| experts | channels in each expert |" in card
     again = Layout.of(loaded, experts="channel" if experts == "expert" else "expert")
     less = torch.ones(len(again), dtype=torch.bool)
     for group in again.groups:
