@@ -152,6 +152,8 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
         olmoe,
         granitemoe,
         gpt_oss,
+        deepseek_v2,
+        deepseek_v3,
         glm4_moe,
     )
 }
