@@ -17,7 +17,7 @@ from bonsai_fast.files import check_room
 from bonsai_fast.methods import WEIGHT_METHODS, Search, Task
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import estimate_seconds, weight_plan
-from bonsai_fast.prune.result_checks import check_model_room
+from bonsai_fast.prune.result_checks import check_model_room, result_formats
 from bonsai_fast.prune.run_result import PruneResult, SparseResult
 from bonsai_fast.prune.tables import plan_table, weight_plan_table
 from bonsai_fast.prune.units import execute, prepare
@@ -59,8 +59,10 @@ class UnitJob:
         plan = task.method.plan(task)
         with reporter.busy("timing one batch"):
             seconds = estimate_seconds(task, plan)
-        table = plan_table(task, plan, seconds)
+        formats = result_formats(task)
+        table = plan_table(task, plan, seconds, formats)
         values = {**asdict(plan), "seconds": seconds, "units": len(self.task.layout)}
+        values |= {"formats": formats}
         values |= add_recovery(table, recovery, self.task.model)
         reporter.table(table)
         return values

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from bonsai_fast.checkpoints.streaming import stream_of
+from bonsai_fast.export.expected_formats import expected_formats
 from bonsai_fast.files import check_room
 from bonsai_fast.methods import Task
-from bonsai_fast.methods.allocation import auto_multiple, make_uniform
+from bonsai_fast.methods.allocation import auto_multiple, make_rectangular, make_uniform
 from bonsai_fast.methods.units.unit_options import UnitOptions
 from bonsai_fast.models import AttentionBlock, ExpertsBlock
 from bonsai_fast.models.experts import CHANNEL_MULTIPLE
@@ -50,6 +51,15 @@ def check_result(model: PreTrainedModel, layout: Layout, options: UnitOptions, b
         check_removable(model, layout)
     for keep in _shapes(layout, options, budget):
         build_structure(model, layout.decoder, kept_by(model, layout, keep))
+
+
+def result_formats(task: Task[Any]) -> dict[str, str]:
+    """For each export format "" or why the pruned model cannot be written in it."""
+    keep = _shapes(task.layout, task.options, task.budget)[0]
+    if task.options.head_layout == "rectangular" and not task.options.uniform:
+        keep = make_rectangular(task.layout, keep, torch.ones(len(keep), dtype=torch.float64))
+    kept = kept_by(task.model, task.layout, keep)
+    return expected_formats(build_structure(task.model, task.layout.decoder, kept))
 
 
 def check_model_room(task: Task[Any], output: Path) -> None:

@@ -13,13 +13,14 @@ from bonsai_fast.methods.weights.layer_by_layer import WeightTask
 from bonsai_fast.prune.forecast import WeightPlan
 
 
-def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
+def plan_table(task: Task[Any], plan: Plan, seconds: float, formats: dict[str, str]) -> Table:
     """Work of a run that removes units.
 
     Args:
         task: the request.
         plan: of its method.
         seconds: estimated time for scoring.
+        formats: of exports, as `result_formats` gives them.
     """
     layout = task.layout
     table = _plan_table(f"plan for {task.config.target_text}")
@@ -30,6 +31,11 @@ def plan_table(task: Task[Any], plan: Plan, seconds: float) -> Table:
     name = task.scorer.engine.name
     why = f", because the fused engine does not support it: {why_hooks}" if why_hooks else ""
     table.add_row("engine", f"{name}{why}")
+    able = [name for name, why in formats.items() if not why]
+    table.add_row("formats", ", ".join(["transformers", *able]))
+    for name, why in formats.items():
+        if why:
+            table.add_row(f"no {name}", why)
     table.add_row(
         "to remove",
         f"{task.budget:,} of {layout.num_decoder_parameters:,} decoder parameters "

@@ -169,5 +169,5 @@ def test_the_plan_names_the_engine_and_what_is_not_offered(
     code, _, err = run(capsys, parent, *SMALL, "--output", tmp_path / "run", "--plan")
     words = " ".join(err.replace("│", " ").split())
     assert code == 0 and "not offered: head all heads are normalised together" in words
-    assert "engine fused" in words
+    assert "engine fused" in words and "formats transformers, gguf" in words
     assert bf.MaskScorer(tiny_model("gpt_neox")).why_hooks != ""
