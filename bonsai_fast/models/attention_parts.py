@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bonsai_fast.models.blocks import Cut
-from bonsai_fast.models.find_sublayers import LayerTracer, SubLayerFound, Traced
+from bonsai_fast.models.find_sublayers import (
+    LATER_TOKENS,
+    LayerTracer,
+    SubLayerFound,
+    Traced,
+    rows_of_token,
+)
 from bonsai_fast.models.layer_runs import TOKENS
 from bonsai_fast.models.parts import (
     SHARED,
@@ -153,16 +159,18 @@ def _readers(
 
 def _read_by_later_tokens(traced: Traced, output: str, projections: list[str]) -> dict[str, Tensor]:
     """For each projection bool [rows]: whether later positions read it, as they do K and V."""
-    outputs = _flat(traced.calls[output][0])
-    per_token = len(outputs) // TOKENS
-    every = torch.ones(outputs.shape[-1], dtype=torch.bool)
+    given = traced.calls[output][0]
+    every = torch.ones(given.shape[-1], dtype=torch.bool)
     sources = [traced.calls[path][1] for path in projections]
-    found = depends(outputs[-per_token:], every, sources)
-    result = {}
-    for path, read in zip(projections, found, strict=True):
-        rows = _flat(read)
-        before = rows[: len(rows) // TOKENS * (TOKENS - 1)]
-        result[path] = before.any(dim=0)
+    result = {
+        path: torch.zeros(source.shape[-1], dtype=torch.bool)
+        for path, source in zip(projections, sources, strict=True)
+    }
+    for token in LATER_TOKENS:
+        found = depends(rows_of_token(given, token), every, sources)
+        for path, read in zip(projections, found, strict=True):
+            before = _flat(read)[: token * (_flat(read).shape[0] // TOKENS)]
+            result[path] |= before.any(dim=0)
     return result
 
 

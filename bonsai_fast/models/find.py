@@ -185,6 +185,8 @@ def _sort(tracer: LayerTracer) -> Hashable:
 
 def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
     sublayers = find_sublayers(tracer)
+    if (mixture := _mixture(tracer)) is not None:  # it may put tokens into another order
+        sublayers = [s for s in sublayers if not s.output.startswith(f"{mixture}.")]
     mixers = [s for s in sublayers if s.mixes_tokens]
     attentions = [s for s in mixers if s.has_softmax]
     mlps = [s for s in sublayers if not s.mixes_tokens]
@@ -195,7 +197,7 @@ def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
         layer.attention = _attention(tracer, (attentions or mixers)[0], index, names, layer.reasons)
     elif mixers:
         _give_reasons(layer, "attention", "its layers hold several mixers of tokens")
-    if (mixture := _mixture(tracer)) is not None:
+    if mixture is not None:
         layer.mixture_norms = _mixture_norms(tracer, mixture)
         _give_reasons(layer, "mlp", "its experts are not stored as transformers stores experts")
     elif len(mlps) == 1:

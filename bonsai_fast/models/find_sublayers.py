@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from bonsai_fast.models.graph_walk import Origins, origins
 from bonsai_fast.models.layer_runs import TOKENS, LayerRun
+from bonsai_fast.models.readers import depends
 from bonsai_fast.models.stand_in import StandIn, StandInMatrix
+
+# Tokens that read earlier ones, also where a window or a chunk is short.
+LATER_TOKENS = (1, TOKENS - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,16 +236,21 @@ def _read_elsewhere(tracer: LayerTracer, outputs: frozenset[str]) -> set[int]:
     return tracer.residual.union(*others)
 
 
+def rows_of_token(tensor: Tensor, token: int) -> Tensor:
+    """[..., C] of all tokens -> [N, C] of one token, where tokens are not in another order."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    per_token = len(rows) // TOKENS
+    return rows[token * per_token : (token + 1) * per_token]
+
+
 def _reads_other_tokens(given: Tensor, states: Tensor) -> bool:
-    rows = given.reshape(-1, given.shape[-1])
-    if not rows.requires_grad or len(rows) % TOKENS:
+    if not given.requires_grad:
         return False
-    last = rows[-len(rows) // TOKENS :]
-    weights = torch.linspace(1.0, 2.0, last.numel()).view_as(last)
-    (gradient,) = torch.autograd.grad(
-        (last * weights).sum(), states, retain_graph=True, allow_unused=True
+    every = torch.ones(given.shape[-1], dtype=torch.bool)
+    return any(
+        bool(depends(rows_of_token(given, token), every, [states])[0][:, :token].any())
+        for token in LATER_TOKENS
     )
-    return gradient is not None and bool(gradient[:, : TOKENS - 1].any())
 
 
 def _named(named: Iterator[tuple[str, Tensor]], prefix: str) -> Iterator[tuple[str, Tensor]]:

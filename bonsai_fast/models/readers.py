@@ -27,11 +27,16 @@ def influence(outputs: Tensor, columns: Tensor, sources: Sequence[Tensor]) -> li
     loss = (outputs * weights)[:, columns].sum()
     if not loss.requires_grad:
         return [torch.zeros_like(source) for source in sources]
+    known = [source for source in sources if source.requires_grad]
     gradients = torch.autograd.grad(
-        loss, sources, retain_graph=True, allow_unused=True, materialize_grads=True
+        loss, known, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    largest = max(gradient.abs().max().item() for gradient in gradients) or 1.0
-    return [(gradient.abs() / largest).nan_to_num(float("inf")) for gradient in gradients]
+    largest = max((gradient.abs().max().item() for gradient in gradients), default=0) or 1.0
+    shares = {
+        id(source): (gradient.abs() / largest).nan_to_num(float("inf"))
+        for source, gradient in zip(known, gradients, strict=True)
+    }
+    return [shares.get(id(source), torch.zeros_like(source)) for source in sources]
 
 
 def depends(outputs: Tensor, columns: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:

@@ -39,8 +39,6 @@ def run_text_decoder(model: PreTrainedModel) -> tuple[str, str, DecoderRun]:
     path = next((name for name, module in model.named_modules() if module is decoder), None)
     if path is None:
         raise refuse(model, "its decoder is not one of its own modules")
-    if any(".encoder." in f".{name}." for name, m in decoder.named_modules() if _is_list(m)):
-        raise refuse(model, "its layers are those of an encoder; expected a decoder")
     if any(name.rpartition(".")[2] in CROSS_ATTENTION for name, _ in decoder.named_modules()):
         raise refuse(model, "its layers also attend to an encoder; expected a decoder-only model")
     stand_in = make_stand_in(decoder)
@@ -52,7 +50,10 @@ def run_text_decoder(model: PreTrainedModel) -> tuple[str, str, DecoderRun]:
         raise refuse(
             model, f"its decoder cannot be run on token ids alone ({type(error).__name__}: {line})"
         ) from error
-    return path, _layer_list(model, run), run
+    layers = _layer_list(model, run)
+    if "encoder" in f"{path}.{layers}".split("."):
+        raise refuse(model, "its layers are those of an encoder; expected a decoder")
+    return path, layers, run
 
 
 CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention", "cross_attn", "encoder_attention"})
@@ -67,7 +68,9 @@ def _layer_list(model: PreTrainedModel, run: DecoderRun) -> str:
     if not found and run.lists:  # pruned before, of everything
         found = [path for path, runs in run.lists.items() if runs][:1]
     if not found:
-        raise refuse(model, "no list of layers that pass on hidden states was found")
+        raise refuse(
+            model, "no list of layers whose input and output are hidden states [B, T, D] was found"
+        )
     if len(found) > 1:
         raise refuse(model, f"it has several stacks of layers ({', '.join(found)})")
     runs = run.lists[found[0]]
@@ -80,4 +83,4 @@ def _layer_list(model: PreTrainedModel, run: DecoderRun) -> str:
 
 
 def _has_work(run: LayerRun) -> bool:
-    return any(isinstance(module, nn.Linear) for module in run.layer.modules())
+    return sum(isinstance(module, nn.Linear) for module in run.layer.modules()) > 1
