@@ -82,12 +82,14 @@ class _Layer:
         reasons: kind of unit -> why the layer does not offer it.
         mixture_norms: names, in the layer, of the norms that only a mixture of experts reads; None
             if it has no experts.
+        mixture_returns: length of the tuple that the mixture returns; None: a tensor.
     """
 
     attention: AttentionBlock | None
     mlp: MLPBlock | ExpertsBlock | None
     reasons: dict[str, str]
     mixture_norms: tuple[str, ...] | None = None
+    mixture_returns: int | None = None
 
 
 def _find(model: PreTrainedModel) -> Decoder:
@@ -129,20 +131,21 @@ def _add_experts(
             continue
         norms = tuple(path + norm for norm in layer.mixture_norms)
         try:
-            layer.mlp = find_experts(model.get_submodule(path), path, index, norms, verdicts)
+            found = find_experts(model.get_submodule(path), path, index, norms, verdicts)
         except ValueError as error:
             _give_reasons(layer, "mlp", str(error))
             continue
-        if layer.mlp is not None:
+        if found is not None:
+            layer.mlp = replace(found, returns=layer.mixture_returns)
             layer.reasons = {k: r for k, r in layer.reasons.items() if k not in KINDS["mlp"]}
-            refused = {"expert": layer.mlp.experts_refused, "channel": layer.mlp.channels_refused}
+            refused = {"expert": found.experts_refused, "channel": found.channels_refused}
             layer.reasons |= {kind: reason for kind, reason in refused.items() if reason}
 
 
 def _is_causal(run: LayerRun) -> bool:
     assert run.output is not None
-    if not run.output.requires_grad:
-        return True
+    if not run.output.requires_grad or any(buffer.dim() > 1 for buffer in run.layer.buffers()):
+        return True  # a buffer may be a mask, whose values are unknown on the meta device
     (read,) = torch.autograd.grad(
         run.output[:, : TOKENS // 2].sum(), run.states, retain_graph=True, allow_unused=True
     )
@@ -197,8 +200,11 @@ def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
         layer.attention = _attention(tracer, (attentions or mixers)[0], index, names, layer.reasons)
     elif mixers:
         _give_reasons(layer, "attention", "its layers hold several mixers of tokens")
+    if not sublayers and mixture is None:
+        _give_reasons(layer, "attention", "nothing adds to the hidden states of its layers")
     if mixture is not None:
         layer.mixture_norms = _mixture_norms(tracer, mixture)
+        layer.mixture_returns = tracer.base.returns.get(mixture)
         _give_reasons(layer, "mlp", "its experts are not stored as transformers stores experts")
     elif len(mlps) == 1:
         layer.mlp = _mlp(tracer, mlps[0], index, names, layer.reasons)
@@ -256,6 +262,7 @@ def _attention(
         heads.cuts,
         tuple(names.full(norm) for norm in found.norms),
         whole,
+        tracer.base.returns.get(found.module),
     )
 
 
@@ -280,6 +287,7 @@ def _mlp(
         cuts,
         tuple(names.full(norm) for norm in found.norms),
         whole,
+        None if at_layer else tracer.base.returns.get(found.module),
     )
 
 
@@ -317,7 +325,7 @@ def _moved(example: _Layer, names: Names, old: str, new: str, index: int) -> _La
             cuts=cuts(mlp),
             norms=tuple(map(moved, mlp.norms)),
         )
-    return _Layer(attention, mlp, dict(example.reasons), example.mixture_norms)
+    return replace(example, attention=attention, mlp=mlp, reasons=dict(example.reasons))
 
 
 def _drop_shared(

@@ -59,12 +59,14 @@ class Traced:
         calls: input and output of each matrix's last call, by its path.
         passed: input and output of each other childless module's last call.
         takers: id of a tensor -> paths of the modules that were called with it.
+        returns: length of the tuple that each module returned; None: a tensor.
     """
 
     result: Tensor
     calls: dict[str, tuple[Tensor, Tensor]]
     passed: dict[str, tuple[Tensor, Tensor]]
     takers: dict[int, set[str]]
+    returns: dict[str, int | None]
 
 
 class LayerTracer:
@@ -124,8 +126,9 @@ class LayerTracer:
             matrix.calls.clear()
         passed: dict[str, tuple[Tensor, Tensor]] = {}
         taken: list[tuple[str, Tensor]] = []
+        returns: dict[str, int | None] = {}
         try:
-            with self._recorded(passed, taken):
+            with self._recorded(passed, taken, returns):
                 result = self.run.again()
         finally:
             switches.ended, switches.alone, switches.silent = frozenset(), False, frozenset()
@@ -135,11 +138,14 @@ class LayerTracer:
         for path, tensor in taken:
             if id(tensor) in alive:
                 takers.setdefault(id(tensor), set()).add(path)
-        return Traced(result, calls, passed, takers)
+        return Traced(result, calls, passed, takers, returns)
 
     @contextmanager
     def _recorded(
-        self, passed: dict[str, tuple[Tensor, Tensor]], taken: list[tuple[str, Tensor]]
+        self,
+        passed: dict[str, tuple[Tensor, Tensor]],
+        taken: list[tuple[str, Tensor]],
+        returns: dict[str, int | None],
     ) -> Iterator[None]:
         def take(path: str):  # type: ignore[no-untyped-def]
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,6 +156,9 @@ class LayerTracer:
 
         def record(path: str):  # type: ignore[no-untyped-def]
             def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                returns[path] = len(result) if isinstance(result, (tuple, list)) else None
+                if path in self.matrices or any(module.children()):
+                    return
                 if args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
                     passed[path] = (args[0], result)
 
@@ -163,8 +172,7 @@ class LayerTracer:
                 hooks.callback(
                     module.register_forward_pre_hook(take(path), with_kwargs=True).remove
                 )
-                if path not in self.matrices and not any(module.children()):
-                    hooks.callback(module.register_forward_hook(record(path)).remove)
+                hooks.callback(module.register_forward_hook(record(path)).remove)
             yield
 
 
@@ -177,17 +185,22 @@ def find_sublayers(tracer: LayerTracer) -> list[SubLayerFound]:
 
 def _sublayer(tracer: LayerTracer, output: str) -> SubLayerFound:
     own = tracer.reads[output]
-    matrices = (*(path for path in tracer.matrices if path in own.marks), output)
-    module = os.path.commonpath([path.replace(".", "/") for path in matrices]).replace("/", ".")
+    # a norm before the sub-layer may have matrices, too
+    nearest = origins(tracer.base.calls[output][0], through_matrices=False).marks
+    near = [path for path in nearest if path in tracer.matrices]  # others are before the layer
+    module = os.path.commonpath([path.replace(".", "/") for path in (*near, output)])
+    module = module.replace("/", ".")
     if module == output:
         module = output.rpartition(".")[0]
+    inside = (path for path in tracer.matrices if path.startswith(f"{module}."))
+    matrices = (*(path for path in inside if path in own.marks), output)
     obstacle = None
     if module != tracer.run.path:
         elsewhere = _read_elsewhere(tracer, frozenset({output}))
-        inside = [t for name, t in tracer.tensors.items() if name.startswith(f"{module}.")]
+        held = [t for name, t in tracer.tensors.items() if name.startswith(f"{module}.")]
         if any(path != output and path.startswith(f"{module}.") for path in tracer.outputs):
             obstacle = f"{_last(module)} holds more than one sub-layer"
-        elif any(id(tensor) in elsewhere for tensor in inside):
+        elif any(id(tensor) in elsewhere for tensor in held):
             obstacle = f"{_last(module)} adds to the hidden states beside its output projection"
     return SubLayerFound(
         output,

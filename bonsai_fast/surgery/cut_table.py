@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from bonsai_fast.hub import pruned_config
 from bonsai_fast.models import AttentionBlock, Block, Cut, Decoder, ExpertsBlock, MLPBlock
 from bonsai_fast.models.router_mask import CHOSEN, COUNTS
-from bonsai_fast.surgery.calls import returned_values
 
 # Attributes of modules that hold a number which follows from the heads or channels that are left.
 HEADS = frozenset({"num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head"})
@@ -36,12 +35,11 @@ def cut_table(parent: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
     if (pruned := pruned_config(parent.config)) is not None:
         found: dict[str, Any] = pruned.cut_table
         return found
-    returns = returned_values(parent, decoder)
     kinds: list[dict[str, Any]] = []
     kind_of_layer = []
     for layer in range(decoder.num_layers):
         kind = {
-            name: _sublayer(parent, f"{decoder.path}.{layer}.", block, returns)
+            name: _sublayer(parent, f"{decoder.path}.{layer}.", block)
             for name, block in _sublayers(decoder, layer).items()
         }
         if kind not in kinds:
@@ -75,19 +73,16 @@ def _sublayers(decoder: Decoder, layer: int) -> dict[str, Block]:
     return {name: block for name, block in blocks.items() if block is not None}
 
 
-def _sublayer(
-    model: PreTrainedModel, prefix: str, block: Block, returns: Mapping[str, int | None]
-) -> dict[str, Any]:
+def _sublayer(model: PreTrainedModel, prefix: str, block: Block) -> dict[str, Any]:
     def inside(paths: Iterable[str]) -> list[str]:
         return [path.removeprefix(prefix) for path in paths]
 
-    attention = isinstance(block, AttentionBlock)
     entry: dict[str, Any] = {
         "modules": inside(block.modules),
         # experts have no projection that could leave a bias
         "output": None if isinstance(block, ExpertsBlock) else block.output.removeprefix(prefix),
         "norms": inside(block.norms),
-        "returns": returns.get(block.modules[0], 2 if attention else None),
+        "returns": block.returns,
     }
     groups = [group for group in _groups(block) if group.cuts]
     if not groups:
