@@ -35,7 +35,7 @@ class SubLayerFound:
         module: path of the smallest module that holds all of its matrices; the layer's own path if
             they are its children.
         matrices: paths of its matrices, the output projection last.
-        mixes_tokens: whether it reads other positions than its own.
+        mixes_tokens: whether it reads other positions than its own, perhaps by another layer's K.
         has_softmax: whether a softmax is taken on the way to its output projection.
         norms: paths of the norms that only it uses.
         obstacle: why it cannot be removed as a whole, or None.
@@ -194,6 +194,7 @@ def _sublayer(tracer: LayerTracer, output: str) -> SubLayerFound:
         module = output.rpartition(".")[0]
     inside = (path for path in tracer.matrices if path.startswith(f"{module}."))
     matrices = (*(path for path in inside if path in own.marks), output)
+    has_softmax = any("softmax" in n.lower() or "ScaledDot" in n for n in own.operations)
     obstacle = None
     if module != tracer.run.path:
         elsewhere = _read_elsewhere(tracer, frozenset({output}))
@@ -206,8 +207,8 @@ def _sublayer(tracer: LayerTracer, output: str) -> SubLayerFound:
         output,
         module,
         matrices,
-        _reads_other_tokens(tracer.base.calls[output][0], tracer.run.states),
-        any("softmax" in name.lower() or "ScaledDot" in name for name in own.operations),
+        has_softmax or _reads_other_tokens(tracer.base.calls[output][0], tracer.run.states),
+        has_softmax,
         exclusive_norms(tracer, matrices, module),
         obstacle,
     )

@@ -128,15 +128,12 @@ class _Copier:
     def __init__(self, stand_in: StandIn) -> None:
         self._stand_in = stand_in
         self._generator = stand_in.switches.generator
-        self._modules: dict[int, nn.Module] = {}
         self._configs: dict[int, Any] = {}
         self._tensors: dict[int, Tensor] = {}
 
     def copy(self, module: nn.Module, path: str) -> nn.Module:
-        if id(module) not in self._modules:
-            matrix = self._matrix(module, path)
-            self._modules[id(module)] = matrix if matrix is not None else self._like(module, path)
-        return self._modules[id(module)]
+        matrix = self._matrix(module, path)
+        return matrix if matrix is not None else self._like(module, path)
 
     def _matrix(self, module: nn.Module, path: str) -> StandInMatrix | None:
         if isinstance(module, nn.Linear) and _maps_rows(module):
