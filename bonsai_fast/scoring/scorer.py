@@ -33,8 +33,8 @@ class MaskScorer:
             `stream_layers`. Dropout is off while scoring, also if the model is in training mode.
         layout: its units; `Layout.of(model)` if None.
         engine: "hooks" runs the model itself and works for every supported family; "fused" supports
-            the decoders that `scoring/fused` can read (LLaMA, Mistral, Qwen, Phi-3, Gemma, Granite,
-            SmolLM3, Cohere, GLM-4 and others), runs them layer by layer over all sub-models, and
+            the decoders that `scoring/fused` can read (LLaMA, Mistral, Qwen, Phi, Gemma, Granite,
+            SmolLM3, Cohere, OLMo and others), runs them layer by layer over all sub-models, and
             computes what sub-models share once; "auto" is "fused" where the model is supported.
         route: how the fused engine computes sub-layers with removed parts.
             "dense": the whole sub-layer, then what is removed is set to zero.

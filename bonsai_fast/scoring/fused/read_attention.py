@@ -19,6 +19,8 @@ from bonsai_fast.scoring.fused.read_rotary import function_of, read_rotary
 
 # names of the norms of q, and of k
 HEAD_NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))
+# attention classes that apply their attn_logit_softcapping; Gemma 3 has the option and does not
+CAPPED = ("Gemma2Attention", "VaultGemmaAttention")
 # its module has this function if queries grow with their position
 GROWTH_FUNCTION = "get_llama_4_attn_scale"
 
@@ -73,7 +75,7 @@ def read_attention(
         key_norm=key_norm,
         norms_all_heads=norms_all_heads,
         scale=float(scale),
-        softcap=getattr(module, "attn_logit_softcapping", None),
+        softcap=_softcap(module, block),
         window=_window(config, module, block),
         rotary=read_rotary(module, block.module, kind),
         query_growth=_query_growth(module, config),
@@ -149,6 +151,19 @@ def _head_norms(
             f"removed together only"
         )
     return found[0], found[1], True
+
+
+def _softcap(module: nn.Module, block: AttentionBlock) -> float | None:
+    """A cap is far above most scores: no check on a few tokens sees whether a class applies it."""
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    if softcap is None:
+        return None
+    if {each.__name__ for each in type(module).__mro__}.isdisjoint(CAPPED):
+        raise UnsupportedStructureError(
+            f"{block.module} has attn_logit_softcapping, but {type(module).__name__} is not known "
+            f"to apply it"
+        )
+    return float(softcap)
 
 
 def _query_growth(module: nn.Module, config: Any) -> QueryGrowth | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY
 from mixtures import MIXTURES
+from scored_families import gemma3
 from scoring_cases import (
     FUSED,
     assert_errs_as_hooks,
@@ -274,6 +275,11 @@ def clipped() -> PreTrainedModel:
     return OlmoForCausalLM(OlmoConfig(**SMALL, clip_qkv=8.0))
 
 
+def ignored_cap() -> PreTrainedModel:
+    """Gemma 3 does not apply the cap that its configuration may have."""
+    return gemma3(attn_logit_softcapping=50.0)
+
+
 def scalar() -> PreTrainedModel:
     model = FAMILIES["llama"]()
     model.model.layers[1].register_buffer("layer_scalar", torch.ones(()))
@@ -309,6 +315,7 @@ def extra() -> PreTrainedModel:
     [
         (scaled, "layer 0 computes something else than expected from its modules"),
         (clipped, r"model\.layers\.0\.self_attn clips q, k and v"),
+        (ignored_cap, "Gemma3Attention is not known to apply it"),
         (scalar, r"model\.layers\.1 has an unknown buffer layer_scalar"),
         (another_norm, r"model\.layers\.0 has norms in an unknown arrangement: extra_norm, input"),
         (adapted, r"mlp\.up_proj is a Adapter, not an nn\.Linear"),
