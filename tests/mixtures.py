@@ -19,6 +19,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -143,6 +145,12 @@ def glm4_moe() -> PreTrainedModel:
     return _build(Glm4MoeForCausalLM, config, 9)
 
 
+def minimax_m2() -> PreTrainedModel:
+    """The bias that corrects the choice belongs to the mixture, which passes it to the router."""
+    config = MiniMaxM2Config(**_COMMON, head_dim=8, num_local_experts=6)
+    return _build(MiniMaxM2ForCausalLM, config, 10)
+
+
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     build.__name__: build
     for build in (
@@ -155,6 +163,7 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
         deepseek_v2,
         deepseek_v3,
         glm4_moe,
+        minimax_m2,
     )
 }
 
@@ -220,5 +229,7 @@ def without_experts(
             for key, tensor in list(module.named_buffers()):
                 setattr(module, key, tensor[experts])
             module.num_experts = len(experts)
+        for key, tensor in list(mixture.named_buffers(recurse=False)):
+            setattr(mixture, key, tensor[experts])
         router.top_k = min(router.top_k, len(experts))
     return smaller

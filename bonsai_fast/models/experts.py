@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from bonsai_fast.models.router_mask import UnfitRouterError, chosen_by, expert_d
 # transformers runs experts, takes rows of 16, 32, 48, ... bytes alone
 CHANNEL_MULTIPLE = 8
 # input columns of a gate that are tried, to see which channel each belongs to
-PROBED_COLUMNS = 8
+PROBED_COLUMNS, LEAST_CHANGE = 8, 1e-4
 OUTPUT, INPUTS = "down_proj", ("gate_up_proj", "up_proj")
 
 # what `probe_router` said of routers that are alike
@@ -61,6 +62,7 @@ def find_experts(
     buffers: list[Cut] = []
     fewest, top_k = 1, 1
     no_experts, no_channels = None, None
+    given = () if router is None else _given(mixture, mixture.get_submodule(router))
     by_channel = tuple(_channel_cuts(experts, f"{path}.{name}", num_channels))
     if not hasattr(experts, "has_gate"):
         no_channels = "its experts do not run by the interface that transformers has for experts"
@@ -70,12 +72,12 @@ def find_experts(
         no_experts = "no module with a row for each expert was found beside the experts"
     elif no_channels is not None and not hasattr(experts, "has_gate"):
         no_experts = no_channels
-    elif stray := _stray(mixture, router, inside, num_experts):
+    elif stray := _stray(mixture, router, inside, num_experts, given):
         no_experts = (
             f"{stray} has an index for each expert and belongs neither to them nor the router"
         )
     else:
-        found = _probe(mixture.get_submodule(router), num_experts, verdicts)
+        found = _probe(mixture.get_submodule(router), num_experts, given, verdicts)
         if isinstance(found, str):
             no_experts = found
         else:
@@ -84,6 +86,12 @@ def find_experts(
                 module, where = mixture.get_submodule(child), f"{prefix}.{child}"
                 by_expert += _expert_cuts(module.named_parameters(), where, num_experts)
                 buffers += _expert_cuts(module.named_buffers(), where, num_experts)
+            for own, cuts in (
+                (mixture.named_parameters(recurse=False), by_expert),
+                (mixture.named_buffers(recurse=False), buffers),
+            ):
+                taken = ((name, tensor) for name, tensor in own if name in given)
+                cuts += _expert_cuts(taken, prefix, num_experts)
     if router is not None:
         top_k = chosen_by(mixture.get_submodule(router)) or 1
     return ExpertsBlock(
@@ -123,11 +131,20 @@ def _is_mlp(module: nn.Module) -> bool:
     return sum(isinstance(child, nn.Linear) for child in module.children()) > 1
 
 
-def _stray(mixture: nn.Module, router: str, experts: str, num_experts: int) -> str | None:
+def _given(mixture: nn.Module, router: nn.Module) -> tuple[str, ...]:
+    """Tensors of the mixture that its router takes as arguments, such as correction biases."""
+    arguments = inspect.signature(router.forward).parameters
+    own = (*mixture.named_parameters(recurse=False), *mixture.named_buffers(recurse=False))
+    return tuple(name for name, tensor in own if name in arguments and tensor.dim() == 1)
+
+
+def _stray(
+    mixture: nn.Module, router: str, experts: str, num_experts: int, given: tuple[str, ...]
+) -> str | None:
     """Another tensor of the mixture that counts experts: an unknown part of its routing."""
     for name, tensor in (*mixture.named_parameters(), *mixture.named_buffers()):
         child, _, rest = name.partition(".")
-        if child in (router, experts):
+        if child in (router, experts, *given):
             continue
         if rest and _is_mlp(mixture.get_submodule(child)):
             continue
@@ -136,7 +153,9 @@ def _stray(mixture: nn.Module, router: str, experts: str, num_experts: int) -> s
     return None
 
 
-def _probe(router: nn.Module, num_experts: int, verdicts: Verdicts) -> int | str:
+def _probe(
+    router: nn.Module, num_experts: int, given: tuple[str, ...], verdicts: Verdicts
+) -> int | str:
     """The fewest experts that it works with, or why it is refused."""
     plain = {
         name: value
@@ -144,11 +163,11 @@ def _probe(router: nn.Module, num_experts: int, verdicts: Verdicts) -> int | str
         if isinstance(value, int | float | str) and name != "training"
     }
     shapes = [(name, tuple(tensor.shape)) for name, tensor in router.named_parameters()]
-    key = (type(router), num_experts, tuple(sorted(plain.items())), tuple(shapes))
+    key = (type(router), num_experts, tuple(sorted(plain.items())), tuple(shapes), given)
     if key not in verdicts:
         weight = next(p for p in router.parameters() if p.dim() == 2 and len(p) == num_experts)
         try:
-            verdicts[key] = probe_router(router, num_experts, weight.shape[1])
+            verdicts[key] = probe_router(router, num_experts, weight.shape[1], given)
         except UnfitRouterError as error:
             verdicts[key] = str(error)
     return verdicts[key]
@@ -189,11 +208,12 @@ def _gates_as(experts: Any, cuts: tuple[Cut, ...], channels: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     width = len(owner)
     changed = torch.randperm(width, generator=generator)[:PROBED_COLUMNS]
-    states = torch.rand(1, width, generator=generator).repeat(len(changed) + 1, 1) - 0.5
+    states = torch.rand(1, width, generator=generator).repeat(len(changed) + 1, 1) + 0.5
     states[torch.arange(len(changed)), changed] += 0.25
     found = experts._apply_gate(states) if experts.has_gate else experts.act_fn(states)
     if found.shape != (len(states), channels):
         return False
-    places = (found[:-1] != found[-1:]).nonzero().tolist()
+    # not what only rounds otherwise in another place
+    places = ((found[:-1] - found[-1:]).abs() > LEAST_CHANGE).nonzero().tolist()
     wanted = [[row, int(owner[column])] for row, column in enumerate(changed)]
     return bool(places == wanted)

@@ -95,13 +95,14 @@ class UnfitRouterError(ValueError):
     """Masked experts of this router are not the same as removed ones; the message says why."""
 
 
-def probe_router(router: nn.Module, num_experts: int, width: int) -> int:
+def probe_router(router: nn.Module, num_experts: int, width: int, given: Sequence[str] = ()) -> int:
     """Check, with random weights, that a router chooses among the rest as if there were no others.
 
     Args:
         router: on any device; it is not changed.
         num_experts: E.
         width: D of the hidden states.
+        given: names of arguments, beside hidden states, that bring a number for each expert.
     Returns:
         the smallest number of experts with which it works, 1 or 2.
     Raises:
@@ -117,6 +118,7 @@ def probe_router(router: nn.Module, num_experts: int, width: int) -> int:
     generator = torch.Generator().manual_seed(0)
     parent = _random_copy(router, generator)
     states = torch.randn(PROBE_TOKENS, width, generator=generator)
+    biases = {name: torch.randn(num_experts, generator=generator) for name in given}
     order = torch.randperm(num_experts, generator=generator)
     fewest = 1
     for count in sorted({1, 2, top_k, top_k + 1, num_experts - 1}):
@@ -124,7 +126,9 @@ def probe_router(router: nn.Module, num_experts: int, width: int) -> int:
             continue
         kept = order[:count].sort().values
         try:
-            wanted = _weights(_without_others(parent, num_experts, kept), states, count)
+            smaller = _without_others(parent, num_experts, kept)
+            own = {name: bias[kept] for name, bias in biases.items()}
+            wanted = _weights(smaller, states, own, count)
         except RuntimeError as error:
             if count == 1:  # such as the sum of the two best
                 fewest = 2
@@ -133,7 +137,7 @@ def probe_router(router: nn.Module, num_experts: int, width: int) -> int:
         removed = torch.ones(1, num_experts, dtype=torch.bool)
         removed[0, kept] = False
         with router_masked(parent, removed):
-            found = _weights(parent, states, num_experts)
+            found = _weights(parent, states, biases, num_experts)
         expected = torch.zeros_like(found)
         expected[:, kept] = wanted
         if not torch.allclose(found, expected, rtol=0, atol=1e-5):
@@ -195,10 +199,15 @@ def expert_dim(tensor: Tensor, num_experts: int) -> int | None:
 
 
 @torch.no_grad()
-def _weights(router: nn.Module, states: Tensor, num_experts: int) -> Tensor:
+def _weights(
+    router: nn.Module, states: Tensor, biases: Mapping[str, Tensor], num_experts: int
+) -> Tensor:
     """With what weight every token passes every expert: float32 [tokens, E]."""
     try:
-        found = router(states)
+        try:
+            found = router(states, **biases)
+        except ValueError:  # it wants [batch, tokens, D]
+            found = router(states[None], **biases)
     except TypeError as error:
         raise UnfitRouterError("its router reads more than hidden states") from error
     is_known = (
