@@ -200,8 +200,11 @@ def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
         layer.attention = _attention(tracer, (attentions or mixers)[0], index, names, layer.reasons)
     elif mixers:
         _give_reasons(layer, "attention", "its layers hold several mixers of tokens")
-    if not sublayers and mixture is None:
-        _give_reasons(layer, "attention", "nothing adds to the hidden states of its layers")
+    removed = getattr(tracer.run.layer, "removed_sublayers", ())
+    for kind, found in (("attention", mixers), ("mlp", mlps)):
+        if not found and kind not in removed:
+            name = "attention" if kind == "attention" else "MLP"
+            _give_reasons(layer, kind, f"no {name} adds to the hidden states of its layers")
     if mixture is not None:
         layer.mixture_norms = _mixture_norms(tracer, mixture)
         layer.mixture_returns = tracer.base.returns.get(mixture)

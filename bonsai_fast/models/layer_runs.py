@@ -72,8 +72,13 @@ def hidden_states_of(result: Any) -> Tensor:
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Gradients are recorded, whatever the caller's mode."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    """Gradients are recorded, whatever the caller's mode; its random numbers are not touched."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+    ):
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:

@@ -70,10 +70,14 @@ class StandInMatrix(nn.Linear):
         self.has_bias = has_bias
         self.read = torch.randn(columns, generator=switches.generator) / columns**0.5
         self.write, self.other = torch.randn(2, rows, generator=switches.generator)
-        # code that asks for a weight's dtype or device finds them here
-        self.weight = torch.randn(1, columns).expand(rows, columns)
         self.bias = None  # type: ignore[assignment]
         self.calls: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """For code that asks for its dtype or device, multiplies by it, or scales it (RWKV)."""
+        found: Tensor = self.read.expand(self.out_features, self.in_features)
+        return found.clone() if found.numel() <= MAX_ELEMENTS else found
 
     def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
         """[..., columns] -> [..., rows]."""
@@ -101,13 +105,11 @@ class StandIn:
 
     Attributes:
         decoder: the copy.
-        names: id of each parameter and buffer of the copy -> its name inside the decoder.
         matrices: by their paths inside the decoder.
     """
 
     decoder: nn.Module
     switches: Switches
-    names: dict[int, str] = field(default_factory=dict)
     matrices: dict[str, StandInMatrix] = field(default_factory=dict)
 
 
@@ -116,11 +118,6 @@ def make_stand_in(decoder: nn.Module) -> StandIn:
     switches = Switches(torch.Generator().manual_seed(0))
     found = StandIn(decoder, switches)
     found.decoder = _Copier(found).copy(decoder, "")
-    for name, tensor in [
-        *found.decoder.named_parameters(),
-        *found.decoder.named_buffers(),
-    ]:
-        found.names[id(tensor)] = name
     return found
 
 
@@ -160,6 +157,7 @@ class _Copier:
         twin = object.__new__(type(module))
         values = {name: self._value(value) for name, value in vars(module).items()}
         values.pop("forward", None)  # accelerate and others put their own there
+        values["_compiled_call_impl"] = None
         twin.__dict__.update(values)
         for name in [name for name in values if name.endswith("_hooks")]:
             twin.__dict__[name] = type(values[name])()
@@ -241,9 +239,8 @@ def _is_of_family(module: nn.Module) -> bool:
 
 def _expert_sizes(module: nn.Module, path: str) -> tuple[int, int] | None:
     """(columns, rows) of a module that holds the weights of many experts in one tensor."""
-    parameters = [p for p in module.parameters(recurse=False) if p.dim() >= 3]
-    is_experts = path.endswith(".experts") and not isinstance(module, nn.ModuleList)
-    if not is_experts and not (parameters and hasattr(module, "num_experts")):
+    is_list = isinstance(module, nn.ModuleList) or any(map(_stacks_experts, module.children()))
+    if not _stacks_experts(module) and (is_list or not path.endswith(".experts")):
         return None
     config = getattr(module, "config", None)
     columns = getattr(module, "input_size", None) or getattr(module, "hidden_size", None)
@@ -251,6 +248,11 @@ def _expert_sizes(module: nn.Module, path: str) -> tuple[int, int] | None:
     if columns is None:
         return None
     return int(columns), int(getattr(module, "output_size", None) or columns)
+
+
+def _stacks_experts(module: nn.Module) -> bool:
+    has_stack = any(parameter.dim() >= 3 for parameter in module.parameters(recurse=False))
+    return has_stack and hasattr(module, "num_experts")
 
 
 def _own_hooks(module: nn.Module) -> Iterable[tuple[int, Any]]:

@@ -135,10 +135,14 @@ def test_kinds_that_are_refused(model_type, kind, reason):
         ("whisper", "its layers also attend to an encoder; expected a decoder-only model"),
         ("bert", "its layers are those of an encoder; expected a decoder"),
         ("mamba", "expected heads, channels or experts that can be removed: MambaMixer is no "
-         "softmax attention"),
+         "softmax attention; no MLP adds to the hidden states of its layers"),
         ("bitnet", "expected heads, channels or experts that can be removed: BitNetRMSNorm "
          "(attn_sub_norm) normalises all heads together; BitNetRMSNorm (ffn_sub_norm) normalises "
          "all channels together"),
+        ("rwkv", "expected heads, channels or experts that can be removed: its layers hold several "
+         "mixers of tokens; no MLP adds to the hidden states of its layers"),
+        ("gemma3n_text", "expected heads, channels or experts that can be removed: no attention "
+         "adds to the hidden states of its layers; no MLP adds to the hidden states of its layers"),
         ("hrm_text", "it has several stacks of layers (L_module.layers, H_module.layers)"),
     ],
 )  # fmt: skip
@@ -236,8 +240,10 @@ def test_what_was_found_is_found_again_until_the_model_changes():
 def test_the_model_is_not_touched():
     model = tiny_model("gpt2").half().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
     with torch.inference_mode():
         find_decoder(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training and model.dtype == torch.float16
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
