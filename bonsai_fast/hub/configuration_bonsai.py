@@ -4,6 +4,7 @@
 `__getattr__` at the end. This file travels with saved models.
 """
 
+import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ SUBLAYERS = ("attention", "mlp")
 NO_ATTENTION = "moe"
 # Layers of these types keep no keys, so they cannot tell how many tokens a cache has seen.
 WITHOUT_KEYS = ("linear_attention", "conv", NO_ATTENTION)
+# What is left of layers that have attention and another mixer, without the attention.
+WITHOUT_ATTENTION = {"hybrid": "linear_attention", "hybrid_sliding": "linear_attention"}
 # Names of the MLP width in configurations; the first that a configuration has is its own.
 CHANNELS_ATTRIBUTES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 # The same for the number of experts.
@@ -29,7 +32,14 @@ EXPERT_CHANNELS_ATTRIBUTES = ("moe_intermediate_size", "intermediate_size")
 # mapping from model types to classes, by the auto class that uses it
 AUTO_CLASSES = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # of text models that transformers registers by the type of the model around them
+    | {
+        f"{kind}{end}": name
+        for kind, name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        for end in ("_text", "_text_model")
+        if f"{kind}{end}" in CONFIG_MAPPING_NAMES and name.endswith("ForCausalLM")
+    },
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 
@@ -118,7 +128,7 @@ class HeterogeneousConfig:
         kinds: the kinds of layers; each may have an "attention" and an "mlp" with
             modules, output: the sub-layer's modules and its output projection;
             norms: what is removed with it;
-            returns: length of the tuple that it returns, None for a tensor;
+            returns: length of the tuple that it returns, negative for a list, None for a tensor;
             heads, kv_heads, channels, experts, expert_channels: how many there are in the dense
                 model;
             sizes: for each parameter and dimension, how much of it belongs to each of them;
@@ -171,6 +181,11 @@ class HeterogeneousConfig:
             self.__dict__.pop("_heterogeneity_spec", None)
             if spec is not None:
                 self.__dict__["_heterogeneity_spec"] = spec
+
+    def dense_copy(self):
+        """The dense model's configuration, for good."""
+        with self.as_dense():
+            return copy.copy(self)
 
     @property
     def is_pruned(self):
@@ -230,7 +245,7 @@ class HeterogeneousConfig:
             return self
         counts = self.counting_layer()
         types = [
-            NO_ATTENTION if gone and index != counts else kind
+            WITHOUT_ATTENTION.get(kind, NO_ATTENTION) if gone and index != counts else kind
             for index, (gone, kind) in enumerate(zip(removed, self._kinds(), strict=True))
         ]
         return ConfigView(self, layer_types=types)

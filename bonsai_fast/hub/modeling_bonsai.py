@@ -41,12 +41,20 @@ class RemovedProjection(nn.Module):
 
     def forward(self, x):
         """x: [..., D], read for its shape alone. Returns [..., width]."""
-        left = x.new_zeros(()) if self.bias is None else self.bias
-        return left.expand(*x.shape[:-1], self.width)
+        left = x.new_zeros(*x.shape[:-1], self.width)  # not a view: Falcon adds into it
+        return left if self.bias is None else left + self.bias
 
 
 class RemovedNorm(nn.Module):
     """In the place of a norm that is removed with its sub-layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.empty(0)  # Nemotron-H asks for its dtype
+
+    def _apply(self, fn, recurse=True):
+        self.weight = fn(self.weight)
+        return super()._apply(fn, recurse)
 
     def forward(self, x, *args, **kwargs):
         return x
@@ -90,7 +98,10 @@ class RemovedSublayer(nn.Module):
             left = self.get_submodule(self.output)(hidden_states)
         if "residual" in names:  # BLOOM's and MPT's sub-layers add it themselves
             left = given["residual"] + left
-        return left if self.returns is None else (left, *[None] * (self.returns - 1))
+        if self.returns is None:
+            return left
+        returned = [left, *[None] * (abs(self.returns) - 1)]
+        return returned if self.returns < 0 else tuple(returned)
 
 
 def remove_sublayer(layer, entry):
@@ -204,6 +215,13 @@ class SharedKVHeads:
             key, value = self.cache.update(key, value, layer_idx, *args, **kwargs)
         return self._repeat(key), self._repeat(value)
 
+    def get_seq_length(self, layer_idx=0):
+        """Tokens that the cache has seen."""
+        return 0 if self.cache is None else self.cache.get_seq_length(layer_idx)
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["cache"], name)
+
     def _repeat(self, states):
         # slices of python ints: an index tensor made on the meta device would stay there
         heads = (
@@ -277,6 +295,13 @@ class HeterogeneousModel:
                 attention = layer.get_submodule(kind["attention"]["modules"][0])
                 heads = own.num_key_value_heads or own.num_attention_heads
                 attention.cache_shape = (index, heads, own.head_dim)
+        # what is outside the layers, such as a rotary embedding, reads the dense model's widths
+        dense = config.dense_copy()
+        inside = {id(part) for layer in self._layers(config) for part in layer.modules()}
+        for module in self.modules():
+            reads = vars(module).get("config") is config and id(module) not in inside
+            if reads and not isinstance(module, PreTrainedModel):
+                module.config = dense
         if config.output_bias:
             self.add_output_biases()
 

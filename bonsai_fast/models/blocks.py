@@ -50,7 +50,7 @@ class AttentionBlock:
         whole: why its heads cannot be removed one by one, in a few words; None where they can. Such
             a sub-layer (an attention that normalises all heads together, a state-space mixer) has
             one head as wide as its output projection and no cuts.
-        returns: length of the tuple that `module` returns; None: a tensor.
+        returns: length of the tuple that `module` returns, negative for a list; None: a tensor.
     """
 
     layer: int
@@ -105,7 +105,7 @@ class MLPBlock:
         norms: paths of the norms that only this sub-layer uses; they are removed with it.
         whole: why its channels cannot be removed one by one, in a few words; None where they can.
             Such a sub-layer has no cuts.
-        returns: length of the tuple that its module returns; None: a tensor.
+        returns: length of the tuple that its module returns, negative for a list; None: a tensor.
     """
 
     layer: int
@@ -158,7 +158,7 @@ class ExpertsBlock:
         experts_refused, channels_refused: why experts, or channels, cannot be removed one by one,
             in a few words; None where they can.
         unit: what its parts are.
-        returns: length of the tuple that `module` returns; None: a tensor.
+        returns: length of the tuple that `module` returns, negative for a list; None: a tensor.
     """
 
     layer: int

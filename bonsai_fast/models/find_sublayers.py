@@ -59,7 +59,7 @@ class Traced:
         calls: input and output of each matrix's last call, by its path.
         passed: input and output of each other childless module's last call.
         takers: id of a tensor -> paths of the modules that were called with it.
-        returns: length of the tuple that each module returned; None: a tensor.
+        returns: length of the tuple that each module returned, negative for a list; None: a tensor.
     """
 
     result: Tensor
@@ -156,7 +156,7 @@ class LayerTracer:
 
         def record(path: str):  # type: ignore[no-untyped-def]
             def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-                returns[path] = len(result) if isinstance(result, (tuple, list)) else None
+                returns[path] = _num_returned(result)
                 if path in self.matrices or any(module.children()):
                     return
                 if args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
@@ -273,3 +273,9 @@ def _named(named: Iterator[tuple[str, Tensor]], prefix: str) -> Iterator[tuple[s
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def _num_returned(result: Any) -> int | None:
+    if isinstance(result, list):
+        return -len(result)
+    return len(result) if isinstance(result, tuple) else None

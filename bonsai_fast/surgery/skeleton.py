@@ -102,7 +102,10 @@ def _around(wrapper: PreTrainedConfig, text: Any, new_text: Any, config_class: A
     place = next(name for name in wrapper.sub_configs if getattr(wrapper, name) is text)
     values = _values(wrapper, drop=("auto_map",))
     # the vision tower's and others as they are
-    values |= {name: copy.deepcopy(getattr(wrapper, name)) for name in wrapper.sub_configs}
+    parts = {name: getattr(wrapper, name) for name in wrapper.sub_configs}
+    values |= {name: copy.deepcopy(part) for name, part in parts.items()}
+    implementations = {n: part._attn_implementation for n, part in parts.items() if part}
+    values["attn_implementation"] = implementations | {"": wrapper._attn_implementation}
     return config_class(**(values | {place: new_text}))
 
 
