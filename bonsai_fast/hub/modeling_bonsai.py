@@ -265,6 +265,11 @@ class HeterogeneousModel:
         if pruned is not None and pruned.is_pruned:
             self._fit_layers(pruned)
 
+    @classmethod
+    def is_custom_code(cls):
+        """Its modules are initialised by transformers' own code, and as such: Falcon-H1 needs it."""
+        return False
+
     def _fit_layers(self, config):
         if config.cut_table is None:
             raise ValueError(
