@@ -20,7 +20,7 @@ SUBLAYERS = ("attention", "mlp")
 # The one name that transformers accepts in `layer_types` for "no attention, so no cache slot".
 NO_ATTENTION = "moe"
 # Layers of these types keep no keys, so they cannot tell how many tokens a cache has seen.
-WITHOUT_KEYS = ("linear_attention", "conv", NO_ATTENTION)
+WITHOUT_KEYS = ("linear_attention", "conv", "mlp", NO_ATTENTION)
 # What is left of layers that have attention and another mixer, without the attention.
 WITHOUT_ATTENTION = {"hybrid": "linear_attention", "hybrid_sliding": "linear_attention"}
 # Names of the MLP width in configurations; the first that a configuration has is its own.
