@@ -93,6 +93,7 @@ class Attention:
         kv_of_head: the KV head that each query head reads.
         query_norm, key_norm: of each head, or of all heads together; None: there are none.
         norms_all_heads: whether they are of all heads together.
+        norms_last: whether they come after the rotary positions.
         scale: factor of the attention scores.
         softcap: scores are softcap * tanh(scores / softcap); None: they have no bound.
         window: number of tokens that a token attends to, including itself; None: all before it.
@@ -113,6 +114,7 @@ class Attention:
     query_norm: Norm | None
     key_norm: Norm | None
     norms_all_heads: bool
+    norms_last: bool
     scale: float
     softcap: float | None
     window: int | None

@@ -17,8 +17,11 @@ from bonsai_fast.scoring.fused.parent import (
 )
 from bonsai_fast.scoring.fused.read_rotary import function_of, read_rotary
 
-# names of the norms of q, and of k
-HEAD_NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))
+# names of the norms of q, and of k; the last ones come after the rotary positions
+HEAD_NORMS = (
+    ("q_norm", "q_layernorm", "query_layernorm"),
+    ("k_norm", "k_layernorm", "key_layernorm"),
+)
 # attention classes that apply their attn_logit_softcapping; Gemma 3 has the option and does not
 CAPPED = ("Gemma2Attention", "VaultGemmaAttention")
 # its module has this function if queries grow with their position
@@ -60,6 +63,12 @@ def read_attention(
         raise UnsupportedStructureError(f"{block.module} clips q, k and v")
     kinds = getattr(config, "layer_types", None)
     kind = str(kinds[block.layer]) if rotary_kinds and kinds is not None else ""
+    rotary = read_rotary(module, block.module, kind)
+    norms_last = hasattr(module, HEAD_NORMS[0][-1])
+    if norms_last and (norms_all_heads or (rotary is not None and rotary.interleaved)):
+        raise UnsupportedStructureError(
+            f"{block.module} normalises q behind its rotary positions in an unknown way"
+        )
     return Attention(
         block=block,
         norm=norm,
@@ -74,10 +83,11 @@ def read_attention(
         query_norm=query_norm,
         key_norm=key_norm,
         norms_all_heads=norms_all_heads,
+        norms_last=norms_last,
         scale=float(scale),
         softcap=_softcap(module, block),
         window=_window(config, module, block),
-        rotary=read_rotary(module, block.module, kind),
+        rotary=rotary,
         query_growth=_query_growth(module, config),
     )
 

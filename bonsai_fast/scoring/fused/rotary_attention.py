@@ -37,11 +37,14 @@ def attend(
         query = arithmetic.normalize(spec.query_norm, query, "normed query")
         key = arithmetic.normalize(spec.key_norm, key, "normed key")
     query, key, value = (part.unflatten(-1, (-1, spec.head_dim)) for part in (query, key, value))
-    if not spec.norms_all_heads:
+    if not spec.norms_all_heads and not spec.norms_last:
         query = arithmetic.normalize(spec.query_norm, query, "normed query")
         key = arithmetic.normalize(spec.key_norm, key, "normed key")
     query = _turn("first", query, spec.rotary, positions, arithmetic)
     key = _turn("rotated key", key, spec.rotary, positions, arithmetic)
+    if spec.norms_last:
+        query = arithmetic.normalize(spec.query_norm, query, "normed query")
+        key = arithmetic.normalize(spec.key_norm, key, "normed key")
     factors = positions.query_factors(spec.query_growth)
     if factors is not None:
         query.mul_(factors[:, None])

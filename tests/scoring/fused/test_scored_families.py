@@ -191,6 +191,7 @@ def test_what_makes_the_families_special_matters(
     "name",
     [
         *("apertus", "arcee", "ernie4_5", "exaone4", "gemma3", "glm", "helium", "hyperclovax"),
+        "hunyuan_v1_dense",
         *("jais2", "nemotron", "olmo", "olmo3", "seed_oss", "stablelm", "starcoder2"),
         "vaultgemma",
     ],

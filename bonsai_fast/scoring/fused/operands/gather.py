@@ -28,6 +28,7 @@ def gathers(spec: Attention | MLP) -> bool:
     norms = [norm for norm in (spec.query_norm, spec.key_norm) if norm is not None]
     return (
         gathers_heads(spec.head_dim)
+        and not spec.norms_last
         and not (spec.rotary is not None and spec.rotary.interleaved)
         and all(not norm.centred and norm.weight is not None for norm in norms)
     )
