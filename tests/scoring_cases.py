@@ -30,7 +30,7 @@ def wide_heads(family: str, **changes: Any) -> PreTrainedModel:
     config.head_dim = 16
     for name, value in changes.items():
         setattr(config, name, value)
-    return families._build(type(model), config, seed=21)
+    return families.random_model(type(model), config, seed=21)
 
 
 def related_masks(layout: Layout) -> torch.Tensor:
