@@ -60,9 +60,15 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: a bonsai_* model.
     Raises:
-        ValueError: the stock class has no place for biases that the model got.
+        ValueError: the stock class has no place for biases that the model got, or the model is a
+            mixture of experts.
     """
     shapes: list[LayerShape] = pruned_config(model.config).layer_shapes()
+    if any((shape.experts, shape.expert_channels) != (None, None) for shape in shapes):
+        raise ValueError(
+            "a mixture of experts cannot be padded, since the router would choose the padding; "
+            "prune with --uniform, and the result is a stock model"
+        )
     child, shape = _narrowest(model, shapes)
     extra = sorted({name for name, _ in model.named_parameters()} - _parameter_names(child))
     if extra:

@@ -37,7 +37,7 @@ def find_experts(
     Raises:
         ValueError: there are experts, but no module that holds them and their router alone.
     """
-    name = next((name for name, module in layer.named_modules() if _has_experts(module)), None)
+    name = next((name for name, module in layer.named_modules() if holds_experts(module)), None)
     if name is None:
         return None
     owner, _, _ = name.rpartition(".")
@@ -113,8 +113,8 @@ def find_experts(
     )
 
 
-def _has_experts(module: nn.Module) -> bool:
-    """Whether a module holds the 3-D weights of experts."""
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module itself holds the 3-D weights of experts."""
     names = (OUTPUT, next((name for name in INPUTS if hasattr(module, name)), ""))
     tensors = [getattr(module, name, None) for name in names]
     return all(isinstance(tensor, nn.Parameter) and tensor.dim() == 3 for tensor in tensors)

@@ -19,6 +19,7 @@ from bonsai_fast.evaluation.text import longest_window
 from bonsai_fast.layerwise import check_memory
 from bonsai_fast.methods import WEIGHT_METHODS, Choice, resolve
 from bonsai_fast.methods.weights.layer_by_layer import WeightTask, linears_by_layer, prune_layers
+from bonsai_fast.models.experts import holds_experts
 from bonsai_fast.prune.request_checks import (
     calibration_text,
     check_model,
@@ -48,6 +49,12 @@ def prepare_weights(
     method = WEIGHT_METHODS[config.method]
     choice = Choice.of(config)
     check_model(model, tokenizer, config)
+    if any(map(holds_experts, model.modules())):
+        raise ValueError(
+            f"method {config.method}: it zeroes weights of linear layers, and most weights of "
+            f"{type(model).__name__} belong to experts, which are none; use a method that removes "
+            "units, such as reap"
+        )
     layers = linears_by_layer(model)
     _check_shapes(layers, choice)
     calibration = None

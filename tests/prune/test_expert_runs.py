@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import bonsai_fast as bf
 from bonsai_fast.console import Reporter
 from bonsai_fast.delivery import pruned_model
+from bonsai_fast.export.padded import pad_to_stock
 from bonsai_fast.methods import EXPERT_METHODS
 from bonsai_fast.prune.units import prepare
+from bonsai_fast.prune.weights import prepare_weights
 from bonsai_fast.report import write_report
 from bonsai_fast.runs.mask_files import load_mask
+from bonsai_fast.surgery import remove_units
 
 QUIET = Reporter(quiet=True)
 SMALL = {"num_sequences": 2, "sequence_length": 32, "evaluation_tokens": 512, "recover": "none"}
@@ -101,3 +104,19 @@ def test_prior_obs_is_refused() -> None:
     config = bf.configure(prior="obs", sparsity=0.2, **SMALL)
     with pytest.raises(ValueError, match="prior obs: it refits one projection"):
         prepare(tiny_mixture(), byte_tokenizer(), config)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_methods_that_zero_weights_would_leave_the_experts_out(method: str) -> None:
+    config = bf.configure(method=method, sparsity=0.5, num_sequences=2, sequence_length=32)
+    with pytest.raises(ValueError, match=f"method {method}: it zeroes weights of linear layers"):
+        prepare_weights(tiny_mixture(), byte_tokenizer(), config)
+
+
+def test_an_uneven_mixture_is_not_padded() -> None:
+    model = tiny_mixture()
+    layout = bf.Layout.of(model)
+    keep = torch.ones(len(layout), dtype=torch.bool)
+    keep[next(g.start for g in layout.groups if g.kind == "expert")] = False
+    with pytest.raises(ValueError, match="the router would choose the padding"):
+        pad_to_stock(remove_units(model, layout, keep))
