@@ -267,7 +267,7 @@ class HeterogeneousModel:
 
     @classmethod
     def is_custom_code(cls):
-        """Its modules are initialised by transformers' own code, and as such: Falcon-H1 needs it."""
+        """Its modules are initialised as those of transformers: Falcon-H1 needs it."""
         return False
 
     def _fit_layers(self, config):
