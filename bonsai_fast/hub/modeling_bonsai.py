@@ -270,6 +270,11 @@ class HeterogeneousModel:
         """Its modules are initialised as those of transformers: Falcon-H1 needs it."""
         return False
 
+    def initialize_weights(self):
+        """As the stock class, which reads the dense model's widths."""
+        with self.config.as_dense():
+            super().initialize_weights()
+
     def _fit_layers(self, config):
         if config.cut_table is None:
             raise ValueError(
