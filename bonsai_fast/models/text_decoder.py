@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,6 +35,8 @@ def run_text_decoder(model: PreTrainedModel) -> tuple[str, str, DecoderRun]:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse(model, "it is an encoder-decoder; expected a decoder-only language model")
+    if "shared_kv_states" in inspect.signature(model.forward).parameters:  # Gemma 4's assistants
+        raise refuse(model, "its layers read keys and values of another model")
     decoder = model.get_decoder()
     if not any(map(_is_list, decoder.modules())):  # ModernBERT's LM head is named decoder
         decoder = model.base_model

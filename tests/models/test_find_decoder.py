@@ -143,6 +143,7 @@ def test_kinds_that_are_refused(model_type, kind, reason):
          "mixers of tokens; no MLP adds to the hidden states of its layers"),
         ("gemma3n_text", "expected heads, channels or experts that can be removed: no attention "
          "adds to the hidden states of its layers; no MLP adds to the hidden states of its layers"),
+        ("gemma4_assistant", "its layers read keys and values of another model"),
         ("hrm_text", "it has several stacks of layers (L_module.layers, H_module.layers)"),
     ],
 )  # fmt: skip
