@@ -193,6 +193,10 @@ def without_channels(
     return smaller
 
 
+# the three ways to store and gate experts, with and without shared ones
+STORED_DIFFERENTLY = ("mixtral", "gpt_oss", "glm4_moe")
+
+
 class Nothing(nn.Module):
     """In the place of a mixture that is removed as a whole."""
 
