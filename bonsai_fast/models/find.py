@@ -94,7 +94,7 @@ class _Layer:
 
 def _find(model: PreTrainedModel) -> Decoder:
     prefix, list_path, run = run_text_decoder(model)
-    names = Names(prefix, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    names = Names.of(model, prefix)
     runs = run.lists[list_path]
     with traced():
         layers = _layers(model, run, runs, names)
@@ -146,6 +146,9 @@ def _is_causal(run: LayerRun) -> bool:
     assert run.output is not None
     if not run.output.requires_grad or any(buffer.dim() > 1 for buffer in run.layer.buffers()):
         return True  # a buffer may be a mask, whose values are unknown on the meta device
+    given = (*run.arguments, *run.keywords.values())
+    if not any(isinstance(value, torch.Tensor) and value.dim() == 4 for value in given):
+        return True  # only eager attention, which the copy has, needs a mask to be causal
     (read,) = torch.autograd.grad(
         run.output[:, : TOKENS // 2].sum(), run.states, retain_graph=True, allow_unused=True
     )

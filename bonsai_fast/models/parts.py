@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bonsai_fast.models.blocks import Cut
 
@@ -18,14 +18,36 @@ class MixedPartsError(ValueError):
 
 @dataclass(frozen=True)
 class Names:
-    """From a decoder's own paths to those of the model, and which parameters exist there."""
+    """From a decoder's own paths to those of the model, and which parameters exist there.
+
+    Attributes:
+        aliases: of modules that have more than one path: the other ones -> the first.
+    """
 
     prefix: str
     shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, prefix: str) -> Names:
+        """The names of a model whose decoder has the path `prefix`."""
+        first: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            first.setdefault(id(module), path)
+        aliases = {
+            path: first[id(module)]
+            for path, module in model.named_modules(remove_duplicate=False)
+            if first[id(module)] != path
+        }
+        return cls(prefix, {n: tuple(p.shape) for n, p in model.named_parameters()}, aliases)
 
     def full(self, path: str) -> str:
-        """Path inside the decoder -> path inside the model."""
-        return f"{self.prefix}.{path}" if self.prefix else path
+        """Path of a module or parameter inside the decoder -> its path inside the model."""
+        path = f"{self.prefix}.{path}" if self.prefix else path
+        owner, _, name = path.rpartition(".")
+        if path in self.aliases:
+            return self.aliases[path]
+        return f"{self.aliases[owner]}.{name}" if owner in self.aliases else path
 
 
 def matrix_cuts(names: Names, path: str, rows: Tensor, *, transposed: bool) -> list[Cut]:
