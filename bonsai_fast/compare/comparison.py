@@ -78,6 +78,7 @@ class Comparison:
         self._recovery = recovery_of(config, model, tokenizer, *texts)
         if self._recovery is not None:
             self._recovery.check(model, output)
+            self._task = replace(self._task, compensates="compensate" in self._recovery.tiers)
         read = config.values_read()
         self._recover = {name: read[name] for name in RECOVERED if name in read}
         self.cells: list[Cell] = []
@@ -127,7 +128,7 @@ class Comparison:
         Raises:
             ValueError: the cell's directory holds another run.
         """
-        directory = self.output / f"{name.replace(':', '-')}-{task.config.sparsity:g}"
+        directory = self.output / _folder_of(name, task)
         run = open_run(directory, task.config, task.layout, self.model, task.calibration.sha256)
         path = directory / "cell.json"
         cell = read_cell(path, self._task.evaluation, self._recover)
@@ -193,6 +194,13 @@ class Comparison:
         if self.base.tasks is None:
             return {}
         return evaluate_tasks(smaller, self.tokenizer, self.base.task_names)
+
+
+def _folder_of(name: str, task: Task[Any]) -> str:
+    """Name of a cell's directory; a search that counts on compensation is another one."""
+    folder = f"{name.replace(':', '-')}-{task.config.sparsity:g}"
+    usual = task.method.plan(replace(task, compensates=False))
+    return folder if task.method.plan(task) == usual else f"{folder}-compensated"
 
 
 def variant(name: str) -> dict[str, Any]:

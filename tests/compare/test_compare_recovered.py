@@ -14,6 +14,7 @@ from fake_tier import Scale, install
 from tiny import save_tiny_parent
 
 from bonsai_fast.compare.__main__ import main
+from bonsai_fast.prune.__main__ import main as prune
 from bonsai_fast.report import write_report
 
 compare = partial(run_command, main)
@@ -65,3 +66,31 @@ def test_refused_before_work(
         code, _, err = compare(capsys, parent, *flags, "--recover", name)
         assert code == 2 and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_bonsai_counts_on_compensation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search is that of `prune` with the same options, in a directory of its own."""
+    install(monkeypatch, Scale("compensate"))
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)))
+    output = tmp_path / "out"
+    common = (
+        save_tiny_parent(tmp_path / "parent"), "--sparsity", "0.3", "--num-sequences", 4,
+        "--sequence-length", 32, "--evaluation-tokens", 256, "--calibration",
+        tmp_path / "text.txt",
+    )  # fmt: skip
+    planned = {}
+    for recover in ("none", "compensate"):
+        code, out, err = run_command(prune, capsys, *common, "--plan", "--recover", recover)
+        assert code == 0, err
+        planned[recover] = json.loads(out.splitlines()[-1])["tokens"]
+    assert planned["none"] != planned["compensate"]
+    for recover, folder in (("none", "bonsai-0.3"), ("compensate", "bonsai-0.3-compensated")):
+        code, out, err = compare(
+            capsys, *common, "--methods", "bonsai", "--output", output, "--recover", recover
+        )
+        assert code == 0, err
+        (cell,) = json.loads(out.splitlines()[-1])["cells"]
+        assert cell["tokens"] == planned[recover]
+        assert (output / folder / "cell.json").is_file()
