@@ -14,6 +14,7 @@ from bonsai_fast.hub.configuration_bonsai import (
     AUTO_CLASSES,
     PREFIX,
     HeterogeneousConfig,
+    auto_class_names,
     bonsai_config,
 )
 from bonsai_fast.hub.earlier_versions import earlier_cut_table
@@ -44,14 +45,18 @@ class HubClasses(NamedTuple):
 
 def model_types() -> dict[str, str]:
     """Every stock model type that a pruned model can be made from, with its class's name."""
-    found: dict[str, str] = {}
-    for auto in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
-        found |= {
-            kind: name
-            for kind, name in AUTO_CLASSES[auto].items()
-            if kind in CONFIG_MAPPING_NAMES and isinstance(name, str)
-        }
-    return found
+    kinds = [
+        kind
+        for auto, names in AUTO_CLASSES.items()
+        for kind in names
+        if auto != "AutoModel" and kind in CONFIG_MAPPING_NAMES
+    ]
+    found = {kind: auto_class_names(kind) for kind in kinds}
+    return {
+        kind: names.get("AutoModelForImageTextToText") or names["AutoModelForCausalLM"]
+        for kind, names in found.items()
+        if names.keys() - {"AutoModel"}
+    }
 
 
 @cache
@@ -65,13 +70,11 @@ def hub_classes(model_type: str) -> HubClasses:
     """
     config = bonsai_config(getattr(transformers, CONFIG_MAPPING_NAMES[model_type]))
     models: dict[str, type[PreTrainedModel]] = {}
-    for auto, names in AUTO_CLASSES.items():
-        name = names.get(model_type)
-        if isinstance(name, str):
-            models[auto] = bonsai_model(getattr(transformers, name))
-            # not by `register`: some stock classes serve several configuration classes
-            mapping = getattr(transformers, auto)._model_mapping
-            mapping.register(config, models[auto], exist_ok=True)
+    for auto, name in auto_class_names(model_type).items():
+        models[auto] = bonsai_model(getattr(transformers, name))
+        # not by `register`: some stock classes serve several configuration classes
+        mapping = getattr(transformers, auto)._model_mapping
+        mapping.register(config, models[auto], exist_ok=True)
     return HubClasses(config, models)
 
 

@@ -429,13 +429,19 @@ def _number(layer, name, otherwise):
 
 def default_auto_map(config_class):
     """Where `trust_remote_code=True` finds the classes, by the file names in their folder."""
-    stock_type = config_class.model_type.removeprefix("bonsai_")
-    names = {auto: mapping.get(stock_type) for auto, mapping in AUTO_CLASSES.items()}
+    names = auto_class_names(config_class.model_type.removeprefix("bonsai_"))
     return {"AutoConfig": f"configuration_bonsai.{config_class.__name__}"} | {
-        auto: f"modeling_bonsai.{PREFIX}{name}"
-        for auto, name in names.items()
-        if isinstance(name, str)
+        auto: f"modeling_bonsai.{PREFIX}{name}" for auto, name in names.items()
     }
+
+
+def auto_class_names(stock_type):
+    """Stock class by auto class for a model type; of a wrapper not that of its text model alone."""
+    names = {auto: mapping.get(stock_type) for auto, mapping in AUTO_CLASSES.items()}
+    wrapper = names.get("AutoModelForImageTextToText")
+    if wrapper is not None and names.get("AutoModelForCausalLM") != wrapper:
+        del names["AutoModelForCausalLM"]
+    return {auto: name for auto, name in names.items() if isinstance(name, str)}
 
 
 def _is_ours(auto_map):

@@ -59,6 +59,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
 
 _REGISTERED = """
 import bonsai_fast
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+assert {f"bonsai_{name}" for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= {*CONFIG_MAPPING}
+# and none of their modelling files has been imported for that
+files = [name for name in sys.modules if name.startswith("transformers.models.")]
+files = [name for name in files if ".modeling_" in name and "modeling_auto" not in name]
+assert not files, files
 options = {}
 """
 
