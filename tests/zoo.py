@@ -192,9 +192,27 @@ CHANGES |= {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+# what a class also computes, where its default configuration does not
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere, q and k normalised": ("cohere", {"use_qk_norm": True}),
+    "falcon, ALiBi": (
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "falcon, groups": ("falcon", {"new_decoder_architecture": True}),
+    "gpt_bigcode, own KV heads": ("gpt_bigcode", {"multi_query": False}),
+    "persimmon, no norms of q and k": ("persimmon", {"qk_layernorm": False}),
+    "stablelm, parallel": (
+        "stablelm",
+        {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+    ),
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """The small configuration of a model type, as its class takes it."""
-    return _small(model_class(model_type).config_class, CHANGES.get(model_type, {}))
+    own = CHANGES.get(model_type, {})
+    return _small(model_class(model_type).config_class, own | changes)
 
 
 def model_class(model_type: str) -> Any:
@@ -202,10 +220,11 @@ def model_class(model_type: str) -> Any:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A new random model in evaluation mode, float32, on the CPU."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(model_type)(tiny_config(model_type)).eval()
+    config = tiny_config(model_type, **changes)
+    model: PreTrainedModel = model_class(model_type)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.heterogeneity.configuration_utils import (
+    AmbiguousGlobalPerLayerAttributeError,
+)
 
 from bonsai_fast.checkpoints.saved_model import open_saved
 from bonsai_fast.export.exported import Exported
@@ -60,8 +63,8 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: a bonsai_* model.
     Raises:
-        ValueError: the stock class has no place for biases that the model got, or the model is a
-            mixture of experts.
+        ValueError: the stock class has no place for biases that the model got, the model is a
+            mixture of experts, or layers are too narrow whatever the stock configuration says.
     """
     shapes: list[LayerShape] = pruned_config(model.config).layer_shapes()
     if any((shape.experts, shape.expert_channels) != (None, None) for shape in shapes):
@@ -69,7 +72,11 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
             "a mixture of experts cannot be padded, since the router would choose the padding; "
             "prune with --uniform, and the result is a stock model"
         )
-    child, shape = _narrowest(model, shapes)
+    try:
+        child, shape = _narrowest(model, shapes)
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        name = type(model).__name__
+        raise ValueError(f"the layers of {name}'s parent are not alike, either") from error
     extra = sorted({name for name, _ in model.named_parameters()} - _parameter_names(child))
     if extra:
         raise ValueError(f"{type(child).__name__} has no place for {extra[0]}")
@@ -86,6 +93,9 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         if id(source) not in copies:
             data = torch.zeros(empty.shape, dtype=source.dtype)
             dim, index = kept.slices.get(name, (0, torch.arange(empty.shape[0])))
+            wanted = (*empty.shape[:dim], len(index), *empty.shape[dim + 1 :])
+            if source.shape != wanted:
+                raise ValueError(f"{type(child).__name__} has no room for {name}")
             copies[id(source)] = nn.Parameter(data.index_copy_(dim, index, source.data.cpu()))
         _put(child, name, copies[id(source)])
     for name, _ in list(child.named_buffers()):
@@ -122,7 +132,9 @@ def _narrowest(
 def _candidates(config: Any, shapes: list[LayerShape]) -> Iterator[tuple[int, ...]]:
     """Query heads per KV head, from the fewest needed to the parent's."""
     with config.as_dense():
-        heads = int(config.num_attention_heads)
+        heads = int(getattr(config, "num_attention_heads", None) or 0)
+        if not heads:
+            raise ValueError(f"{type(config).__name__} has no number of heads")
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     needed_kv = max(1, *(shape.num_kv_heads or 1 for shape in shapes))
     needed = max(1, *(count for shape in shapes for count in shape.q_heads_per_kv or (1,)))
@@ -155,7 +167,7 @@ def _filled(layout: Layout, shapes: list[LayerShape], padded: LayerShape) -> tor
     for group in layout.groups:
         shape = shapes[group.layer]
         if not isinstance(group.block, AttentionBlock):
-            places: list[int] = list(range(shape.channels))
+            places: list[int] = list(range(shape.channels or 0))
         elif shape.alibi_heads is not None:
             places = list(shape.alibi_heads)
         else:
@@ -164,5 +176,7 @@ def _filled(layout: Layout, shapes: list[LayerShape], padded: LayerShape) -> tor
                 for kv, count in enumerate(shape.q_heads_per_kv)
                 for query in range(count)
             ]
+        if max(places, default=0) >= len(group):  # its width is not the one of the configuration
+            raise ValueError(f"layer {group.layer} of the stock class is too narrow")
         keep[group.start + torch.tensor(places, dtype=torch.int64)] = True
     return keep

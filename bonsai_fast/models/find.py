@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -244,6 +245,8 @@ def _attention(
     obstacle = found.obstacle
     if found.module == tracer.run.path:
         obstacle = "its attention has no module of its own"
+    elif not found.has_softmax and _hands_on_its_state(_module(tracer, found.module)):
+        obstacle = f"{type(_module(tracer, found.module)).__name__} keeps its state outside a cache"
     if obstacle is not None:
         reasons |= dict.fromkeys(KINDS["attention"], obstacle)
         return None
@@ -259,6 +262,8 @@ def _attention(
             whole = str(error)
     if whole is not None:
         reasons |= {"head": whole, "kv-group": whole}
+    elif any(_is_in_groups(cut, len(heads.kv_of_head)) for cut in heads.cuts):
+        reasons["head"] = "query heads are stored between those of their KV group, all alike"
     return AttentionBlock(
         index,
         names.full(found.module),
@@ -270,6 +275,19 @@ def _attention(
         whole,
         tracer.base.returns.get(found.module),
     )
+
+
+def _hands_on_its_state(mixer: torch.nn.Module) -> bool:
+    """Whether the layer gives a mixer its state and keeps what it returns, as xLSTM does."""
+    return "state" in inspect.signature(mixer.forward).parameters
+
+
+def _is_in_groups(cut: Cut, num_heads: int) -> bool:
+    """Whether several query heads lie before each KV head in one parameter, as in Falcon 40B."""
+    of_query = (cut.owner < num_heads).int()
+    starts = int((of_query.diff() == 1).sum()) + int(of_query[0])
+    heads = len(cut.owner[of_query.bool()].unique())
+    return 1 < starts < heads
 
 
 def _mlp(
@@ -380,7 +398,8 @@ def _refused(layers: dict[int, _Layer], blocks: Sequence[Block]) -> dict[str, st
     offered: set[str] = set()
     for block in blocks:
         if isinstance(block, AttentionBlock):
-            offered |= {"attention"} if block.whole else {"attention", "head", "kv-group"}
+            kinds = {"attention"} if block.whole else {"attention", "head", "kv-group"}
+            offered |= kinds - layers[block.layer].reasons.keys()
         elif isinstance(block, MLPBlock):
             offered |= {"mlp"} if block.whole else {"mlp", "channel"}
         else:

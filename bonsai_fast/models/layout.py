@@ -298,7 +298,8 @@ class Layout(Sequence[Unit]):
             attention, mlp = self.decoder.attention.get(layer), self.decoder.mlp.get(layer)
             experts = self.decoder.experts.get(layer)
             wanted: list[tuple[Kind, Block, torch.Tensor]] = []
-            if attention is not None and attention.whole is None:
+            is_refused = self.attention in self.decoder.refused
+            if attention is not None and attention.whole is None and not is_refused:
                 wanted.append((self.attention, attention, self._attention_units(attention)))
             if mlp is not None and mlp.whole is None:
                 wanted.append(("channel", mlp, torch.arange(mlp.num_channels)))

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bonsai_fast.hub import (
     HeterogeneousConfig,
@@ -120,10 +121,20 @@ def _stock_structure(parent: PreTrainedModel, kept: Kept) -> PreTrainedModel | N
     if any(len(values) > 1 for values in alike.values()) or gone or renumbered:
         return None
     shape = LayerShape(**{name: next(iter(values), None) for name, values in alike.items()})
-    if shape.is_irregular:
+    if shape.is_irregular or not _loads_as_stock(parent):
         return None
     child = stock_structure(parent, shape)
     return child if child is not None and _expresses(child, parent, kept) else None
+
+
+def _loads_as_stock(parent: PreTrainedModel) -> bool:
+    """Whether `AutoModelForCausalLM` finds the parent's class by its configuration.
+
+    It does not for a language model whose class is registered by its wrapper's configuration alone.
+    """
+    names = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
+    is_listed = type(parent).__name__ in names
+    return not is_listed or type(parent.config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def stock_structure(parent: PreTrainedModel, shape: LayerShape) -> PreTrainedModel | None:
