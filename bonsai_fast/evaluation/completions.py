@@ -83,7 +83,7 @@ def _complete(
         raise ValueError(f"prompt: expected some text, got {prompt!r}")
     context = getattr(model.config, "max_position_embeddings", None)
     room = num_tokens if context is None else min(num_tokens, context - input_ids.shape[1])
-    ends = model.config.eos_token_id
+    ends = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if room < 1:
         return ""

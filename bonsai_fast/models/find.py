@@ -255,6 +255,8 @@ def _attention(
     if not found.has_softmax:
         name = type(_module(tracer, found.module)).__name__
         whole = f"{name} is no softmax attention"
+    elif getattr(getattr(_module(tracer, found.module), "config", None), "alibi", False):
+        whole = "ALiBi of all heads is put into the attention mask outside the layers"  # Falcon
     else:
         try:
             heads = find_heads(tracer, found, names)
