@@ -88,7 +88,7 @@ class StandInMatrix(nn.Linear):
         factor, noise = torch.randn((2, *read.shape), generator=switches.generator)
         made: Tensor = 0.5 * (factor * read * self.write + noise * self.other)
         if self.path in switches.silent:
-            made = self.write.expand_as(made) if self.has_bias else torch.zeros_like(made)
+            made = self.write.expand_as(made).clone() if self.has_bias else torch.zeros_like(made)
         if self.path in switches.ended:
             made = made.detach()
         elif switches.alone:
