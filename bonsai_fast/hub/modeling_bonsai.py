@@ -50,10 +50,11 @@ class RemovedNorm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.empty(0)  # Nemotron-H asks for its dtype
+        # Nemotron-H asks for its dtype; never on the meta device, from which nothing can be moved
+        self.weight = torch.empty(0, device="cpu")
 
     def _apply(self, fn, recurse=True):
-        self.weight = fn(self.weight)
+        self.weight = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
         return super()._apply(fn, recurse)
 
     def forward(self, x, *args, **kwargs):
