@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 NAME = "bonsai-fast"
 COMMANDS = {
-    "prune": "Make a model smaller: remove attention heads, MLP channels or single weights.",
+    "prune": "Make a model smaller: remove attention heads, channels, experts or single weights.",
     "compare": "Prune a model by several methods and tabulate what each costs and loses.",
     "recover": "Make a pruned model better, with its parent as the teacher.",
     "surgery": "Cut a checkpoint down to the units of a saved mask, without loading the model.",

@@ -1,4 +1,4 @@
-"""Make a model smaller: remove attention heads, MLP channels, experts or single weights.
+"""Make a model smaller: remove attention heads, channels, experts or single weights.
 
 Methods that remove heads, channels and experts, which makes the model faster in every engine:
   bonsai, wanda-sp, magnitude-l1, magnitude-l2, random, layerwise-ppl, flap, taylor,

@@ -20,6 +20,7 @@ from bonsai_fast.evaluation.text import (
 from bonsai_fast.methods import EXPERT_METHODS, WEIGHT_METHODS
 from bonsai_fast.models.experts import CHANNEL_MULTIPLE
 from bonsai_fast.models.layout import Layout
+from bonsai_fast.recovery.closed_form.output_grams import check_projections
 from bonsai_fast.surgery.save import check_savable
 
 # methods over units that differentiate, perturb or change the model itself
@@ -42,12 +43,15 @@ def check_model(
         check_tasks(config.task_names)
 
 
-def check_units(layout: Layout, config: ResolvedConfig[Any]) -> None:
+def check_units(model: PreTrainedModel, layout: Layout, config: ResolvedConfig[Any]) -> None:
     """Refuse a method that cannot say what the units of a layout are worth.
 
     Raises:
-        ValueError: there are experts, and the method or its prior knows none.
+        ValueError: there are experts, and the method or its prior knows none; or the prior refits
+            projections that it cannot refit.
     """
+    if getattr(config.options, "prior", None) == "obs":
+        check_projections(model)
     if not layout.has_mixtures:
         return
     if getattr(config.options, "prior", None) == "obs":

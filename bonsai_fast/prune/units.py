@@ -48,7 +48,7 @@ def prepare(
         model, attention=options.attention, experts=options.experts, sublayers=options.sublayers
     )
     check_not_empty(model, layout)
-    check_units(layout, config)
+    check_units(model, layout, config)
     budget = Target.parse(config.target_text).removal_budget(layout)  # refuses the impossible
     check_result(model, layout, options, budget)
     length = config.sequence_length or longest_window(model)

@@ -15,7 +15,7 @@ import torch
 from commands import run_command
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny_parent
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from bonsai_fast.checkpoints.load import load_parent
 from bonsai_fast.config import PruneConfig
@@ -97,6 +97,14 @@ def gpt2(where: Path) -> Path:
     return where
 
 
+def mamba(where: Path) -> Path:
+    MambaForCausalLM(
+        MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=258)
+    ).save_pretrained(where)
+    byte_tokenizer().save_pretrained(where)
+    return where
+
+
 def nonsense(where: Path) -> Path:
     where.mkdir()
     (where / "config.json").write_text('{"model_type": "warp_drive"}')
@@ -106,7 +114,17 @@ def nonsense(where: Path) -> Path:
 BAD = {
     "no such model": ("nowhere/none", [], "nowhere/none"),
     "unknown model type": (lambda _, t: nonsense(t / "m"), [], "warp_drive"),
-    "unsupported model": (lambda _, t: gpt2(t / "m"), [], "q_proj + k_proj + v_proj"),
+    "unsupported model": (lambda _, t: mamba(t / "m"), [], "cannot be pruned"),
+    "prior of a GPT-2": (
+        lambda _, t: gpt2(t / "m"),
+        ["--prior", "obs"],
+        "Linear; transformer.h.0.attn.c_proj is a Conv1D",
+    ),
+    "compensated GPT-2": (
+        lambda _, t: gpt2(t / "m"),
+        ["--recover", "compensate"],
+        "Linear; transformer.h.0.attn.c_proj is a Conv1D",
+    ),
     "nan weights": (
         lambda p, t: nan_weights(p, t / "m"),
         [],

@@ -9,6 +9,7 @@ from bonsai_fast.checkpoints.streaming.access import (
     bring_in_layer,
     exchanged_weights,
     named_weights,
+    projection_weight,
     stream_of,
     weight,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "local_directory",
     "named_weights",
     "open_streamed",
+    "projection_weight",
     "stream_layers",
     "stream_of",
     "weight",

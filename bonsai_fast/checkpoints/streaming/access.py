@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bonsai_fast.checkpoints.streaming.layer_stream import LayerStream, LayerWeights
 from bonsai_fast.models import find_decoder
@@ -33,6 +34,12 @@ def weight(model: PreTrainedModel, name: str) -> nn.Parameter:
     if stream is not None and name.startswith(f"{stream.path}."):
         stream.bring_in(int(name[len(stream.path) + 1 :].partition(".")[0]))
     return model.get_parameter(name)
+
+
+def projection_weight(model: PreTrainedModel, path: str) -> Tensor:
+    """The weight of a linear module as [out_features, in_features], however it stores it."""
+    found = weight(model, f"{path}.weight").detach()
+    return found.T if isinstance(model.get_submodule(path), Conv1D) else found
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from transformers import PreTrainedModel
 
-from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.checkpoints.streaming import projection_weight, weight
 from bonsai_fast.config.choices import PriorName
 from bonsai_fast.methods.importance.statistics import BlockStatistics, Statistics
 from bonsai_fast.models import Block, ExpertsBlock
@@ -97,7 +97,7 @@ def _column_importance(
 def _outputs(model: PreTrainedModel, block: Block) -> Iterator[torch.Tensor]:
     """The output projection, or those of all experts in order: [D, columns] each."""
     if not isinstance(block, ExpertsBlock):
-        yield weight(model, f"{block.output}.weight").detach()
+        yield projection_weight(model, block.output)
         return
     for found in weight(model, block.output).detach():
         yield found.T if block.transposed else found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bonsai_fast.checkpoints.streaming import weight
+from bonsai_fast.checkpoints.streaming import projection_weight
 from bonsai_fast.models.layout import Group, Layout
 from bonsai_fast.recovery.closed_form.output_grams import OutputGrams
 from bonsai_fast.recovery.closed_form.surgeon_order import surgeon_order
@@ -51,7 +51,7 @@ def surgeon_costs(
     """Order and costs of all units; `advance` is called with 1 after every group."""
     rank, added = (torch.zeros(len(layout), dtype=torch.float64) for _ in range(2))
     for group in layout.groups:
-        own = weight(model, f"{group.block.output}.weight").detach()
+        own = projection_weight(model, group.block.output)
         gram = grams.of(group.block).gram.to(own.device)
         order, costs = surgeon_order(
             gram, own, group.block.part_width, group.part_of_unit, ridge=RIDGE

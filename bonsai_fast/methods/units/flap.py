@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bonsai_fast.checkpoints.streaming import projection_weight
 from bonsai_fast.hub import pruned_config
 from bonsai_fast.methods.allocation import standardised
 from bonsai_fast.methods.importance.prior import column_importance
@@ -59,7 +60,7 @@ class Flap:
             if bias is None:
                 without.append(block.output)
                 continue
-            weight = cast(nn.Linear, parent.get_submodule(block.output)).weight.detach()
+            weight = projection_weight(parent, block.output)
             mean = measured[f"mean.{block.output}"][gone].to(weight.device)
             with torch.no_grad():
                 lost = weight[:, gone.to(weight.device)].double() @ mean

@@ -16,27 +16,23 @@ class UnitOptions(MethodOptions):
 
     attention: AttentionUnit = option(
         "kv-group",
-        "Remove single query heads (head), or key-value heads with all their query heads "
-        "(kv-group).",
+        "Remove query heads (head), or KV heads with their query heads (kv-group).",
         group=REMOVED,
     )
     experts: ExpertUnit = option(
         "expert",
-        "In mixtures of experts, remove whole experts (expert), or the same channels of all "
-        "experts of a layer (channel).",
+        "Remove whole experts, or channels of all of them.",
         group=REMOVED,
     )
     sublayers: bool = option(False, "Also remove whole attention or MLP blocks.", group=REMOVED)
     head_layout: HeadLayout = option(
         "rectangular",
-        "Query heads of a layer's key-value heads: rectangular (equally many, as most engines "
-        "need) or free.",
+        "Query heads per KV head: equally many (rectangular), as most engines need, or free.",
         group=REMOVED,
     )
     round_to: str = option(
         "auto",
-        "Keep a multiple of N channels in each MLP, for speed. auto: 32 to 256, depending on "
-        "the MLP's size.",
+        "Channels in multiples of N; auto: 32 to 256.",
         group=REMOVED,
         value="N",
     )
@@ -97,7 +93,7 @@ def prior_option(read_with: Mapping[str, Iterable[Any]] | None = None) -> Any:
     help_text = (
         "First guess of what each part is worth: weights times inputs (wanda), inputs alone "
         "(activation), how much they vary (fluctuation), what it costs if the others make up for "
-        "it (obs), or the same for all (uniform). reap: an expert's output times its router weight "
-        "where it is chosen; wanda for the rest."
+        "it (obs), or the same for all (uniform). reap: experts by output "
+        "times router weight, wanda for the rest."
     )
     return option("wanda", help_text, group=SEARCH, read_with=read_with)

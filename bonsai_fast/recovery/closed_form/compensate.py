@@ -22,6 +22,7 @@ from bonsai_fast.evaluation.peak_memory import PeakMemory
 from bonsai_fast.files import write_json
 from bonsai_fast.layerwise import Sweep, check_memory, sweep_losses
 from bonsai_fast.models import find_decoder
+from bonsai_fast.recovery.closed_form.output_grams import check_projections
 from bonsai_fast.recovery.closed_form.sequential import Refit, SequentialRefit, cut_blocks
 from bonsai_fast.recovery.recovery_task import RecoveryPlan, RecoveryTask, TierRecord
 from bonsai_fast.runs.layer_record import LayerRecord
@@ -42,10 +43,12 @@ class Compensate:
         """Refuse models that cannot be compared layer by layer.
 
         Raises:
-            ValueError: another number of layers or another hidden size, texts of different length,
+            ValueError: projections that are no nn.Linear, another number of layers or another
+                hidden size, texts of different length,
                 or a memory budget that is too small.
         """
         dense, pruned = find_decoder(task.teacher), find_decoder(task.student)
+        check_projections(task.teacher)
         if dense.num_layers != pruned.num_layers:
             raise ValueError(
                 f"compensate: expected a parent with as many layers as the pruned model, "

@@ -138,3 +138,20 @@ def _moments(sums: WeightedGram, name: str, *, centred: bool) -> InputGram:
     if centred:
         gram.addr_(mean, mean, alpha=-float(sums.weight))
     return InputGram(gram.div_(sums.num_tokens), mean)
+
+
+def check_projections(model: PreTrainedModel) -> None:
+    """Refuse a model whose output projections are no nn.Linear, such as GPT-2's.
+
+    Raises:
+        ValueError: it names the first one.
+    """
+    decoder = find_decoder(model)
+    blocks: list[Block] = [*decoder.attention.values(), *decoder.mlp.values()]
+    for block in blocks:
+        module = model.get_submodule(block.output)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"compensation refits output projections of class Linear; {block.output} is a "
+                f"{type(module).__name__}"
+            )
