@@ -120,6 +120,11 @@ BAD = {
         ["--prior", "obs"],
         "Linear; transformer.h.0.attn.c_proj is a Conv1D",
     ),
+    "zeros in a GPT-2": (
+        lambda _, t: gpt2(t / "m"),
+        ["--method", "wanda", "--pattern", "2:4"],
+        "its layers hold no nn.Linear",
+    ),
     "compensated GPT-2": (
         lambda _, t: gpt2(t / "m"),
         ["--recover", "compensate"],

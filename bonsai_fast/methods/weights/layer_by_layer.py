@@ -14,7 +14,7 @@ from bonsai_fast.evaluation.text import Sequences
 from bonsai_fast.layerwise import InputRecorder, LinearInputs, Sweep
 from bonsai_fast.methods import Choice, WeightMethod
 from bonsai_fast.methods.weights.weight_options import WeightOptions
-from bonsai_fast.models import find_decoder
+from bonsai_fast.models import UnsupportedModelError, find_decoder
 from bonsai_fast.runs.directory import WeightRun
 
 
@@ -51,10 +51,10 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
     """The linear layers inside every decoder layer, by the names of their weights.
 
     Raises:
-        UnsupportedModelError: no known decoder.
+        UnsupportedModelError: no known decoder, or its layers hold no nn.Linear, as those of GPT-2.
     """
     decoder = find_decoder(model)
-    return [
+    layers = [
         {
             f"{decoder.path}.{number}.{name}.weight": module
             for name, module in model.get_submodule(f"{decoder.path}.{number}").named_modules()
@@ -62,6 +62,11 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
         }
         for number in range(decoder.num_layers)
     ]
+    if not any(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no weights that can be zeroed: its layers hold no nn.Linear"
+        )
+    return layers
 
 
 def prune_layers(task: WeightTask, run: WeightRun, reporter: Reporter) -> int:

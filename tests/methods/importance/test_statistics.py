@@ -7,8 +7,9 @@ import torch
 from families import FAMILIES
 from surgery_cases import masked, tokens
 from transformers import PreTrainedModel
+from zoo import tiny_model
 
-from bonsai_fast.methods.importance.prior import unit_prior
+from bonsai_fast.methods.importance.prior import column_importance, unit_prior
 from bonsai_fast.methods.importance.statistics import collect_statistics
 from bonsai_fast.models import AttentionBlock, Block
 from bonsai_fast.models.layout import Layout
@@ -109,3 +110,17 @@ def test_broken_models_and_names_are_refused() -> None:
     broken = collect_statistics(scorer, keep, tokens())
     with pytest.raises(ValueError, match="hold NaN or Inf"):
         unit_prior("wanda", model, scorer.layout, broken)
+
+
+def test_projections_that_store_their_weights_the_other_way_round() -> None:
+    """GPT-2's: [in_features, out_features], square in the attention."""
+    model = tiny_model("gpt2")
+    layout = Layout.of(model)
+    text = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(len(layout), dtype=torch.bool)
+    statistics = collect_statistics(MaskScorer(model, layout=layout), everything, text)
+    found = column_importance("wanda", model, layout, statistics)
+    for block in layout.decoder.blocks():
+        stored = model.get_submodule(block.output).weight.detach()
+        naive = stored.abs().double().mean(dim=1) * statistics.of(block).root_mean_square
+        torch.testing.assert_close(found[block.output].double(), naive, rtol=1e-5, atol=0)
