@@ -191,6 +191,7 @@ def test_bad_requests(
     flags = [files.get(flag, flag) for flag in flags]
     where = parent if model is None else model(parent, tmp_path) if callable(model) else model
     before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()  # what saving the model printed
     code, out, err = run(capsys, where, *SMALL, *flags, "--output", tmp_path / "run")
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err

@@ -64,7 +64,7 @@ def linears_by_layer(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
     ]
     if not any(layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no weights that can be zeroed: its layers hold no nn.Linear"
+            f"{type(model).__name__} has no weights to zero: its layers hold no nn.Linear"
         )
     return layers
 
