@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from script_loading import load_script
 from tiny import save_tiny_parent, tiny_llama
 
 from bonsai_fast.models.layout import Layout
@@ -20,18 +20,10 @@ from bonsai_fast.scoring import MaskScorer
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
-
-
 def test_shapley_values_add_up_and_agree_with_the_definition() -> None:
     """Two layers of three heads: all 720 orders can be gone through by hand."""
     pytest.importorskip("shap")
-    example = load("shapley_heads")
+    example = load_script("examples/shapley_heads.py")
     model = tiny_llama(num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
     scorer = MaskScorer(model)
     input_ids = torch.randint(258, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -85,7 +77,7 @@ def test_layer_widths_is_a_program(tmp_path: Path) -> None:
 
 
 def test_widths_meet_the_budget_and_take_the_least_important_first() -> None:
-    example = load("layer_widths")
+    example = load_script("examples/layer_widths.py")
     layout = Layout.of(tiny_llama(num_hidden_layers=2))
     rng = np.random.default_rng(0)
     prior = rng.random(len(layout))
@@ -106,7 +98,7 @@ def test_widths_meet_the_budget_and_take_the_least_important_first() -> None:
 
 
 def test_the_search_finds_better_widths_than_equal_ones() -> None:
-    example = load("layer_widths")
+    example = load_script("examples/layer_widths.py")
     scorer = MaskScorer(tiny_llama(num_hidden_layers=2))
     input_ids = torch.randint(258, (2, 24), generator=torch.Generator().manual_seed(0))
     mask, found = example.search(scorer, input_ids, sparsity=0.3, generations=4)

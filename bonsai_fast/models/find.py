@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from bonsai_fast.models.find_sublayers import (
     find_sublayers,
 )
 from bonsai_fast.models.graph_walk import origins
+from bonsai_fast.models.layer_findings import KINDS, LayerParts, moved_parts, refused_kinds
 from bonsai_fast.models.layer_runs import TOKENS, DecoderRun, LayerRun, traced
 from bonsai_fast.models.mlp_parts import find_channels
 from bonsai_fast.models.parts import MixedPartsError, Names
@@ -53,7 +54,9 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     key = _key(model)
     if key not in _FOUND:
-        _FOUND[key] = _find(model)
+        # gradients tell, also inside the caller's inference mode
+        with torch.inference_mode(False), torch.enable_grad():
+            _FOUND[key] = _find(model)
         while len(_FOUND) > _MAX_FOUND:
             _FOUND.popitem(last=False)
     _FOUND.move_to_end(key)
@@ -75,24 +78,6 @@ def _key(model: PreTrainedModel) -> Hashable:
     return tuple(modules), tuple(tensors), config
 
 
-@dataclass
-class _Layer:
-    """What one layer holds.
-
-    Attributes:
-        reasons: kind of unit -> why the layer does not offer it.
-        mixture_norms: names, in the layer, of the norms that only a mixture of experts reads; None
-            if it has no experts.
-        mixture_returns: length of the tuple that the mixture returns; None: a tensor.
-    """
-
-    attention: AttentionBlock | None
-    mlp: MLPBlock | ExpertsBlock | None
-    reasons: dict[str, str]
-    mixture_norms: tuple[str, ...] | None = None
-    mixture_returns: int | None = None
-
-
 def _find(model: PreTrainedModel) -> Decoder:
     prefix, list_path, run = run_text_decoder(model)
     names = Names.of(model, prefix)
@@ -105,7 +90,7 @@ def _find(model: PreTrainedModel) -> Decoder:
     mlp = {i: layer.mlp for i, layer in layers.items() if isinstance(layer.mlp, MLPBlock)}
     experts = {i: layer.mlp for i, layer in layers.items() if isinstance(layer.mlp, ExpertsBlock)}
     blocks: list[Block] = [*attention.values(), *mlp.values(), *experts.values()]
-    refused = _refused(layers, blocks)
+    refused = refused_kinds(layers, blocks)
     is_new = not model.config.model_type.startswith(PREFIX)
     if is_new and not any(block.whole is None for block in blocks):
         reasons = "; ".join(dict.fromkeys(refused.values())) or "none were found"
@@ -122,7 +107,7 @@ def _find(model: PreTrainedModel) -> Decoder:
 
 
 def _add_experts(
-    model: PreTrainedModel, names: Names, runs: dict[int, LayerRun], layers: dict[int, _Layer]
+    model: PreTrainedModel, names: Names, runs: dict[int, LayerRun], layers: dict[int, LayerParts]
 ) -> None:
     """Put mixtures of experts in the place of MLPs."""
     verdicts: Verdicts = {}
@@ -134,7 +119,7 @@ def _add_experts(
         try:
             found = find_experts(model.get_submodule(path), path, index, norms, verdicts)
         except ValueError as error:
-            _give_reasons(layer, "mlp", str(error))
+            layer.give_reasons("mlp", str(error))
             continue
         if found is not None:
             layer.mlp = replace(found, returns=layer.mixture_returns)
@@ -158,9 +143,9 @@ def _is_causal(run: LayerRun) -> bool:
 
 def _layers(
     model: PreTrainedModel, run: DecoderRun, runs: dict[int, LayerRun], names: Names
-) -> dict[int, _Layer]:
+) -> dict[int, LayerParts]:
     """Look into one layer of each sort."""
-    found: dict[int, _Layer] = {}
+    found: dict[int, LayerParts] = {}
     examples: dict[Hashable, int] = {}
     for index, layer in sorted(runs.items()):
         tracer = LayerTracer(run.stand_in, layer)
@@ -172,7 +157,7 @@ def _layers(
             found[index] = _look_into(tracer, index, names)
         else:
             example = examples[sort]
-            found[index] = _moved(found[example], names, runs[example].path, layer.path, index)
+            found[index] = moved_parts(found[example], names, runs[example].path, layer.path, index)
     return found
 
 
@@ -190,7 +175,7 @@ def _sort(tracer: LayerTracer) -> Hashable:
     return tuple(matrices), tuple(tensors), tuple(modules), tuple(operations)
 
 
-def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
+def _look_into(tracer: LayerTracer, index: int, names: Names) -> LayerParts:
     sublayers = find_sublayers(tracer)
     if (mixture := _mixture(tracer)) is not None:  # it may put tokens into another order
         sublayers = [s for s in sublayers if not s.output.startswith(f"{mixture}.")]
@@ -199,32 +184,25 @@ def _look_into(tracer: LayerTracer, index: int, names: Names) -> _Layer:
     mlps = [s for s in sublayers if not s.mixes_tokens]
     if len(mlps) > 1:  # Gemma 4 mixes in an embedding of each layer by projections of its own
         mlps = [s for s in mlps if s.module != tracer.run.path] or mlps
-    layer = _Layer(None, None, {})
+    layer = LayerParts(None, None, {})
     if len(attentions) == 1 or (not attentions and len(mixers) == 1):
         layer.attention = _attention(tracer, (attentions or mixers)[0], index, names, layer.reasons)
     elif mixers:
-        _give_reasons(layer, "attention", "its layers hold several mixers of tokens")
+        layer.give_reasons("attention", "its layers hold several mixers of tokens")
     removed = getattr(tracer.run.layer, "removed_sublayers", ())
     for kind, found in (("attention", mixers), ("mlp", mlps)):
         if not found and kind not in removed:
             name = "attention" if kind == "attention" else "MLP"
-            _give_reasons(layer, kind, f"no {name} adds to the hidden states of its layers")
+            layer.give_reasons(kind, f"no {name} adds to the hidden states of its layers")
     if mixture is not None:
         layer.mixture_norms = _mixture_norms(tracer, mixture)
         layer.mixture_returns = tracer.base.returns.get(mixture)
-        _give_reasons(layer, "mlp", "its experts are not stored as transformers stores experts")
+        layer.give_reasons("mlp", "its experts are not stored as transformers stores experts")
     elif len(mlps) == 1:
         layer.mlp = _mlp(tracer, mlps[0], index, names, layer.reasons)
     elif mlps:
-        _give_reasons(layer, "mlp", "its layers hold several MLPs")
+        layer.give_reasons("mlp", "its layers hold several MLPs")
     return layer
-
-
-KINDS = {"attention": ("head", "kv-group", "attention"), "mlp": ("channel", "mlp")}
-
-
-def _give_reasons(layer: _Layer, kind: str, reason: str) -> None:
-    layer.reasons |= dict.fromkeys(KINDS[kind], reason)
 
 
 def _mixture(tracer: LayerTracer) -> str | None:
@@ -321,44 +299,11 @@ def _module(tracer: LayerTracer, path: str) -> torch.nn.Module:
     return tracer.run.layer.get_submodule(path[len(tracer.run.path) + 1 :])
 
 
-def _moved(example: _Layer, names: Names, old: str, new: str, index: int) -> _Layer:
-    """The same parts in another layer."""
-    before, after = names.full(old), names.full(new)
-
-    def moved(path: str) -> str:
-        return after + path[len(before) :]
-
-    def cuts(block: Block) -> tuple[Cut, ...]:
-        return tuple(Cut(moved(cut.parameter), cut.dim, cut.owner) for cut in block.cuts)
-
-    attention, mlp = example.attention, example.mlp
-    assert not isinstance(mlp, ExpertsBlock)  # these are added last
-    if attention is not None:
-        attention = replace(
-            attention,
-            layer=index,
-            module=moved(attention.module),
-            output=moved(attention.output),
-            cuts=cuts(attention),
-            norms=tuple(map(moved, attention.norms)),
-        )
-    if mlp is not None:
-        mlp = replace(
-            mlp,
-            layer=index,
-            modules=tuple(map(moved, mlp.modules)),
-            output=moved(mlp.output),
-            cuts=cuts(mlp),
-            norms=tuple(map(moved, mlp.norms)),
-        )
-    return replace(example, attention=attention, mlp=mlp, reasons=dict(example.reasons))
-
-
 def _drop_shared(
     model: PreTrainedModel,
     names: Names,
     runs: dict[int, LayerRun],
-    layers: dict[int, _Layer],
+    layers: dict[int, LayerParts],
 ) -> None:
     """Take back what other layers use too: shared weights, and keys and values read elsewhere."""
     users: dict[int, set[int]] = {}
@@ -374,7 +319,7 @@ def _drop_shared(
                 for path in (block.modules)
                 for parameter in model.get_submodule(path).parameters()
             ):
-                _take_back(layer, kind, "its weights are shared between layers")
+                layer.take_back(kind, "its weights are shared between layers")
     for index, run in runs.items():
         assert run.output is not None
         met = origins(run.output, through_matrices=True)
@@ -384,32 +329,4 @@ def _drop_shared(
             if other != index and any(mark.startswith(f"{reached.path}.") for mark in met.marks)
         }
         for other in (index, *others) if others else ():
-            _take_back(layers[other], "attention", "layers share keys and values")
-
-
-def _take_back(layer: _Layer, kind: str, reason: str) -> None:
-    if kind == "attention":
-        layer.attention = None
-    else:
-        layer.mlp = None
-    _give_reasons(layer, kind, reason)
-
-
-def _refused(layers: dict[int, _Layer], blocks: Sequence[Block]) -> dict[str, str]:
-    """For the kinds of units that no layer offers, the first reason."""
-    offered: set[str] = set()
-    for block in blocks:
-        if isinstance(block, AttentionBlock):
-            kinds = {"attention"} if block.whole else {"attention", "head", "kv-group"}
-            offered |= kinds - layers[block.layer].reasons.keys()
-        elif isinstance(block, MLPBlock):
-            offered |= {"mlp"} if block.whole else {"mlp", "channel"}
-        else:
-            refused = {"expert": block.experts_refused, "channel": block.channels_refused}
-            offered |= {"mlp", *(kind for kind, reason in refused.items() if reason is None)}
-    reasons: dict[str, str] = {}
-    for _, layer in sorted(layers.items()):
-        for kind, reason in layer.reasons.items():
-            if kind not in offered:
-                reasons.setdefault(kind, reason)
-    return reasons
+            layers[other].take_back("attention", "layers share keys and values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,22 +9,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from script_loading import load_script
 from searches import new_search
 from tiny import save_tiny_parent, tiny_llama
 
 from bonsai_fast.methods import METHODS
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gradient_variance.py"
 TEXT = torch.randint(2, 258, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gradient_variance", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/gradient_variance.py")
 
 
 def test_signal_leaves_the_noise_out(script: ModuleType) -> None:

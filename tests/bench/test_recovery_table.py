@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -10,21 +9,17 @@ from types import ModuleType
 
 import pytest
 from commands import run_command
+from script_loading import load_script
 from tiny import save_tiny_parent
 
 from bonsai_fast.compare.__main__ import main
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "recovery_table.py"
 compare = partial(run_command, main)
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recovery_table", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/recovery_table.py")
 
 
 def test_of_a_comparison(
